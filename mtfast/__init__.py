@@ -1,0 +1,3 @@
+"""mtfast: one BERT, three tasks, packed steps."""
+
+__version__ = "0.1.0"
