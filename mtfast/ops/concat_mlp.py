@@ -1,0 +1,207 @@
+"""concat_mlp: a two-layer perceptron on the concatenation of two matrices that is never built.
+
+The pair head of Sentence-BERT style models reads two sentence vectors, concatenates them and passes them
+through one shared layer. Here the first product is split by halves of its weight, and rows may be
+gathered from the encoder's output on the way in.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = ("relu", "gelu", "tanh")
+MAX_OUTPUTS = 8
+
+
+def concat_mlp(
+    u: Tensor,
+    v: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    u_rows: Tensor | None = None,
+    v_rows: Tensor | None = None,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    training: bool = True,
+) -> Tensor:
+    """`dropout(act([u; v] @ weight1.T + bias1)) @ weight2.T + bias2`, without materialising `[u; v]`.
+
+    Args:
+        u, v: floating [batch, hidden]; with `u_rows` (`v_rows`) any number of rows.
+        weight1: [inner, 2 * hidden]; its left half multiplies u, its right half v.
+        bias1: [inner].
+        weight2: [outputs, inner], 1 to 8 outputs.
+        bias2: [outputs].
+        u_rows, v_rows: int32 or int64 [batch]: row i of the product reads `u[u_rows[i]]` (`v[v_rows[i]]`).
+        activation: "relu", "gelu" (the erf form) or "tanh".
+        dropout_p: probability in [0, 1) that an element of the hidden layer is dropped in training.
+        seed: what dropout is drawn from; one seed and one element give one decision. An int, or an int64
+            tensor of one element on the inputs' device. None draws one from torch's default generator.
+        training: False switches dropout off.
+
+    Returns:
+        [batch, outputs] in the inputs' dtype (under autocast, in autocast's).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, activation or probability that does not fit.
+        IndexError: a row index out of range.
+    """
+    _check(u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p, seed)
+    return concat_mlp_ref(
+        u,
+        v,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        u_rows=u_rows,
+        v_rows=v_rows,
+        activation=activation,
+        dropout_p=dropout_p,
+        training=training,
+    )
+
+
+def concat_mlp_ref(
+    u: Tensor,
+    v: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    u_rows: Tensor | None = None,
+    v_rows: Tensor | None = None,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    training: bool = True,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """The same mathematics in eager PyTorch: the oracle of the tests and the baseline of the benchmark.
+
+    `keep` (bool [batch, inner]) replaces torch's own draw of what dropout keeps.
+    """
+    u = u if u_rows is None else u[u_rows]
+    v = v if v_rows is None else v[v_rows]
+    hidden = F.linear(torch.cat([u, v], dim=1), weight1, bias1)
+    hidden = {"relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh}[activation](hidden)
+    if keep is None:
+        hidden = F.dropout(hidden, dropout_p, training)
+    elif training and dropout_p > 0:
+        hidden = torch.where(keep, hidden, 0.0) / (1.0 - dropout_p)
+    return F.linear(hidden, weight2, bias2)
+
+
+class ConcatMLP(nn.Module):
+    """`concat_mlp` with its weights: `dense` on the concatenated pair, `out_proj` on its hidden layer.
+
+    State dict: `dense.weight` [inner, 2 * hidden], `dense.bias`, `out_proj.weight` [outputs, inner],
+    `out_proj.bias`; both initialised as `nn.Linear` is.
+    """
+
+    def __init__(
+        self, hidden: int, inner: int, outputs: int, activation: str = "relu", dropout_p: float = 0.0
+    ) -> None:
+        super().__init__()
+        _check_options(activation, dropout_p, outputs)
+        self.dense = nn.Linear(2 * hidden, inner)
+        self.out_proj = nn.Linear(inner, outputs)
+        self.activation = activation
+        self.dropout_p = dropout_p
+
+    def forward(
+        self,
+        u: Tensor,
+        v: Tensor,
+        u_rows: Tensor | None = None,
+        v_rows: Tensor | None = None,
+        *,
+        seed: int | Tensor | None = None,
+    ) -> Tensor:
+        """[batch, outputs] of two [batch, hidden] (or, with row indices, two matrices to gather from)."""
+        return concat_mlp(
+            u,
+            v,
+            self.dense.weight,
+            self.dense.bias,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            u_rows=u_rows,
+            v_rows=v_rows,
+            activation=self.activation,
+            dropout_p=self.dropout_p,
+            seed=seed,
+            training=self.training,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, dropout_p={self.dropout_p}"
+
+
+def _check_options(activation: str, dropout_p: float, outputs: int) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), found {dropout_p}")
+    if not 1 <= outputs <= MAX_OUTPUTS:
+        raise ValueError(f"outputs must be 1 to {MAX_OUTPUTS}, found {outputs}")
+
+
+def _check(
+    u: Tensor,
+    v: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    u_rows: Tensor | None,
+    v_rows: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    seed: int | Tensor | None,
+) -> None:
+    """Raise for arguments that do not fit each other, naming what was found."""
+    named = {"u": u, "v": v, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    for name, tensor in named.items():
+        if tensor.dim() != (1 if name.startswith("bias") else 2):
+            raise ValueError(f"{name} has the wrong number of dimensions: shape {tuple(tensor.shape)}")
+    (inner, twice), hidden = weight1.shape, u.shape[1]
+    _check_options(activation, dropout_p, weight2.shape[0])
+    expected = {
+        "v": (v.shape[0], hidden),
+        "weight1": (inner, 2 * hidden),
+        "bias1": (inner,),
+        "weight2": (weight2.shape[0], inner),
+        "bias2": (weight2.shape[0],),
+    }
+    for name, shape in expected.items():
+        if tuple(named[name].shape) != shape:
+            raise ValueError(
+                f"{name} must be {list(shape)} for u {list(u.shape)} and weight1 [{inner}, {twice}], "
+                f"found {list(named[name].shape)}"
+            )
+    batch = {"u": u.shape[0] if u_rows is None else len(u_rows)}
+    batch["v"] = v.shape[0] if v_rows is None else len(v_rows)
+    if batch["u"] != batch["v"]:
+        raise ValueError(f"u gives {batch['u']} rows and v gives {batch['v']}: they must be as many")
+    for name, rows in (("u_rows", u_rows), ("v_rows", v_rows)):
+        if rows is None:
+            continue
+        if rows.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, found {rows.dtype}")
+        if rows.dim() != 1:
+            raise ValueError(f"{name} must be [batch], found shape {tuple(rows.shape)}")
+        named[name] = rows
+    for name, tensor in named.items():
+        if tensor.device != u.device:
+            raise ValueError(f"{name} is on {tensor.device}, u on {u.device}: they must be on one device")
+    if not torch.is_autocast_enabled(u.device.type):
+        for name in ("v", "weight1", "bias1", "weight2", "bias2"):
+            if named[name].dtype != u.dtype:
+                raise TypeError(f"{name} is {named[name].dtype}, u is {u.dtype}: they must be of one dtype")
+    if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise TypeError(f"seed must be an int64 tensor of one element, found {seed.dtype} {list(seed.shape)}")
