@@ -1,0 +1,332 @@
+"""Bidirectional self-attention inside each sequence of a packed batch, for training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+HEAD_DIMS = (32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(softmax_scale * q k^T) v inside each sequence; no token sees another sequence.
+
+    Args:
+        q, k, v: [total, heads, head_dim], bfloat16, float16 or float32, head_dim 32, 64 or 128; any strides
+            as long as the last dimension is contiguous (views of a fused projection are fine).
+        cu_seqlens: int32 [sequences + 1], where each sequence begins and, last, the total. Empty sequences
+            (a repeated value) are allowed.
+        max_seqlen: at least the longest sequence's length; a host integer, so that nothing syncs.
+        dropout_p: probability in [0, 1) with which an attention weight is dropped, resolved to 1/65536.
+        softmax_scale: default 1/sqrt(head_dim).
+        seed: of the dropout; an int, or an int64 tensor with one element on the CPU or on q's device. None
+            draws one from torch's default generator. What is dropped depends on (seed, head, query token,
+            key token) alone, tokens counted from the begin of the packed batch.
+        return_lse: also return the log-sum-exp of the scaled scores, float32 [heads, total]
+            (float64 for float64 inputs); no gradient flows through it.
+
+    Returns:
+        [total, heads, head_dim] in q's dtype, or (out, lse).
+
+    Raises:
+        TypeError, ValueError: the named argument has a wrong dtype, shape, device or value.
+    """
+    _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
+    seed_tensor = _seed_tensor(seed, dropout_p)
+    out, lse = packed_attention_ref(
+        q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, softmax_scale=softmax_scale, seed=seed_tensor
+    )
+    return (out, lse.detach()) if return_lse else out
+
+
+def packed_attention_qkv(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`packed_attention` of a fused projection qkv [total, 3, heads, head_dim], without the unbind."""
+    if qkv.dim() != 4 or qkv.size(1) != 3:
+        raise ValueError(f"qkv must be [total, 3, heads, head_dim], got {list(qkv.shape)}")
+    q, k, v = qkv.unbind(1)
+    return packed_attention(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        seed=seed,
+        return_lse=return_lse,
+    )
+
+
+def packed_attention_cls(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """One query per sequence: what `packed_attention` computes for each sequence's first token.
+
+    q is [sequences, heads, head_dim]; k and v are [total, heads, head_dim]; the result is
+    [sequences, heads, head_dim], zero for an empty sequence. With the same seed the weights dropped are
+    those that `packed_attention` drops in the first tokens' rows. Arguments and errors as there.
+    """
+    _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, cls=True)
+    seed_tensor = _seed_tensor(seed, dropout_p)
+    return packed_attention_cls_ref(
+        q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, softmax_scale=softmax_scale, seed=seed_tensor
+    )
+
+
+class PackedSelfAttention(nn.Module):
+    """Multi-head self-attention over a packed batch: fused projection, `packed_attention`, no output layer.
+
+    Args:
+        hidden: width of the input and of the output; heads * head_dim with head_dim 32, 64 or 128.
+        heads: number of heads.
+        dropout_p: of the attention weights, active in train mode.
+    """
+
+    def __init__(self, hidden: int, heads: int, dropout_p: float = 0.0) -> None:
+        super().__init__()
+        if hidden % heads or hidden // heads not in HEAD_DIMS:
+            raise ValueError(f"hidden / heads must be one of {HEAD_DIMS}, got {hidden} / {heads}")
+        self.hidden = hidden
+        self.heads = heads
+        self.dropout_p = dropout_p
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        seed: int | Tensor | None = None,
+        cls_rows: Tensor | None = None,
+    ) -> Tensor:
+        """x [total, hidden] -> [total, hidden]; with cls_rows (int64 [sequences], each sequence's first
+        token) -> [sequences, hidden], queries computed for those rows alone."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        head_dim = self.hidden // self.heads
+        if cls_rows is None:
+            qkv = self.qkv(x).view(-1, 3, self.heads, head_dim)
+            out = packed_attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = nn.functional.linear(x[cls_rows], weight[: self.hidden], bias[: self.hidden])
+            kv = nn.functional.linear(x, weight[self.hidden :], bias[self.hidden :])
+            k, v = kv.view(-1, 2, self.heads, head_dim).unbind(1)
+            q = q.view(-1, self.heads, head_dim)
+            out = packed_attention_cls(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed)
+        assert isinstance(out, Tensor)
+        return out.flatten(1)
+
+
+def packed_attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same mathematics in eager PyTorch on padded tensors, in q's dtype: (out, lse)."""
+    rows, inside = _padded_rows(cu_seqlens, max_seqlen, k.size(0))
+    keep = dropout_keep_ref(rows[:, :, None], rows[:, None, :], q.size(1), dropout_p, seed)
+    padded, lse = _attend_ref(q[rows], k[rows], v[rows], inside, dropout_p, softmax_scale, keep)
+    return padded[inside], lse.transpose(0, 1)[:, inside]
+
+
+def packed_attention_cls_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """`packed_attention_cls` in eager PyTorch on padded tensors."""
+    rows, inside = _padded_rows(cu_seqlens, max_seqlen, k.size(0))
+    first = cu_seqlens[:-1].long()[:, None, None]
+    keep = dropout_keep_ref(first, rows[:, None, :], q.size(1), dropout_p, seed)
+    out, _ = _attend_ref(q[:, None], k[rows], v[rows], inside, dropout_p, softmax_scale, keep)
+    return out[:, 0] * inside.any(1)[:, None, None].to(out.dtype)
+
+
+def dropout_keep_ref(
+    row: Tensor, column: Tensor, heads: int, dropout_p: float, seed: int | Tensor | None
+) -> Tensor | None:
+    """Which weights the kernels keep: bool [..., heads, rows, columns] for int64 row [..., rows, 1] and
+    column [..., 1, columns], both places in the packed batch; None without dropout.
+
+    One Philox 4x32-10 call with key = seed and counter (row, column // 8, head, 0) gives eight 16-bit draws
+    for a group of eight columns; a weight is kept where its draw is at least round(65536 * dropout_p).
+    """
+    threshold = _threshold(dropout_p)
+    if threshold == 0:
+        return None
+    assert seed is not None
+    seed = int(seed)
+    shape = torch.broadcast_shapes(row.shape, column.shape)
+    lead = (*shape[:-2], heads, *shape[-2:])
+    head = torch.arange(heads, device=row.device)[:, None, None]
+    words = _philox(
+        [row.unsqueeze(-3), (column // 8).unsqueeze(-3), head, torch.zeros_like(head)],
+        seed & _LOW,
+        (seed >> 32) & _LOW,
+    )
+    draws = torch.stack([w.expand(lead) for w in words], -1)
+    place = (column % 8).unsqueeze(-3).expand(lead).unsqueeze(-1)
+    word = draws.gather(-1, place // 2).squeeze(-1)
+    return ((word >> (16 * (place.squeeze(-1) % 2))) & 0xFFFF) >= threshold
+
+
+_LOW = 0xFFFFFFFF
+
+
+def _philox(counter: list[Tensor], key0: int, key1: int) -> list[Tensor]:
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        # int64 products wrap, which leaves the low 64 bits of the unsigned product.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _LOW) ^ c1 ^ key0,
+            p1 & _LOW,
+            ((p0 >> 32) & _LOW) ^ c3 ^ key1,
+            p0 & _LOW,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & _LOW, (key1 + 0xBB67AE85) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def _threshold(dropout_p: float) -> int:
+    return min(round(dropout_p * 65536), 65535)
+
+
+def _padded_rows(cu_seqlens: Tensor, max_seqlen: int, total: int) -> tuple[Tensor, Tensor]:
+    """Token of each padded place [sequences, max_seqlen], and whether there is one."""
+    bounds = cu_seqlens.long()
+    rows = bounds[:-1, None] + torch.arange(max_seqlen, device=cu_seqlens.device)
+    inside = rows < bounds[1:, None]
+    return rows.clamp(max=max(total - 1, 0)), inside
+
+
+def _attend_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inside: Tensor,
+    dropout_p: float,
+    scale: float | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
+    scores = (q @ k.transpose(-1, -2)) * scale
+    scores = scores.masked_fill(~inside[:, None, None, :], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
+    if keep is not None:
+        weights = weights * keep * (65536 / (65536 - _threshold(dropout_p)))
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (weights @ v).transpose(1, 2), scores.to(wide).logsumexp(-1)
+
+
+def _seed_tensor(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(
+                f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}"
+            )
+        return seed
+    return torch.full((1,), seed, dtype=torch.int64)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, cls: bool = False
+) -> None:
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(
+            "q, k and v must be [total, heads, head_dim], got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+    for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    if q.size(2) not in HEAD_DIMS:
+        raise ValueError(f"head_dim must be one of {HEAD_DIMS}, got {q.size(2)}")
+    if k.shape != v.shape or k.shape[1:] != q.shape[1:]:
+        raise ValueError(
+            f"q, k and v must agree in heads and head_dim, and k and v in all, got {list(q.shape)}, "
+            f"{list(k.shape)} and {list(v.shape)}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.size(0) < 1 or cu_seqlens.dtype != torch.int32:
+        raise TypeError(
+            f"cu_seqlens must be int32 [sequences + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    rows = cu_seqlens.size(0) - 1 if cls else k.size(0)
+    if q.size(0) != rows:
+        what = "sequences" if cls else "total"
+        raise ValueError(f"q must have {what} = {rows} rows, got {q.size(0)}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_bounds(cu_seqlens, max_seqlen, k.size(0))
+
+
+def _check_bounds(cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != total:
+        raise ValueError(f"cu_seqlens must begin with 0 and end with total = {total}, got {first} and {last}")
+    if cu_seqlens.size(0) < 2:
+        return
+    lengths = cu_seqlens.diff()
+    if int(lengths.min()) < 0:
+        raise ValueError(f"cu_seqlens must not decrease, but does after place {int(lengths.argmin())}")
+    if int(lengths.max()) > max_seqlen:
+        raise ValueError(
+            f"max_seqlen is {max_seqlen}, but sequence {int(lengths.argmax())} has length {int(lengths.max())}"
+        )
