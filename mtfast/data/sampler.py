@@ -1,0 +1,240 @@
+"""Which examples make up each optimizer step, and which rank and micro-batch takes which of them.
+
+The steps of an epoch depend on the seed and the data alone. The number of ranks and of accumulated
+micro-batches only decides how a step is dealt out, so 1 rank and 8 ranks see the same global batches.
+"""
+
+import heapq
+import itertools
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Sampler = Literal["proportional", "temperature", "round_robin"]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step of one rank: example indices by task for each micro-batch, and the number of
+    examples of each task in the whole step over all ranks."""
+
+    micro_batches: list[dict[str, np.ndarray]]
+    step_counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ReviewStepPlan:
+    """One pre-training step of one rank: sample indices for each micro-batch, and the samples and masked
+    tokens of the whole step over all ranks."""
+
+    micro_batches: list[np.ndarray]
+    step_samples: int
+    step_masked: int
+
+
+def plan_epoch(
+    lengths: Mapping[str, np.ndarray],
+    *,
+    batch_size: int,
+    sampler: Sampler = "proportional",
+    temperature: float = 2.0,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+) -> list[StepPlan]:
+    """This rank's part of every optimizer step of an epoch.
+
+    lengths: tokens of each example by task (int64 [examples]). batch_size: examples of a global step, at
+    most; the examples of all tasks are spread evenly over ceil(examples / batch_size) steps.
+    "proportional" uses every example once, with the same mix of tasks in every step. "temperature" draws
+    task k in proportion to size_k ** (1 / temperature), "round_robin" every task equally often; both take as
+    many examples in all, going through a shuffled task again when it runs out and going on in the next
+    epoch where they stopped.
+    Each step is dealt to world_size * accumulation micro-batches with token totals that differ by at most
+    its longest example; none is empty unless the step has fewer examples than there are micro-batches.
+    Raises ValueError if batch_size is not divisible by world_size * accumulation.
+    """
+    _check(batch_size, rank, world_size, accumulation, lengths)
+    names = list(lengths)
+    sizes = np.array([len(lengths[name]) for name in names])
+    quota = _quota(sizes, sampler, temperature)
+    if quota.sum() == 0:
+        raise ValueError("lengths holds no example")
+    examples = [
+        _stream(len(lengths[name]), int(count), name, seed, epoch)
+        for name, count in zip(names, quota, strict=True)
+    ]
+    # Example i of n of a task is due at (i + 1/2) / n of the epoch: every stretch has the same mix.
+    due = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in quota])
+    task = np.repeat(np.arange(len(names)), quota)
+    name_rank = np.argsort(np.argsort(names))
+    order = np.lexsort((name_rank[task], due))
+    task, example = task[order], np.concatenate(examples)[order]
+    tokens = np.concatenate([lengths[name][rows] for name, rows in zip(names, examples, strict=True)])[order]
+
+    step_offsets = _step_offsets(len(order), batch_size)
+    steps = len(step_offsets) - 1
+    step = np.repeat(np.arange(steps), np.diff(step_offsets))
+    counts = np.zeros((steps, len(names)), np.int64)
+    np.add.at(counts, (step, task), 1)
+    groups = iter(_deal(tokens, step_offsets, rank, world_size, accumulation, task, len(names)))
+    return [
+        StepPlan(
+            [{name: example[next(groups)] for name in names} for _ in range(accumulation)],
+            dict(zip(names, counts[s].tolist(), strict=True)),
+        )
+        for s in range(steps)
+    ]
+
+
+def plan_reviews(
+    lengths: np.ndarray,
+    masked: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+) -> list[ReviewStepPlan]:
+    """This rank's part of every pre-training step of an epoch; every sample is used exactly once.
+
+    lengths: tokens of each sample, masked: tokens that will be chosen in it (both int64 [samples]). Steps,
+    balance and errors are those of `plan_epoch`.
+    """
+    _check(batch_size, rank, world_size, accumulation, {"reviews": lengths})
+    if len(lengths) == 0:
+        raise ValueError("lengths holds no sample")
+    order = _stream(len(lengths), len(lengths), "reviews", seed, epoch)
+    step_offsets = _step_offsets(len(order), batch_size)
+    task = np.zeros(len(order), np.int64)
+    groups = iter(_deal(lengths[order], step_offsets, rank, world_size, accumulation, task, 1))
+    step_masked = np.add.reduceat(masked[order], step_offsets[:-1])
+    return [
+        ReviewStepPlan(
+            [order[next(groups)] for _ in range(accumulation)],
+            int(step_offsets[s + 1] - step_offsets[s]),
+            int(step_masked[s]),
+        )
+        for s in range(len(step_offsets) - 1)
+    ]
+
+
+def plan_evaluation(
+    lengths: Mapping[str, np.ndarray], *, tokens_per_batch: int, rank: int = 0, world_size: int = 1
+) -> list[dict[str, np.ndarray]]:
+    """This rank's evaluation batches: examples of all tasks by falling length, each exactly once.
+
+    A batch holds at most ``tokens_per_batch`` tokens (or one longer example). Every rank gets the same
+    number of batches, the last ones empty where they do not come out even, because under ZeRO-3 all ranks
+    must run forward equally often.
+    """
+    if tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch must be at least 1, found {tokens_per_batch}")
+    _check(world_size, rank, world_size, 1, lengths)
+    names = list(lengths)
+    task = np.repeat(np.arange(len(names)), [len(lengths[name]) for name in names])
+    example = np.concatenate([np.arange(len(lengths[name])) for name in names])
+    tokens = np.concatenate([np.asarray(lengths[name], np.int64) for name in names])
+    order = np.argsort(-tokens, kind="stable")
+    ends = np.cumsum(tokens[order])
+    cuts = [0]
+    while cuts[-1] < len(order):
+        before = ends[cuts[-1] - 1] if cuts[-1] else 0
+        cuts.append(max(int(np.searchsorted(ends, before + tokens_per_batch, "right")), cuts[-1] + 1))
+    batches = [order[begin:end] for begin, end in itertools.pairwise(cuts)]
+    mine = batches[rank::world_size]
+    mine += [order[:0]] * (math.ceil(len(batches) / world_size) - len(mine))
+    return [{name: example[rows[task[rows] == index]] for index, name in enumerate(names)} for rows in mine]
+
+
+def _check(
+    batch_size: int, rank: int, world_size: int, accumulation: int, lengths: Mapping[str, np.ndarray]
+) -> None:
+    if world_size < 1 or accumulation < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank {rank} of world_size {world_size} with accumulation {accumulation}: world_size and "
+            "accumulation must be at least 1 and rank below world_size"
+        )
+    if batch_size < 1 or batch_size % (world_size * accumulation):
+        raise ValueError(
+            f"batch_size {batch_size} is not divisible by world_size {world_size} * accumulation "
+            f"{accumulation} = {world_size * accumulation}"
+        )
+    if not lengths:
+        raise ValueError("lengths is empty: there is no task to plan")
+
+
+def _quota(sizes: np.ndarray, sampler: str, temperature: float) -> np.ndarray:
+    """How many examples of each task an epoch takes; they add up to all examples of all tasks."""
+    if sampler == "proportional":
+        return sizes
+    if sampler == "temperature":
+        if not temperature >= 1:
+            raise ValueError(f"temperature must be at least 1, found {temperature}")
+        weights = np.where(sizes > 0, sizes ** (1 / temperature), 0.0)
+    elif sampler == "round_robin":
+        weights = (sizes > 0).astype(float)
+    else:
+        raise ValueError(f'sampler must be "proportional", "temperature" or "round_robin", found {sampler!r}')
+    share = weights / max(weights.sum(), 1e-300) * sizes.sum()
+    quota = np.floor(share).astype(np.int64)
+    rest = int(sizes.sum() - quota.sum())
+    quota[np.argsort(quota - share, kind="stable")[:rest]] += 1
+    return quota
+
+
+def _stream(size: int, count: int, name: str, seed: int, epoch: int) -> np.ndarray:
+    """Examples epoch * count ... (epoch + 1) * count - 1 of an endless run of shuffles of a task."""
+    begin, end = epoch * count, (epoch + 1) * count
+    if count == 0:
+        return np.empty(0, np.int64)
+    passes = [
+        np.random.default_rng([seed, zlib.crc32(name.encode()), shuffle]).permutation(size)
+        for shuffle in range(begin // size, -(-end // size))
+    ]
+    skip = begin // size * size
+    return np.concatenate(passes)[begin - skip : end - skip]
+
+
+def _step_offsets(examples: int, batch_size: int) -> np.ndarray:
+    """Where each step begins: ceil(examples / batch_size) steps whose sizes differ by at most one."""
+    steps = -(-examples // batch_size)
+    return np.arange(steps + 1) * examples // steps
+
+
+def _deal(
+    tokens: np.ndarray,
+    step_offsets: np.ndarray,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    task: np.ndarray,
+    tasks: int,
+) -> list[np.ndarray]:
+    """Places in the epoch's order for each (step, micro-batch of this rank, task), in that order."""
+    bins = _balance(np.ascontiguousarray(tokens, np.int64), step_offsets, world_size * accumulation)
+    mine = np.flatnonzero(bins // accumulation == rank)
+    step = np.searchsorted(step_offsets, mine, "right") - 1
+    group = (step * accumulation + bins[mine] % accumulation) * tasks + task[mine]
+    order = np.argsort(group, kind="stable")
+    edges = np.searchsorted(group[order], np.arange(1, (len(step_offsets) - 1) * accumulation * tasks))
+    return np.split(mine[order], edges)
+
+
+def _balance(tokens: np.ndarray, step_offsets: np.ndarray, bins: int) -> np.ndarray:
+    result = np.zeros(len(tokens), np.int64)
+    for begin, end in itertools.pairwise(step_offsets):
+        heap = [(0, 0, b) for b in range(bins)]
+        for place in begin + np.argsort(-tokens[begin:end], kind="stable"):
+            load, count, chosen = heapq.heappop(heap)
+            result[place] = chosen
+            heapq.heappush(heap, (load + int(tokens[place]), count + 1, chosen))
+    return result
