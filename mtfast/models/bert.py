@@ -1,0 +1,248 @@
+"""BERT over a packed batch: sentences back to back, no padding anywhere.
+
+The architecture is that of "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al., 2019) and
+computes what `transformers.BertModel` computes for each sentence alone. Query, key and value are one
+projection; `mtfast.models.checkpoint` converts the weights from and to Hugging Face's names.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig
+from transformers.activations import ACT2FN
+
+from mtfast.models.dropout import dropout, dropout_add
+from mtfast.ops import packed_attention_cls, packed_attention_qkv
+
+HEAD_DIMS = (32, 64, 128)
+
+
+def check_config(config: BertConfig) -> None:
+    """Raise ValueError, naming the field, for a BertConfig that is not an absolute-position BERT encoder."""
+    if config.is_decoder or config.add_cross_attention:
+        field = "is_decoder" if config.is_decoder else "add_cross_attention"
+        raise ValueError(f"{field} is true: a decoder; only the bidirectional BERT encoder is supported")
+    position_type = getattr(config, "position_embedding_type", None) or "absolute"
+    if position_type != "absolute":
+        raise ValueError(f"position_embedding_type is {position_type!r}; only 'absolute' is supported")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    head_dim = config.hidden_size // config.num_attention_heads
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} / num_attention_heads {config.num_attention_heads} gives "
+            f"head_dim {head_dim}; packed attention supports {', '.join(map(str, HEAD_DIMS))}"
+        )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act {config.hidden_act!r} is not an activation that transformers knows")
+
+
+def first_rows(cu_seqlens: Tensor, total: int) -> Tensor:
+    """The row of each sequence's first token, [sequences]; any valid row for a sequence without tokens."""
+    return cu_seqlens[:-1].clamp(max=max(total - 1, 0))
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """Initialise as Hugging Face does: weights normal with `std`, biases zero, layer norms the identity."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=std)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, PackedEmbeddings):
+            part.reset_parameters(std)
+
+
+class PackedEmbeddings(nn.Module):
+    """Sum of word, position and token-type embeddings, layer norm, dropout."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.word = nn.Parameter(torch.empty(config.vocab_size, hidden))
+        self.position = nn.Parameter(torch.empty(config.max_position_embeddings, hidden))
+        self.token_type = nn.Parameter(torch.empty(config.type_vocab_size, hidden))
+        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.padding_idx = config.pad_token_id
+        self.dropout_p = config.hidden_dropout_prob
+        self.reset_parameters(config.initializer_range)
+
+    def reset_parameters(self, std: float) -> None:
+        for table in (self.word, self.position, self.token_type):
+            nn.init.normal_(table, std=std)
+        if self.padding_idx is not None:
+            nn.init.zeros_(self.word[self.padding_idx])
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        # The sums of the two small tables are few: one lookup and one pass over the tokens instead of two.
+        places = (self.token_type[:, None] + self.position).flatten(0, 1)
+        x = F.embedding(input_ids, self.word, self.padding_idx)
+        x = x + F.embedding(token_type_ids * self.position.size(0) + position_ids, places)
+        return dropout(self.norm(x), self.dropout_p, self.training)
+
+
+class QkvProjection(nn.Linear):
+    """The fused projection; with `cls_rows`, queries of those rows alone and keys and values of all."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden, 3 * hidden)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, cls_rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [total, hidden] -> ([total, 3 * hidden], None) or ([cls, hidden], [total, 2 * hidden])."""
+        if cls_rows is None:
+            return super().forward(x), None
+        hidden = self.in_features
+        q = F.linear(x.index_select(0, cls_rows), self.weight[:hidden], self.bias[:hidden])
+        return q, F.linear(x, self.weight[hidden:], self.bias[hidden:])
+
+
+class PackedAttention(nn.Module):
+    """Self-attention inside each sequence, with its output projection."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.dropout_p = config.attention_probs_dropout_prob
+        self.qkv = QkvProjection(config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cls_rows: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """x [total, hidden] -> [total, hidden], or the rows `cls_rows` or `rows` of it."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        q, kv = self.qkv(x, cls_rows)
+        if kv is None:
+            qkv = q.view(-1, 3, self.heads, self.head_dim)
+            context = packed_attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p)
+        else:
+            k, v = kv.view(-1, 2, self.heads, self.head_dim).unbind(1)
+            q = q.view(-1, self.heads, self.head_dim)
+            context = packed_attention_cls(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p)
+        assert isinstance(context, Tensor)  # a pair only where the log-sum-exp is asked for
+        context = context.flatten(1)
+        return self.out(context if rows is None else context.index_select(0, rows))
+
+
+class FeedForward(nn.Module):
+    """The position-wise MLP of a layer."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class PackedBertLayer(nn.Module):
+    """Attention and MLP, each followed by dropout, the residual and a layer norm."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = PackedAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = FeedForward(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cls_rows: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """x [total, hidden] -> [total, hidden], or the rows `cls_rows` (first tokens) or `rows` of it."""
+        attended = self.attention(x, cu_seqlens, max_seqlen, cls_rows, rows)
+        wanted = cls_rows if cls_rows is not None else rows
+        x = x if wanted is None else x.index_select(0, wanted)
+        x = self.attention_norm(dropout_add(attended, x, self.dropout_p, self.training))
+        return self.mlp_norm(dropout_add(self.mlp(x), x, self.dropout_p, self.training))
+
+
+class PackedBert(nn.Module):
+    """The BERT encoder over a packed batch, freshly initialised from a `transformers.BertConfig`.
+
+    Raises:
+        ValueError: the config describes something else than an absolute-position BERT encoder.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        check_config(config)
+        self.config = config
+        self.embeddings = PackedEmbeddings(config)
+        self.layers = nn.ModuleList(PackedBertLayer(config) for _ in range(config.num_hidden_layers))
+        init_weights(self, config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        cls_only: bool = False,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Last-layer hidden states of every token, or of the tokens asked for.
+
+        Args:
+            input_ids, token_type_ids, position_ids: int32 or int64 [total], the sequences back to back.
+            cu_seqlens: int32 [sequences + 1], where each begins and, last, the total.
+            max_seqlen: at least the longest sequence's length, on the host.
+            cls_only: return each sequence's first token alone; the last layer then computes queries, output
+                and MLP for those rows alone. The row of an empty sequence means nothing.
+            rows: int [n], return these tokens alone; the last layer's output and MLP run on them alone.
+
+        Returns:
+            [total, hidden]; [sequences, hidden] with cls_only; [n, hidden] with rows.
+
+        Raises:
+            ValueError: max_seqlen exceeds the position table, or both cls_only and rows are given.
+        """
+        if max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(
+                f"max_seqlen is {max_seqlen}, but the model has positions for "
+                f"{self.config.max_position_embeddings} tokens (max_position_embeddings)"
+            )
+        if cls_only and rows is not None:
+            raise ValueError("cls_only and rows exclude each other: both say which tokens to return")
+        x = self.embeddings(input_ids, token_type_ids, position_ids)
+        for layer in self.layers[:-1]:
+            x = layer(x, cu_seqlens, max_seqlen)
+        cls_rows = first_rows(cu_seqlens, x.size(0)) if cls_only else None
+        return self.layers[-1](x, cu_seqlens, max_seqlen, cls_rows, rows)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module; a tied one counts once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def flops_per_token(config: BertConfig, mean_seqlen: float, *, training: bool = True) -> float:
+    """Floating-point operations per real token of the encoder's matrix products, for MFU.
+
+    Per layer and token the forward costs 2 * (4 hidden^2 + 2 hidden * intermediate) for the projections and
+    4 * hidden * mean_seqlen for the two products of attention, where mean_seqlen is the sequence length that
+    the average token sees (sum of squared lengths / sum of lengths). The backward costs twice the forward.
+    Heads, embeddings and what the [CLS]-only last layer saves are not in it.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer = 2 * (4 * hidden**2 + 2 * hidden * inner) + 4 * hidden * mean_seqlen
+    return config.num_hidden_layers * layer * (3 if training else 1)
