@@ -325,9 +325,9 @@ def _review(rng: random.Random) -> tuple[str, int]:
 
 
 def _vocabulary(texts: list[str]) -> list[str]:
-    """Special tokens, all characters, then the words of `texts`, frequent ones first, long ones in two pieces.
+    """Special tokens, characters, then the words of `texts`, frequent ones first, long ones in two pieces.
 
-    Not trained with the tokenizers library: its trainer breaks ties by hash order, which differs between runs.
+    Not trained with the tokenizers library: its trainer breaks ties by hash order, which varies between runs.
     """
     counts = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
     characters = sorted({character for word in counts for character in word})
