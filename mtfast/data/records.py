@@ -24,6 +24,10 @@ class DataError(ValueError):
     """Data that cannot be used. The message names the file and, where there is one, the line."""
 
 
+class MissingDataError(DataError):
+    """A file or split that is not there at all."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One row: its line or row number (from 1), and its values by column, or why it could not be read."""
@@ -49,7 +53,7 @@ def read_file(path: Path, delimiter: str | None = None) -> Records:
     Raises DataError if the file is missing, of another kind, not UTF-8, or not readable as what it claims.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise MissingDataError(f"{path}: no such file")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(path)
@@ -79,7 +83,7 @@ def read_directory(directory: Path, split: str) -> Records:
     if not shards:
         wanted = " or ".join(f"{name}*" for name in names)
         found = ", ".join(sorted(path.name for path in directory.iterdir())[:12]) or "nothing"
-        raise DataError(
+        raise MissingDataError(
             f"{directory}: no file for the {split} split; wanted {wanted} with one of the suffixes "
             f"{', '.join(FILE_SUFFIXES)}; the directory holds {found}"
         )

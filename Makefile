@@ -1,0 +1,54 @@
+# Everything runs in .venv, which the first target that needs it makes from pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
+
+.PHONY: help install demo test lint format gpu clean
+
+help:
+	@echo "make demo     train the demo recipe and write its report (about two minutes)"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff, clang-format and mypy"
+	@echo "make gpu      on a machine with a GPU: build for it, test, sanitize, benchmark"
+	@echo "make install  only build and install into .venv"
+
+install: $(INSTALLED)
+
+# The extension builds against the torch it will run with, so torch is installed first and the build is not
+# isolated. What the build needs is read from pyproject.toml.
+define BUILD_REQUIREMENTS
+try: import tomllib
+except ImportError: from pip._vendor import tomli as tomllib
+print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))
+endef
+export BUILD_REQUIREMENTS
+
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.* csrc/device/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c "$$BUILD_REQUIREMENTS" > .venv/build-requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement .venv/build-requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,lint]'
+	touch $@
+
+demo: install
+	$(BIN)/mtfast run demo
+	@echo "The report: runs/demo/report.html"
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf .venv build *.egg-info mtfast/*.so

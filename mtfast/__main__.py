@@ -1,0 +1,3 @@
+from mtfast.cli import main
+
+main()

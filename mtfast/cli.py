@@ -1,0 +1,184 @@
+"""The command line: `mtfast COMMAND RECIPE --dotted.option value`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+
+from mtfast.recipes import RECIPES, variants
+from mtfast.train import ranks
+from mtfast.train.config import ConfigError, RunConfig, to_yaml, validate
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what `--help` says of it, and what it does with the configuration."""
+
+    summary: str
+    run: Callable[[RunConfig], Any]
+
+
+def _each(config: RunConfig, action: Callable[[RunConfig], Any]) -> None:
+    for variant in variants(config).values():
+        action(variant)
+
+
+def _prepare(config: RunConfig) -> None:
+    from mtfast.train import run
+
+    if config.data.tasks == RECIPES["demo"]().data.tasks:
+        from mtfast.data.demo import write_demo_corpus
+
+        ranks.main_first(lambda: write_demo_corpus(config.data.tasks))
+    _each(config, run.prepare)
+
+
+def _train(stage: Any) -> Callable[[RunConfig], None]:
+    def action(config: RunConfig) -> None:
+        from mtfast.train import run
+
+        _each(config, lambda variant: run.train(variant, stage))
+
+    return action
+
+
+def _evaluate(config: RunConfig) -> None:
+    from mtfast.train import run
+
+    _each(config, run.evaluate)
+
+
+def _predict(config: RunConfig) -> None:
+    from mtfast.train import run
+
+    _each(config, run.predict)
+
+
+def _report(config: RunConfig) -> None:
+    from mtfast import report
+    from mtfast.train.progress import say
+
+    runs = variants(config)
+    if not ranks.is_main():
+        return
+    for variant in runs.values():
+        say(f"wrote {report.write_report(variant.path)}")
+    if config.experiment != "none":
+        paths = {name: variant.path for name, variant in runs.items()}
+        say(f"wrote {report.write_comparison(paths, config.path, experiment=config.experiment)}")
+
+
+def _run(config: RunConfig) -> None:
+    _prepare(config)
+    for variant in variants(config).values():
+        for stage in variant.stages:
+            _train(stage)(variant)
+        _evaluate(variant)
+        _predict(variant)
+    _report(config)
+
+
+COMMANDS = {
+    "prepare": Command("read, account for and tokenize the data", _prepare),
+    "pretrain": Command("stage 1: further pre-training on reviews", _train("pretrain")),
+    "heads": Command("stage 2: train the heads on the frozen encoder", _train("heads")),
+    "finetune": Command("stage 3: train everything on the three tasks", _train("finetune")),
+    "evaluate": Command("dev metrics of the run's best weights", _evaluate),
+    "predict": Command("write the CS 224N prediction files", _predict),
+    "run": Command("all stages, evaluation, predictions and the report", _run),
+    "report": Command("write report.md and report.html of a run", _report),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `mtfast` and `python -m mtfast`."""
+    arguments = _without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    name, *rest = arguments
+    if name == "doctor":
+        from mtfast import doctor
+
+        print(doctor.render())
+        return
+    if name not in COMMANDS:
+        _fail(f"there is no command {name!r}\n\n{_usage()}")
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    recipe, *options = rest
+    if recipe not in RECIPES:
+        _fail(f"there is no recipe {recipe!r}; the recipes are {', '.join(RECIPES)}")
+    print_config = "--print-config" in options
+    options = [option for option in options if option != "--print-config"]
+    config = tyro.cli(
+        RunConfig,
+        default=RECIPES[recipe](),
+        args=options,
+        prog=f"mtfast {name} {recipe}",
+        description=f"{COMMANDS[name].summary}. {RECIPES[recipe].__doc__} --print-config shows the result.",
+    )
+    errors = _expected_errors()
+    try:
+        validate(config)
+        if print_config:
+            print(to_yaml(config), end="")
+            return
+        COMMANDS[name].run(config)
+    except errors as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues the run", code=130)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    from mtfast.data.records import DataError
+    from mtfast.models.checkpoint import CheckpointError
+    from mtfast.train.loop import NonFiniteLoss
+
+    return ConfigError, DataError, CheckpointError, NonFiniteLoss
+
+
+def _without_launcher_flags(arguments: list[str]) -> list[str]:
+    """Drop the rank that launchers append (the environment has it) and read their config flag as ours."""
+    kept = []
+    skip = False
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        if skip:
+            skip = False
+        elif flag in ("--local_rank", "--local-rank"):
+            skip = not value
+        elif flag == "--deepspeed_config":
+            kept.append("--engine.deepspeed-config" + (f"={value}" if value else ""))
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _usage() -> str:
+    lines = ["usage: mtfast COMMAND RECIPE [--dotted.option value ...]", "", "commands:"]
+    lines += [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    lines += [
+        f"  {'doctor':<10}what is installed, which implementation each op has, what is missing",
+        "",
+        "recipes:",
+    ]
+    lines += [f"  {name:<10}{recipe.__doc__}" for name, recipe in RECIPES.items()]
+    lines += [
+        "",
+        "mtfast COMMAND RECIPE --help lists every option; --print-config shows the configuration and stops.",
+        "Start it with `deepspeed --module mtfast ...`, `torchrun -m mtfast ...` or plainly.",
+    ]
+    return "\n".join(lines)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    if ranks.is_main():
+        print(f"mtfast: {message}", file=sys.stderr)
+    raise SystemExit(code)

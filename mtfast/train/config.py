@@ -1,0 +1,244 @@
+"""The configuration of a run: frozen dataclasses whose field docstrings are the command line's help."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+StageName = Literal["pretrain", "heads", "finetune"]
+STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+TASK_NAMES = ("sst", "quora", "sts")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field and what would be right."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    checkpoint: str = "bert-base-uncased"
+    """BERT to start from: a Hugging Face name or a directory in Hugging Face layout."""
+    from_scratch: bool = False
+    """Read only the architecture and the tokenizer of the checkpoint and start from random weights."""
+    dropout_p: float = 0.1
+    """Dropout probability everywhere: embeddings, attention, hidden layers and heads."""
+    sentiment_head: Literal["linear", "lstm"] = "linear"
+    """Classifier on [CLS], or a bidirectional LSTM over the last layer's tokens joined with [CLS]."""
+    pair_input: Literal["separate", "joint"] = "separate"
+    """Encode a pair's sentences separately (the paper), or as one sequence `[CLS] a [SEP] b [SEP]`."""
+    pair_inner: int = 768
+    """Width of the MLP layer that paraphrase and similarity share."""
+    pair_activation: Literal["relu", "gelu", "tanh"] = "relu"
+    """Activation of that layer."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    tasks: str = "data/cs224n"
+    """Directory with the CS 224N files of all three tasks."""
+    sst: str | None = None
+    """Another source for sentiment: a directory, a Hugging Face data set, or a Parquet, CSV or JSONL file."""
+    quora: str | None = None
+    """Another source for paraphrase detection."""
+    sts: str | None = None
+    """Another source for semantic similarity."""
+    reviews: str = "stanfordnlp/imdb"
+    """Movie reviews for further pre-training: a Hugging Face data set, a directory or a Parquet file."""
+    max_reviews: int | None = None
+    """Use only this many reviews."""
+    max_length: int = 128
+    """Longest sequence of the three tasks in word pieces; longer ones are cut and counted."""
+    review_max_length: int = 512
+    """Longest pre-training sample in word pieces."""
+    strict: bool = False
+    """Stop at the first row that cannot be used instead of counting and naming it."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept; by default `cache/` in the run directory."""
+    workers: int = 2
+    """Processes that split and tokenize."""
+
+    def source(self, task: str) -> str:
+        return getattr(self, task) or self.tasks
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of weights and activations in the steps; the optimizer always holds float32 weights."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 gradients, 3 weights)."""
+    optimizer: Literal["adamw", "deepspeed-adam", "apex-adam"] = "adamw"
+    """torch's fused AdamW, DeepSpeed's FusedAdam, or NVIDIA apex's FusedAdam."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON file merged into the engine's; "auto" values are filled from this configuration."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    epochs: int = 1
+    """Passes over the training data."""
+    batch_size: int = 160
+    """Examples per optimizer step, over all ranks and accumulation steps."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step on each rank."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: fixed, or falling to zero at the last step."""
+    warmup_fraction: float = 0.0
+    """Part of all steps over which the learning rate rises from zero."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    decay_all: bool = True
+    """Decay every parameter (the paper's plain setting); false spares biases and LayerNorm."""
+    gradient_clipping: float = 0.0
+    """Largest global gradient norm; 0 does not clip."""
+    bucket_tokens: int = 64
+    """Round the tokens of a packed step up to a multiple of this, so that shapes repeat."""
+    checkpoint_every: int = 0
+    """Save the resumable state every so many steps besides at each epoch's end; 0 only there."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(StageConfig):
+    epochs: int = 5
+    """Passes over the reviews."""
+    batch_size: int = 16
+    """Samples (segment pairs) per optimizer step, over all ranks and accumulation steps."""
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    masking: Literal["static", "dynamic"] = "static"
+    """Mask once for all epochs (the paper), or draw anew in each epoch."""
+    mlm_probability: float = 0.15
+    """Part of the tokens chosen for prediction; of those 80% become [MASK], 10% a random token."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    sst: float = 1.0
+    """Weight of the sentiment loss in the sum."""
+    quora: float = 1.0
+    """Weight of the paraphrase loss in the sum."""
+    sts: float = 1.0
+    """Weight of the similarity loss in the sum."""
+
+
+@dataclass(frozen=True)
+class TaskStageConfig(StageConfig):
+    epochs: int = 48
+    """Passes over the training data of the three tasks."""
+    sampler: Literal["proportional", "temperature", "round_robin"] = "proportional"
+    """How tasks share a step: by size (every example once), by size^(1/temperature), or equally."""
+    temperature: float = 2.0
+    """Temperature of the `temperature` sampler."""
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    """Weight of each task's loss."""
+    patience: int | None = None
+    """Stop when the mean dev metric has not risen for this many epochs."""
+
+
+@dataclass(frozen=True)
+class HeadsStageConfig(TaskStageConfig):
+    batch_size: int = 2048
+    """Examples per optimizer step, over all ranks and accumulation steps."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    features: Literal["cached", "live"] = "cached"
+    """Encode the data once without dropout and train on that, or run the frozen encoder in every step
+    with its dropout on."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run_dir: str = "runs/run"
+    """Everything the run writes goes here; the same command continues an interrupted run."""
+    experiment: Literal["none", "exp1", "exp2"] = "none"
+    """Run the paper's comparison: exp1 without and with pre-training, exp2 linear and LSTM sentiment head."""
+    stages: tuple[StageName, ...] = STAGES
+    """Stages that `run` goes through, in this order."""
+    seed: int = 0
+    """Seed of data order, masking, initial weights and dropout."""
+    log_every: int = 10
+    """Steps between two reads of the losses from the device."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    heads: HeadsStageConfig = field(default_factory=HeadsStageConfig)
+    finetune: TaskStageConfig = field(default_factory=TaskStageConfig)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run_dir)
+
+    def stage(self, name: StageName) -> StageConfig:
+        return getattr(self, name)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested dict of a config, as it is written to `config.yaml`."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """Inverse of `to_dict`. Raises ConfigError for an unknown field."""
+    return _build(RunConfig, values, "config")
+
+
+def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := set(values) - known:
+        raise ConfigError(f"{where}: unknown field {sorted(unknown)[0]!r}; it has {', '.join(sorted(known))}")
+    built = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = _build(hints[name], value, f"{where}.{name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return cls(**built)
+
+
+def validate(config: RunConfig) -> None:
+    """Raises ConfigError for values that no run could use, naming the field."""
+    if not 0.0 <= config.model.dropout_p < 1.0:
+        raise ConfigError(f"model.dropout_p is {config.model.dropout_p}; it must lie in [0, 1)")
+    if unknown := [name for name in config.stages if name not in STAGES]:
+        raise ConfigError(f"stages names {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+    for name in STAGES:
+        stage = config.stage(name)
+        for field_name in ("epochs", "batch_size", "accumulation", "bucket_tokens"):
+            if getattr(stage, field_name) < 1:
+                raise ConfigError(
+                    f"{name}.{field_name} is {getattr(stage, field_name)}; it must be at least 1"
+                )
+        if not 0.0 <= stage.warmup_fraction <= 1.0:
+            raise ConfigError(f"{name}.warmup_fraction is {stage.warmup_fraction}; it must lie in [0, 1]")
+        if stage.learning_rate <= 0.0:
+            raise ConfigError(f"{name}.learning_rate is {stage.learning_rate}; it must be positive")
+    if not 0.0 < config.pretrain.mlm_probability < 1.0:
+        raise ConfigError(
+            f"pretrain.mlm_probability is {config.pretrain.mlm_probability}; it must lie in (0, 1)"
+        )

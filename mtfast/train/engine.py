@@ -1,0 +1,211 @@
+"""DeepSpeed, and nothing else of it anywhere else: one engine for every stage, launcher and ZeRO stage."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ranks
+from .config import ConfigError, EngineConfig, StageConfig
+from .deepspeed_config import deepspeed_config
+
+
+def start() -> torch.device:
+    """Join the process group that the launcher, or the lack of one, asks for; return this rank's device."""
+    ranks.prepare_environment()
+    deepspeed = _deepspeed()
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _deepspeed() -> Any:
+    deepspeed = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # An optional intra-node collective that DeepSpeed would compile at start on CPU; gloo serves alone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """A model under DeepSpeed with its optimizer.
+
+    The float32 weights that the optimizer works on start from the model's own float32 weights, not from
+    their bf16 rounding, so a stage takes over exactly what the one before it left.
+    """
+
+    def __init__(self, model: nn.Module, config: EngineConfig, stage: StageConfig, stage_name: str) -> None:
+        self._config = config
+        self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size())
+        exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer = _optimizer(model, config, stage)
+        self._engine, _, _, _ = _deepspeed().initialize(
+            model=model, optimizer=optimizer, config=self._settings
+        )
+        self._model = model
+        self._parameters = dict(model.named_parameters())
+        if config.precision == "bf16":
+            self._set_masters(exact)
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._config.precision == "bf16" else torch.float32
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def step(self, loss: Tensor) -> None:
+        """Backward pass of one micro-batch; the last of a step also updates the weights."""
+        self._engine.backward(loss)
+        self._engine.step()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every weight in float32 on the host. All ranks must call it; each gets the whole."""
+        masters = self._masters()
+        names = {name: p for name, p in self._model.named_parameters(remove_duplicate=False)}
+        by_id = {id(self._parameters[name]): tensor for name, tensor in masters}
+        state = {name: by_id[id(parameter)] for name, parameter in names.items()}
+        return state | {name: buffer.detach().cpu() for name, buffer in self._model.named_buffers()}
+
+    def _masters(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        unfused = self._unfused_masters()
+        for name, parameter in self._parameters.items():
+            if id(parameter) in unfused:
+                full = unfused[id(parameter)]
+            elif self._config.precision == "fp32" and self._zero_stage < 3:
+                full = parameter.data
+            else:
+                full = safe_get_full_fp32_param(parameter)
+            yield name, full.detach().float().cpu().clone().view(parameter_shape(parameter))
+
+    def _set_masters(self, exact: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        unfused = self._unfused_masters()
+        for name, parameter in self._parameters.items():
+            value = exact[name].float().to(self.device)
+            if id(parameter) in unfused:
+                unfused[id(parameter)].data.copy_(value)
+            else:
+                safe_set_full_fp32_param(parameter, value)
+        if unfused:
+            # DeepSpeed allocates these moments with a step on zero gradients, which would count as a step.
+            self._engine.optimizer.optimizer.state.clear()
+
+    def _unfused_masters(self) -> dict[int, Tensor]:
+        """Float32 weights by id of the bf16 parameter, where DeepSpeed keeps plain lists of both (ZeRO 0)."""
+        wrapper = self._engine.optimizer
+        if self._config.precision == "fp32" or self._zero_stage > 0:
+            return {}
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        return {id(low): full for lows, fulls in pairs for low, full in zip(lows, fulls, strict=True)}
+
+    @property
+    def _zero_stage(self) -> int:
+        return self._settings["zero_optimization"]["stage"]
+
+    def save(self, directory: Path, step: int, client: dict[str, Any]) -> None:
+        """Write the resumable state of `step`; the one before it is removed only once this one is whole."""
+        tag = f"step-{step}"
+        self._engine.save_checkpoint(str(directory), tag=tag, client_state=client, save_latest=False)
+        ranks.barrier()
+        if ranks.is_main():
+            pointer = {"tag": tag, "world_size": ranks.world_size(), "zero_stage": self._zero_stage}
+            partial = directory / "latest.json.partial"
+            partial.write_text(json.dumps(pointer), encoding="utf-8")
+            partial.replace(directory / "latest.json")
+            for old in directory.glob("step-*"):
+                if old.name != tag:
+                    shutil.rmtree(old)
+        ranks.barrier()
+
+    def load(self, directory: Path) -> dict[str, Any] | None:
+        """Continue from the newest whole state in `directory`; None where there is none.
+
+        Raises:
+            ConfigError: the state was written by another number of ranks or another ZeRO stage.
+        """
+        try:
+            pointer = json.loads((directory / "latest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        now = {"world_size": ranks.world_size(), "zero_stage": self._zero_stage}
+        for name, value in now.items():
+            if pointer[name] != value:
+                raise ConfigError(
+                    f"{directory} was written with {name} {pointer[name]}, this run has {value}; "
+                    "continue it as it was started, or remove that directory to start the stage again"
+                )
+        _, client = self._engine.load_checkpoint(str(directory), tag=pointer["tag"])
+        return client
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's buffers and hooks, so that another stage can follow in this process."""
+        self._engine.destroy()
+
+
+def parameter_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter, also where ZeRO 3 left this rank an empty husk of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _optimizer(model: nn.Module, config: EngineConfig, stage: StageConfig) -> torch.optim.Optimizer:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if stage.decay_all:
+        groups = [{"params": [p for _, p in trained], "weight_decay": stage.weight_decay}]
+    else:
+        # Biases and LayerNorm weights are the vectors.
+        groups = [
+            {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": stage.weight_decay},
+            {"params": [p for _, p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+    settings: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": 1e-8}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    if not torch.cuda.is_available():
+        raise ConfigError(f"engine.optimizer {config.optimizer!r} needs a GPU; use 'adamw' here")
+    if config.precision == "bf16" and config.zero_stage == 0:
+        raise ConfigError(f"engine.optimizer {config.optimizer!r} in bf16 needs engine.zero_stage 1, 2 or 3")
+    if config.optimizer == "deepspeed-adam":
+        return _deepspeed().ops.adam.FusedAdam(groups, adam_w_mode=True, **settings)
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise ConfigError(
+            "engine.optimizer 'apex-adam' needs NVIDIA apex, which is built from its own repository; "
+            f"the PyPI package called apex is an unrelated web toolkit ({error})"
+        ) from error
+    return FusedAdam(groups, adam_w_mode=True, **settings)

@@ -1,0 +1,296 @@
+"""The one training loop. A stage brings its model, data, losses and evaluation; the loop does the rest."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ranks
+from .config import RunConfig, StageConfig, StageName
+from .engine import Engine
+from .progress import StageProgress, peak_flops, say
+from .rundir import RunDirectory
+
+# Dev metrics whose best epoch is kept as a checkpoint of its own.
+CRITERIA = {
+    "mean": "mean",
+    "sst": "sst_accuracy",
+    "quora": "quora_accuracy",
+    "sts": "sts_pearson",
+}
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss became infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass takes, and how much of the training data it holds (on this rank)."""
+
+    data: Any
+    examples: int
+    tokens: int
+
+
+class Stage(ABC):
+    """A stage as the loop sees it."""
+
+    name: StageName
+    loss_names: tuple[str, ...]
+    engine: Engine
+    flops_per_token: float
+
+    @abstractmethod
+    def plan(self, epoch: int) -> list[Any]:
+        """The epoch's optimizer steps, in order, as this rank sees them; equally many in every epoch."""
+
+    @abstractmethod
+    def micro_batches(self, steps: list[Any], epoch: int) -> Iterator[list[MicroBatch]]:
+        """Each step's micro-batches, ready on this rank's device."""
+
+    @abstractmethod
+    def losses(self, data: Any) -> dict[str, Tensor]:
+        """Forward pass: the scalar losses by name, scaled as `task_losses` says."""
+
+    @abstractmethod
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The scalar to minimise."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float] | None:
+        """Dev metrics, the same on every rank; None for a stage that has none."""
+
+    @abstractmethod
+    def save(self, directory: Path, state: dict[str, Tensor]) -> None:
+        """Write the checkpoint of `state` (every weight in float32); called on rank 0 only."""
+
+
+@dataclass
+class Position:
+    """Where a stage stands; saved with its state, so that a continued run repeats the uninterrupted one."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    examples: float = 0.0
+    tokens: float = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    best: dict[str, dict[str, Any]] = field(default_factory=dict)
+    epochs_without_gain: int = 0
+
+
+def learning_rate_at(stage: StageConfig, step: int, total_steps: int) -> float:
+    """Learning rate of the step with index `step`: linear warm-up, then constant, linear or cosine decay."""
+    warmup = round(stage.warmup_fraction * total_steps)
+    if step < warmup:
+        return stage.learning_rate * (step + 1) / warmup
+    left = (total_steps - step) / max(total_steps - warmup, 1)
+    if stage.schedule == "linear":
+        return stage.learning_rate * left
+    if stage.schedule == "cosine":
+        return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    return stage.learning_rate
+
+
+def seed_for(*parts: int) -> int:
+    """One 63-bit seed from several integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def run_stage(stage: Stage, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    """Train one stage to its end, from its newest saved state if there is one, and return its result."""
+    return _Loop(stage, config, run).run()
+
+
+class _Loop:
+    def __init__(self, stage: Stage, config: RunConfig, run: RunDirectory) -> None:
+        self.stage, self.config, self.run_directory = stage, config, run
+        self.settings = config.stage(stage.name)
+        self.directory = run.stage(stage.name)
+        self.state_directory = self.directory / "state"
+        client = stage.engine.load(self.state_directory)
+        self.at = Position(**client["position"]) if client else Position()
+        self.steps_per_epoch = len(stage.plan(0))
+        whole = self.steps_per_epoch * self.settings.epochs
+        self.total_steps = min(whole, self.settings.max_steps or whole)
+        self.pending: list[tuple[int, Tensor, int, int]] = []
+        if client:
+            say(f"{stage.name}: continuing after step {self.at.step} of {self.total_steps}")
+        run.rewind(stage.name, self.at.step)
+
+    def run(self) -> dict[str, Any]:
+        stage, at = self.stage, self.at
+        peak = peak_flops(torch.cuda.get_device_name()) if stage.engine.device.type == "cuda" else None
+        with StageProgress(stage.name, self.total_steps, at.step, stage.flops_per_token, peak) as progress:
+            self.progress = progress
+            while at.step < self.total_steps and not self._out_of_patience():
+                self._epoch()
+        return self._finish()
+
+    def _epoch(self) -> None:
+        at, stage = self.at, self.stage
+        stage.engine.train()
+        self.mark = time.perf_counter()
+        steps = stage.plan(at.epoch)[at.step_in_epoch :][: self.total_steps - at.step]
+        for micro_batches in stage.micro_batches(steps, at.epoch):
+            self._step(micro_batches)
+            if at.step % self.config.log_every == 0:
+                self._flush()
+            every = self.settings.checkpoint_every
+            if every and at.step % every == 0 and at.step_in_epoch < self.steps_per_epoch:
+                self._flush()
+                self._save_state()
+        self._flush()
+        if at.step_in_epoch == self.steps_per_epoch:
+            at.epoch, at.step_in_epoch = at.epoch + 1, 0
+        self._evaluate()
+        self._save_state()
+
+    def _step(self, micro_batches: list[MicroBatch]) -> None:
+        at, stage = self.at, self.stage
+        rate = learning_rate_at(self.settings, at.step, self.total_steps)
+        stage.engine.set_learning_rate(rate)
+        values, examples, tokens = 0.0, 0, 0
+        for index, batch in enumerate(micro_batches):
+            # Every draw of a forward pass follows from where it stands, so a continued run repeats it.
+            stage_number = list(type(self.config).__dataclass_fields__).index(stage.name)
+            torch.manual_seed(seed_for(self.config.seed, stage_number, at.step, index, ranks.rank()))
+            losses = stage.losses(batch.data)
+            stage.engine.step(stage.total(losses))
+            row = torch.stack([losses[name].detach() for name in stage.loss_names])
+            values = values + row / len(micro_batches)
+            examples, tokens = examples + batch.examples, tokens + batch.tokens
+        at.step, at.step_in_epoch = at.step + 1, at.step_in_epoch + 1
+        self.pending.append((at.step, values, examples, tokens))
+
+    def _flush(self) -> None:
+        """Read the losses of the steps since the last flush; only here does the host wait for the device."""
+        if not self.pending:
+            return
+        at, stage = self.at, self.stage
+        device = self.pending[0][1].device
+        counts = torch.tensor([[p[2], p[3]] for p in self.pending], dtype=torch.float64, device=device)
+        table = torch.cat([torch.stack([p[1] for p in self.pending]).double(), counts], dim=1)
+        rows = ranks.mean_over_ranks(table).tolist()
+        now = time.perf_counter()
+        seconds, self.mark = now - self.mark, now
+        world = ranks.world_size()
+        examples, tokens = (sum(row[i] for row in rows) * world for i in (-2, -1))
+        records = []
+        for (step, *_), row in zip(self.pending, rows, strict=True):
+            losses = dict(zip(stage.loss_names, row, strict=False))
+            for name, value in losses.items():
+                if not math.isfinite(value):
+                    raise NonFiniteLoss(
+                        f"{stage.name}: the {name} loss is {value} at step {step}; {self._last_good()}"
+                    )
+            loss = self._weighted(losses)
+            if at.first_loss is None:
+                at.first_loss = loss
+            at.last_loss = loss
+            records.append(
+                {
+                    "kind": "step",
+                    "stage": stage.name,
+                    "step": step,
+                    "epoch": (step - 1) // self.steps_per_epoch,
+                    "loss": loss,
+                    "losses": losses,
+                    "learning_rate": learning_rate_at(self.settings, step - 1, self.total_steps),
+                    "examples_per_s": examples / seconds,
+                    "tokens_per_s": tokens / seconds,
+                }
+            )
+        at.examples, at.tokens = at.examples + examples, at.tokens + tokens
+        at.train_seconds, at.seconds = at.train_seconds + seconds, at.seconds + seconds
+        self.pending = []
+        self.run_directory.append(records)
+        self.progress.update(at.step, records[-1]["losses"], examples, tokens)
+
+    def _weighted(self, losses: dict[str, float]) -> float:
+        return float(self.stage.total({k: torch.tensor(v, dtype=torch.float64) for k, v in losses.items()}))
+
+    def _last_good(self) -> str:
+        if (self.state_directory / "latest.json").exists():
+            return f"the last good state is in {self.state_directory}; lower {self.stage.name}.learning_rate"
+        return f"no state had been saved yet; lower {self.stage.name}.learning_rate and start again"
+
+    def _evaluate(self) -> None:
+        at, stage = self.at, self.stage
+        started = time.perf_counter()
+        stage.engine.train(False)
+        metrics = stage.evaluate()
+        if metrics is not None:
+            record = {
+                "kind": "eval",
+                "stage": stage.name,
+                "step": at.step,
+                "epoch": at.epoch,
+                "metrics": metrics,
+            }
+            self.run_directory.append([record])
+            say(f"{stage.name} epoch {at.epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+            self._keep_best(metrics)
+        at.seconds += time.perf_counter() - started
+        self.progress.rest()
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        at = self.at
+        risen = [
+            name
+            for name, metric in CRITERIA.items()
+            if name not in at.best or metrics[metric] > at.best[name]["value"]
+        ]
+        at.epochs_without_gain = 0 if "mean" in risen else at.epochs_without_gain + 1
+        if not risen:
+            return
+        state = self.stage.engine.state_dict()
+        for name in risen:
+            at.best[name] = {"value": metrics[CRITERIA[name]], "epoch": at.epoch, "metrics": metrics}
+            if ranks.is_main():
+                self.stage.save(self.directory / f"best-{name}", state)
+
+    def _out_of_patience(self) -> bool:
+        patience = getattr(self.settings, "patience", None)
+        return patience is not None and self.at.epochs_without_gain >= patience
+
+    def _save_state(self) -> None:
+        started = time.perf_counter()
+        self.stage.engine.save(self.state_directory, self.at.step, {"position": asdict(self.at)})
+        self.at.seconds += time.perf_counter() - started
+        self.mark = time.perf_counter()
+        self.progress.rest()
+
+    def _finish(self) -> dict[str, Any]:
+        at, stage = self.at, self.stage
+        state = stage.engine.state_dict()
+        if ranks.is_main():
+            stage.save(self.directory / "last", state)
+        seconds = max(at.train_seconds, 1e-9)
+        result = {
+            "summary": {
+                "seconds": at.seconds,
+                "steps": at.step,
+                "examples_per_s": at.examples / seconds,
+                "tokens_per_s": at.tokens / seconds,
+                "first_loss": at.first_loss,
+                "last_loss": at.last_loss,
+            },
+            "best": at.best,
+        }
+        self.run_directory.finish_stage(stage.name, result)
+        self.run_directory.summarize(stages={stage.name: result["summary"]})
+        return result

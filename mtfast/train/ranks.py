@@ -1,0 +1,97 @@
+"""The processes of a run: who this one is, and the few collectives the stages need."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def prepare_environment() -> None:
+    """Complete what a launcher would have set, so that plain `python -m mtfast` is a run of one rank.
+
+    On a CPU the cores are shared out among the ranks of this machine unless OMP_NUM_THREADS says otherwise.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        values = ("0", "1", "0", "127.0.0.1", str(port))
+        os.environ.update(dict(zip(_RENDEZVOUS, values, strict=True)))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        if local > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise mean of `values` over the ranks, as float64 on the host."""
+    values = values.detach().double()
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values.cpu()
+
+
+def sum_over_ranks(values: torch.Tensor) -> None:
+    """Add up `values` over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value` (anything that pickles), in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def main_first(make: Any) -> Any:
+    """Call `make()` on rank 0 before the others, so that only one process fills a cache.
+
+    A failure on rank 0 is raised on every rank instead of leaving the others waiting.
+    """
+    result, failure = None, None
+    if is_main():
+        try:
+            result = make()
+        except Exception as error:  # re-raised below, on every rank
+            failure = error
+    failure = broadcast(failure)
+    if failure is not None:
+        raise failure
+    return result if is_main() else make()

@@ -1,0 +1,120 @@
+"""The run directory: whose it is, its metrics as JSON lines, and each stage's results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import ranks
+from .config import ConfigError, RunConfig, to_dict, to_yaml
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+
+
+class RunDirectory:
+    """Files of one run. Only rank 0 writes; what it writes appears whole or not at all."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = config.path
+        if ranks.is_main():
+            self._claim(config)
+        ranks.barrier()
+
+    def _claim(self, config: RunConfig) -> None:
+        existing = self.path / CONFIG
+        if existing.exists():
+            try:
+                owner = yaml.safe_load(existing.read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{existing} cannot be read: {error}") from error
+            if differences := list(_differences(owner or {}, to_dict(config))):
+                raise ConfigError(
+                    f"{self.path} belongs to a run with another configuration:\n  "
+                    + "\n  ".join(differences)
+                    + "\nChoose another --run-dir, or remove that directory."
+                )
+            return
+        if self.path.is_dir() and any((self.path / name).exists() for name in (METRICS, SUMMARY)):
+            raise ConfigError(
+                f"{self.path} holds another run's files but no {CONFIG}; choose another --run-dir"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(existing, to_yaml(config))
+
+    def stage(self, name: str) -> Path:
+        return self.path / name
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a finished stage left: its summary and its best epochs; None if it has not finished."""
+        path = self.stage(name) / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def finish_stage(self, name: str, result: dict[str, Any]) -> None:
+        """Record a stage as finished and drop its resumable state, which nothing needs any more."""
+        if ranks.is_main():
+            write_json(self.stage(name) / "result.json", result)
+            shutil.rmtree(self.stage(name) / "state", ignore_errors=True)
+        ranks.barrier()
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Add lines to metrics.jsonl."""
+        if ranks.is_main() and records:
+            with open(self.path / METRICS, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what metrics.jsonl says of `stage` after `step`: those steps are about to run again."""
+        path = self.path / METRICS
+        if ranks.is_main() and path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a line cut off by the interruption
+                    record = json.loads(line)
+                    if record["stage"] != stage or record["step"] <= step:
+                        kept.append(line)
+            write_text(path, "".join(line + "\n" for line in kept))
+        ranks.barrier()
+
+    def summarize(self, **entries: Any) -> dict[str, Any]:
+        """Merge entries into summary.json and return it."""
+        path = self.path / SUMMARY
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for key, value in entries.items():
+            both = isinstance(value, dict) and isinstance(summary.get(key), dict)
+            summary[key] = {**summary[key], **value} if both else value
+        if ranks.is_main():
+            write_json(path, summary)
+        return summary
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: to a neighbour first, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _differences(owner: Any, config: Any, prefix: str = "") -> Iterator[str]:
+    for key in sorted(set(owner) | set(config)):
+        name = f"{prefix}{key}"
+        if key == "run_dir" and not prefix:
+            continue  # the same directory may be reached by another path
+        was, now = owner.get(key), config.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f"{name}.")
+        elif was != now:
+            yield f"{name}: {was!r} there, {now!r} here"
