@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from mtfast.data.cache import Sequences, SpecialTokens, TokenizedTask, gather_indices
+from mtfast.data.cache import TokenizedTask
+from mtfast.data.tokens import Sequences, SpecialTokens, gather_indices, offsets_of
 
 if TYPE_CHECKING:
     from mtfast.data.reviews import ReviewSamples
@@ -177,7 +178,7 @@ def _pack(
     chunk = longest or max_length
     fillers = np.minimum(np.full(-(-filler // chunk), chunk), filler - chunk * np.arange(-(-filler // chunk)))
     lengths = np.concatenate([lengths, fillers])
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    cu_seqlens = offsets_of(lengths)
     within = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
 
     input_ids = np.full(cu_seqlens[-1], special.pad, np.int32)

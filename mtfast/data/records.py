@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 FILE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 SPLIT_NAMES = {
@@ -24,14 +24,12 @@ class DataError(ValueError):
     """Data that cannot be used. The message names the file and, where there is one, the line."""
 
 
-class MissingDataError(DataError):
-    """A file or split that is not there at all."""
-
-
 @dataclass(frozen=True)
 class Record:
-    """One row: its line or row number (from 1), and its values by column, or why it could not be read."""
+    """One row: its file or split, its line or row number (from 1), and its values by column, or why it could
+    not be read."""
 
+    file: str
     line: int
     values: dict[str, Any]
     problem: str | None = None
@@ -45,6 +43,20 @@ class Records:
     columns: list[str]
     rows: list[Record]
 
+    def find(self, names: tuple[str, ...]) -> str | None:
+        """The column that goes by the first of ``names`` there is, upper or lower case, or None."""
+        by_lower = {column.lower(): column for column in self.columns}
+        return next((by_lower[name] for name in names if name in by_lower), None)
+
+    def require(self, names: tuple[str, ...]) -> str:
+        """As `find`, but DataError names the file, the column wanted and the columns found."""
+        column = self.find(names)
+        if column is None:
+            others = f" (or {', '.join(names[1:])})" if names[1:] else ""
+            found = ", ".join(repr(name) for name in self.columns) or "none"
+            raise DataError(f"{self.origin}: no column {names[0]!r}{others}; columns found: {found}")
+        return column
+
 
 def read_file(path: Path, delimiter: str | None = None) -> Records:
     """Reads one Parquet, CSV/TSV or JSON-lines file; the suffix decides which.
@@ -53,7 +65,7 @@ def read_file(path: Path, delimiter: str | None = None) -> Records:
     Raises DataError if the file is missing, of another kind, not UTF-8, or not readable as what it claims.
     """
     if not path.is_file():
-        raise MissingDataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(path)
@@ -64,53 +76,107 @@ def read_file(path: Path, delimiter: str | None = None) -> Records:
     raise DataError(f"{path}: unknown kind of file; known are {', '.join(FILE_SUFFIXES)}")
 
 
-def read_directory(directory: Path, split: str) -> Records:
-    """Reads one split of a local data set: `save_to_disk` output, or files named after their split.
+def read_split(source: str | Path, split: str) -> Records:
+    """Reads one split ("train", "dev" or "test") of a source.
 
-    Files are ``<split>*.<suffix>`` in the directory or its ``data`` folder, where dev may also be called
-    validation, valid or val; several shards of one split are read in the order of their names.
+    A source is one file (whatever the split); a directory with `save_to_disk` output, or with files
+    ``<split>*.<suffix>`` in it or its ``data`` folder; or the name of a Hugging Face data set, ``owner/name``
+    or ``owner/name:config``. The dev split may also be called validation, valid or val.
     """
-    if any((directory / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _read_saved(directory, split)
-    names = SPLIT_NAMES[split]
-    shards = [
+    kind, path = _kind(source)
+    if kind == "file":
+        return read_file(path)
+    if kind == "files":
+        names = SPLIT_NAMES[split]
+        shards = [file for file in _data_files(path) if file.name.lower().startswith(names)]
+        if not shards:
+            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
+            raise DataError(
+                f"{path}: no file for the {split} split; wanted {' or '.join(f'{name}*' for name in names)} "
+                f"with one of the suffixes {', '.join(FILE_SUFFIXES)}; the directory holds {found}"
+            )
+        return _joined(f"{path} ({split})", [read_file(shard) for shard in shards])
+    available = _load_splits(kind, source)
+    for candidate in (*SPLIT_NAMES[split], ""):
+        if candidate in available:
+            return available[candidate]
+    raise DataError(
+        f"{source}: no {split} split; wanted {' or '.join(SPLIT_NAMES[split])}, found {', '.join(available)}"
+    )
+
+
+def read_every_split(source: str | Path) -> list[Records]:
+    """Reads all of a source of the kinds that `read_split` takes, one `Records` for each file or split."""
+    kind, path = _kind(source)
+    if kind == "file":
+        return [read_file(path)]
+    if kind == "files":
+        files = _data_files(path)
+        if not files:
+            raise DataError(f"{path}: no file with one of the suffixes {', '.join(FILE_SUFFIXES)}")
+        return [read_file(file) for file in files]
+    return list(_load_splits(kind, source).values())
+
+
+def _kind(source: str | Path) -> tuple[Literal["file", "files", "saved", "hub"], Path]:
+    """What a source is, and its path (meaningless for a data set of the hub)."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        return ("saved" if saved else "files"), path
+    looks_like_path = path.suffix.lower() in FILE_SUFFIXES or str(source).startswith(("/", ".", "~"))
+    return ("file" if path.is_file() or looks_like_path else "hub"), path
+
+
+def _data_files(directory: Path) -> list[Path]:
+    return [
         path
         for folder in (directory, directory / "data")
         if folder.is_dir()
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in FILE_SUFFIXES and path.name.lower().startswith(names)
+        if path.suffix.lower() in FILE_SUFFIXES and path.is_file()
     ]
-    if not shards:
-        wanted = " or ".join(f"{name}*" for name in names)
-        found = ", ".join(sorted(path.name for path in directory.iterdir())[:12]) or "nothing"
-        raise MissingDataError(
-            f"{directory}: no file for the {split} split; wanted {wanted} with one of the suffixes "
-            f"{', '.join(FILE_SUFFIXES)}; the directory holds {found}"
-        )
-    parts = [read_file(path) for path in shards]
-    if len(parts) == 1:
-        return parts[0]
+
+
+def _joined(origin: str, parts: list[Records]) -> Records:
+    """Several shards as one; they must have the same columns."""
     for part in parts[1:]:
         if part.columns != parts[0].columns:
-            raise DataError(f"{part.origin}: columns {part.columns} differ from {parts[0].columns}")
-    rows = [row for part in parts for row in part.rows]
-    numbered = [Record(number, row.values, row.problem) for number, row in enumerate(rows, start=1)]
-    return Records(f"{directory} ({split}, {len(parts)} files)", parts[0].columns, numbered)
+            raise DataError(
+                f"{part.origin}: columns {part.columns} differ from {parts[0].columns} in {parts[0].origin}"
+            )
+    if len(parts) == 1:
+        return parts[0]
+    return Records(origin, parts[0].columns, [row for part in parts for row in part.rows])
 
 
-def read_hub(name: str, split: str) -> Records:
-    """Reads one split of a Hugging Face data set, ``owner/name`` or ``owner/name:config``."""
+def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str, Records]:
+    """Every split by name; a saved data set without splits has the one name ""."""
     import datasets
 
-    path, _, config = name.partition(":")
+    name, _, config = str(source).partition(":")
     try:
-        available = datasets.load_dataset(path, config or None)
-    except Exception as error:  # the loader raises many kinds, and all mean the same to the caller
-        raise DataError(
-            f"{name}: neither a file or directory here nor a Hugging Face data set that could be loaded "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    return _from_dataset(_pick_split(available, split, name), f"{name} ({split})")
+        loaded = (
+            datasets.load_from_disk(str(Path(source).expanduser()))
+            if kind == "saved"
+            else datasets.load_dataset(name, config or None)
+        )
+    except Exception as error:  # the loaders raise many kinds, and all mean the same to the caller
+        what = (
+            "not a readable saved data set"
+            if kind == "saved"
+            else "neither a file or directory here nor a Hugging Face data set that could be loaded"
+        )
+        raise DataError(f"{source}: {what} ({type(error).__name__}: {error})") from error
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"": loaded}
+    return {
+        str(split): _from_columns(
+            f"{source} ({split})" if split else str(source),
+            {column: list(data[column]) for column in data.column_names},
+        )
+        for split, data in loaded.items()
+    }
 
 
 def decode_utf8(path: Path) -> str:
@@ -142,11 +208,13 @@ def _read_delimited(path: Path, delimiter: str | None) -> Records:
     rows = []
     for line, fields in records:
         if isinstance(fields, str):
-            rows.append(Record(line, {}, fields))
+            rows.append(Record(str(path), line, {}, fields))
         elif len(fields) != len(columns):
-            rows.append(Record(line, {}, f"{len(fields)} fields where the header has {len(columns)}"))
+            rows.append(
+                Record(str(path), line, {}, f"{len(fields)} fields where the header has {len(columns)}")
+            )
         else:
-            rows.append(Record(line, dict(zip(columns, fields, strict=True))))
+            rows.append(Record(str(path), line, dict(zip(columns, fields, strict=True))))
     return Records(str(path), columns, rows)
 
 
@@ -177,13 +245,13 @@ def _read_json_lines(path: Path) -> Records:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            rows.append(Record(line, {}, f"not JSON: {error.msg} at column {error.colno}"))
+            rows.append(Record(str(path), line, {}, f"not JSON: {error.msg} at column {error.colno}"))
             continue
         if not isinstance(values, dict):
-            rows.append(Record(line, {}, "not a JSON object; one object on each line is expected"))
+            rows.append(Record(str(path), line, {}, "not a JSON object; one object on each line is expected"))
             continue
         columns.update(dict.fromkeys(values))
-        rows.append(Record(line, values))
+        rows.append(Record(str(path), line, values))
     return Records(str(path), list(columns), rows)
 
 
@@ -198,37 +266,10 @@ def _read_parquet(path: Path) -> Records:
     return _from_columns(str(path), {name: table[name].to_pylist() for name in table.column_names})
 
 
-def _read_saved(directory: Path, split: str) -> Records:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(directory))
-    except Exception as error:
-        raise DataError(f"{directory}: not a readable saved data set ({error})") from error
-    return _from_dataset(_pick_split(saved, split, str(directory)), f"{directory} ({split})")
-
-
-def _pick_split(available: Any, split: str, name: str) -> Any:
-    import datasets
-
-    if isinstance(available, datasets.Dataset):
-        return available
-    for candidate in SPLIT_NAMES[split]:
-        if candidate in available:
-            return available[candidate]
-    raise DataError(
-        f"{name}: no {split} split; wanted {' or '.join(SPLIT_NAMES[split])}, found {', '.join(available)}"
-    )
-
-
-def _from_dataset(dataset: Any, origin: str) -> Records:
-    return _from_columns(origin, {name: list(dataset[name]) for name in dataset.column_names})
-
-
 def _from_columns(origin: str, columns: dict[str, list[Any]]) -> Records:
     names = list(columns)
     rows = [
-        Record(number, dict(zip(names, values, strict=True)))
+        Record(origin, number, dict(zip(names, values, strict=True)))
         for number, values in enumerate(zip(*columns.values(), strict=True), start=1)
     ]
     return Records(origin, names, rows)

@@ -8,13 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 from mtfast.data.records import (
-    FILE_SUFFIXES,
     SPLIT_NAMES,
     DataError,
     Records,
-    read_directory,
     read_file,
-    read_hub,
+    read_split,
 )
 
 Split = Literal["train", "dev", "test"]
@@ -135,46 +133,32 @@ def read_task(
 
 
 def _read_source(task: Task, source: str | Path, split: str) -> Records:
-    path = Path(source)
-    if path.is_dir():
-        if next(path.glob(f"{task.file_prefix}-*.csv"), None) is None:
-            return read_directory(path, split)
-        stems = ["test-student", "test"] if split == "test" else [split]
-        candidates = [path / f"{task.file_prefix}-{stem}.csv" for stem in stems]
-        return read_file(next((c for c in candidates if c.is_file()), candidates[0]), delimiter="\t")
-    looks_like_path = path.suffix.lower() in FILE_SUFFIXES or str(source).startswith(("/", ".", "~"))
-    if path.is_file() or looks_like_path:
-        return read_file(path.expanduser())
-    return read_hub(str(source), split)
-
-
-def _find_column(records: Records, wanted: str, aliases: tuple[str, ...]) -> str | None:
-    by_lower = {name.lower(): name for name in records.columns}
-    return next((by_lower[name] for name in (wanted, *aliases) if name in by_lower), None)
-
-
-def _require_column(records: Records, wanted: str, aliases: tuple[str, ...]) -> str:
-    name = _find_column(records, wanted, aliases)
-    if name is None:
-        others = f" (or {', '.join(aliases)})" if aliases else ""
-        found = ", ".join(repr(column) for column in records.columns) or "none"
-        raise DataError(f"{records.origin}: no column {wanted!r}{others}; columns found: {found}")
-    return name
+    path = Path(source).expanduser()
+    if not path.is_dir() or next(path.glob(f"{task.file_prefix}-*.csv"), None) is None:
+        return read_split(source, split)
+    stems = ["test-student", "test"] if split == "test" else [split]
+    names = [f"{task.file_prefix}-{stem}.csv" for stem in stems]
+    for name in names:
+        if (path / name).is_file():
+            return read_file(path / name, delimiter="\t")
+    found = ", ".join(sorted(file.name for file in path.glob(f"{task.file_prefix}-*.csv")))
+    raise DataError(f"{path}: no {split} file of {task.name}: wanted {' or '.join(names)}, found {found}")
 
 
 def _build_table(task: Task, split: str, records: Records, strict: bool) -> TaskTable:
     if not records.rows:
         raise DataError(f"{records.origin}: no rows")
     text_columns = [
-        _require_column(records, wanted, aliases)
+        records.require((wanted, *aliases))
         for wanted, aliases in zip(task.text_columns, task.text_aliases, strict=True)
     ]
-    label_column = _find_column(records, task.label_column, task.label_aliases)
+    label_names = (task.label_column, *task.label_aliases)
+    label_column = records.find(label_names)
     if split == "test" and (label_column is None or _labels_withheld(records, label_column)):
         label_column = None
     elif label_column is None:
-        label_column = _require_column(records, task.label_column, task.label_aliases)
-    id_column = next((name for name in _ID_ALIASES if name in records.columns), None)
+        label_column = records.require(label_names)
+    id_column = records.find(_ID_ALIASES)
 
     ids: list[str] = []
     texts: list[list[str]] = [[] for _ in text_columns]
@@ -187,11 +171,11 @@ def _build_table(task: Task, split: str, records: Records, strict: bool) -> Task
             sentences = [_sentence(row.values.get(name), name) for name in text_columns]
             label = None if label_column is None else _label(row.values.get(label_column), label_column, task)
         except _UnusableRowError as problem:
-            skipped.append(SkippedRow(records.origin, row.line, str(problem)))
+            skipped.append(SkippedRow(row.file, row.line, str(problem)))
             if strict:
                 raise DataError(f"{skipped[-1]} (strict: rows are not skipped)") from None
             continue
-        ids.append(str(row.line - 1) if id_column is None else str(row.values[id_column]).strip())
+        ids.append(str(len(ids)) if id_column is None else str(row.values[id_column]).strip())
         for column, sentence in zip(texts, sentences, strict=True):
             column.append(sentence)
         if label is not None:

@@ -1,0 +1,314 @@
+"""Pre-training samples from movie reviews: sentence pairs, half of them from two different reviews."""
+
+import itertools
+import re
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencex
+
+from mtfast.data.arrow_cache import Arrays, Notes, cache_key, cached
+from mtfast.data.cache import check_max_length, from_arrays, to_arrays
+from mtfast.data.records import DataError, read_every_split
+from mtfast.data.tasks import RowAccount, SkippedRow
+from mtfast.data.tokens import (
+    Pieces,
+    Sequences,
+    SpecialTokens,
+    assemble_pairs,
+    offsets_of,
+    tokenize_texts,
+)
+
+_TEXT_COLUMNS = ("text", "review", "sentence")
+_LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ReviewTable:
+    """The usable reviews of a source, cleaned of `<br />` tags, in input order."""
+
+    source: str
+    texts: list[str]
+    account: RowAccount
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class ReviewAccount:
+    """What became of the reviews: how many were read, used and skipped; samples made of them; reviews of a
+    single sentence, whose B always is from another review; sentences cut into runs because two of their
+    length do not fit; samples cut to the maximum length after B was taken from another review."""
+
+    rows: RowAccount
+    samples: int
+    single_sentence_reviews: int
+    long_sentences: int
+    truncated: int
+
+    def summary(self) -> str:
+        """For people: one line, and one more for each skipped row."""
+        head, *skipped = self.rows.summary().split("\n")
+        head = (
+            f"{head}; {self.samples:,} samples; {self.single_sentence_reviews:,} reviews of one sentence, "
+            f"{self.long_sentences:,} long sentences cut into runs, {self.truncated:,} samples truncated"
+        )
+        return "\n".join([head, *skipped])
+
+
+@dataclass(frozen=True)
+class ReviewSamples:
+    """Pre-training samples `[CLS] A [SEP] B [SEP]`.
+
+    nsp_labels: int64 [samples], 0 where B follows A, 1 where it is from another review.
+    candidates: int64 [samples], tokens that may be masked (not special).
+    reviews: int64 [samples], the review (index in its table) that A is from.
+    """
+
+    sequences: Sequences
+    nsp_labels: np.ndarray
+    candidates: np.ndarray
+    reviews: np.ndarray
+    max_length: int
+    special: SpecialTokens
+    account: ReviewAccount
+
+    def __len__(self) -> int:
+        return len(self.nsp_labels)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [sum of lengths]"""
+        return self.sequences.tokens
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """int64 [samples + 1]"""
+        return self.sequences.offsets
+
+    @property
+    def segment_b_start(self) -> np.ndarray:
+        """int32 [samples]: where token type 1 begins."""
+        return self.sequences.segment_b_start
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 [samples]."""
+        return self.sequences.lengths
+
+    def masked_counts(self, mlm_probability: float) -> np.ndarray:
+        """Tokens that "exact" masking chooses in each sample: max(1, floor(p * candidates + 1/2)), or 0
+        where there is no candidate. int64 [samples]."""
+        chosen = np.floor(mlm_probability * self.candidates + 0.5).astype(np.int64)
+        return np.where(self.candidates > 0, np.maximum(chosen, 1), 0)
+
+    def summary(self) -> str:
+        """The account, for people."""
+        return self.account.summary()
+
+
+def read_reviews(source: str | Path, limit: int | None = None) -> ReviewTable:
+    """Reads the reviews of a Parquet/CSV/JSON-lines file, a data set directory or a Hugging Face data set.
+
+    Every split is read. The column is `text`, `review` or `sentence`. ``limit`` keeps that many reviews,
+    evenly spaced, since these data sets come sorted by label. Reviews without text are skipped and listed.
+    Raises DataError for a missing source or column and when no review is left.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, found {limit}")
+    texts: list[str] = []
+    skipped: list[SkippedRow] = []
+    parts = read_every_split(source)
+    rows = [(part, row) for part in parts for row in part.rows]
+    kept = (
+        rows if limit is None or limit >= len(rows) else [rows[i * len(rows) // limit] for i in range(limit)]
+    )
+    columns = {part.origin: part.require(_TEXT_COLUMNS) for part in parts}
+    for part, row in kept:
+        text = row.values.get(columns[part.origin])
+        if row.problem is not None:
+            skipped.append(SkippedRow(row.file, row.line, row.problem))
+        elif not isinstance(text, str) or not (text := _LINE_BREAK.sub("\n", text).strip()):
+            skipped.append(SkippedRow(row.file, row.line, f"empty {columns[part.origin]}"))
+        else:
+            texts.append(text)
+    account = RowAccount(len(kept), len(texts), skipped)
+    if not texts:
+        raise DataError(f"{source}: no usable review; {account.summary(3)}")
+    return ReviewTable(str(source), texts, account)
+
+
+def build_samples(
+    reviews: ReviewTable,
+    tokenizer: Any,
+    *,
+    max_length: int = 512,
+    seed: int,
+    cache_dir: str | Path | None = None,
+) -> ReviewSamples:
+    """Turns reviews into samples `[CLS] A [SEP] B [SEP]` of at most ``max_length`` tokens.
+
+    Each review is split into sentences (sentencex) and the sentences gathered into runs that fit; a run is
+    cut at a random sentence into A and B. Then half of the samples exchange their B's among each other, so
+    that each of them has B from another review while every sentence stays in use once. A run of a single
+    sentence gets a copy of a random sample's B and counts among that half. Everything follows from ``seed``.
+    With ``cache_dir`` the samples are kept in the Arrow cache. Raises DataError if fewer than two reviews
+    are left.
+    """
+    check_max_length(max_length)
+    special = SpecialTokens.of(tokenizer)
+
+    def build() -> tuple[Arrays, Notes]:
+        return _build(reviews, tokenizer, max_length, seed, special)
+
+    if cache_dir is None:
+        arrays, notes = build()
+    else:
+        settings = {"max_length": max_length, "seed": seed, "special": asdict(special)}
+        key = cache_key(tokenizer, [reviews.texts], settings)
+        arrays, notes = cached(Path(cache_dir), "reviews", key, build)
+    skipped = [
+        *reviews.account.skipped,
+        *(SkippedRow(reviews.source, row + 1, "no word pieces in it") for row in notes["without_pieces"]),
+    ]
+    rows = RowAccount(reviews.account.read, reviews.account.read - len(skipped), skipped)
+    return ReviewSamples(
+        from_arrays(arrays, notes),
+        arrays["nsp_labels"],
+        arrays["candidates"],
+        arrays["reviews"],
+        max_length,
+        special,
+        ReviewAccount(
+            rows, len(arrays["nsp_labels"]), notes["single"], notes["long_sentences"], notes["truncated"]
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Sentences:
+    """Sentence i is tokens[offsets[i] : offsets[i + 1]] and belongs to review[i]; none is empty."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    review: np.ndarray
+    long: int
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Samples to be: A is sentences begin to split, B is split to end (empty in a run of one sentence)."""
+
+    begin: np.ndarray
+    split: np.ndarray
+    end: np.ndarray
+    review: np.ndarray
+
+
+def _build(
+    reviews: ReviewTable, tokenizer: Any, max_length: int, seed: int, special: SpecialTokens
+) -> tuple[Arrays, Notes]:
+    random = np.random.default_rng([seed, zlib.crc32(b"next sentence")])
+    room = max_length - 3
+    sentences = _sentences(reviews.texts, tokenizer, room // 2)
+    runs = _runs(sentences, room, random)
+    owners = np.unique(runs.review)
+    if len(owners) < 2:
+        raise DataError(
+            f"{reviews.source}: {len(owners)} usable review; next-sentence prediction takes B from another "
+            "review and needs at least 2"
+        )
+    a = _pieces(sentences, runs.begin, runs.split)
+    b_begin, b_end, labels = _second_segments(runs, random)
+    sequences = assemble_pairs(a, _pieces(sentences, b_begin, b_end), max_length, special)
+    maskable = ~np.isin(sequences.tokens, special.all)
+    arrays, notes = to_arrays(sequences)
+    arrays["nsp_labels"] = labels
+    arrays["candidates"] = np.add.reduceat(maskable.astype(np.int64), sequences.offsets[:-1])
+    arrays["reviews"] = runs.review
+    sentences_of = np.bincount(sentences.review, minlength=len(reviews))
+    notes["single"] = int(np.count_nonzero(sentences_of == 1))
+    notes["without_pieces"] = np.flatnonzero(sentences_of == 0).tolist()
+    notes["long_sentences"] = sentences.long
+    return arrays, notes
+
+
+def _sentences(texts: list[str], tokenizer: Any, longest: int) -> _Sentences:
+    """The sentences of every review as word pieces; longer ones than ``longest`` become equal runs."""
+    split = [sentencex.segment("en", text) for text in texts]
+    review = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])
+    pieces = tokenize_texts(tokenizer, [sentence for sentences in split for sentence in sentences])
+    parts = -(-pieces.counts // longest)  # 0 for a sentence without word pieces
+    part = np.arange(parts.sum()) - np.repeat(offsets_of(parts)[:-1], parts)
+    counts, of = np.repeat(pieces.counts, parts), np.repeat(parts, parts)
+    lengths = (part + 1) * counts // of - part * counts // of
+    return _Sentences(
+        pieces.tokens, offsets_of(lengths), np.repeat(review, parts), int(np.count_nonzero(parts > 1))
+    )
+
+
+def _runs(sentences: _Sentences, room: int, random: np.random.Generator) -> _Runs:
+    """Consecutive sentences of one review that fit in ``room``, two or more wherever that can be had."""
+    lengths = np.diff(sentences.offsets).tolist()
+    edges = [*np.flatnonzero(np.diff(sentences.review, prepend=-1)).tolist(), len(lengths)]
+    begins: list[int] = []
+    for first, last in itertools.pairwise(edges):
+        begins.append(first)
+        filled = 0
+        for index in range(first, last):
+            if filled + lengths[index] > room:
+                begins.append(index)
+                filled = 0
+            filled += lengths[index]
+        # A last run of one sentence takes another from the run before it, if that keeps two.
+        if begins[-1] == last - 1 and begins[-1] > first and begins[-1] - begins[-2] > 2:
+            begins[-1] -= 1
+    begin = np.asarray(begins, np.int64)
+    end = np.append(begin[1:], len(lengths))
+    split = begin + np.maximum(1, 1 + (random.random(len(begin)) * (end - begin - 1)).astype(np.int64))
+    return _Runs(begin, split, end, sentences.review[begin].astype(np.int64))
+
+
+def _second_segments(runs: _Runs, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sentences that each sample's B begins and ends with, and the next-sentence labels."""
+    b_begin, b_end = runs.split.copy(), runs.end.copy()
+    single = runs.split == runs.end
+    pairs = np.flatnonzero(~single)
+    wanted = max(len(single) // 2 - np.count_nonzero(single), 0)
+    chosen = random.permutation(pairs)[:wanted]
+
+    # In order of (shuffled) reviews, the sample as many places on as the largest review has samples is of
+    # another review: the chosen ones take each other's B along that shift, and none is lost.
+    shuffled = random.permutation(runs.review.max() + 1)
+    chosen = chosen[np.lexsort((chosen, shuffled[runs.review[chosen]]))]
+    largest = int(np.bincount(runs.review[chosen]).max(initial=0))
+    if len(chosen) >= 2 * largest:
+        donors = np.roll(chosen, -largest)
+        copied = np.flatnonzero(single)
+    else:
+        donors = chosen[:0]
+        copied = np.concatenate([np.flatnonzero(single), chosen])
+        chosen = donors
+    b_begin[chosen], b_end[chosen] = runs.split[donors], runs.end[donors]
+
+    # The others copy: from any sample outside the review's own, which stand together.
+    low = np.searchsorted(runs.review, runs.review[copied], "left")
+    high = np.searchsorted(runs.review, runs.review[copied], "right")
+    donor = (random.random(len(copied)) * (len(single) - (high - low))).astype(np.int64)
+    donor += np.where(donor >= low, high - low, 0)
+    b_begin[copied] = np.where(single[donor], runs.begin[donor], runs.split[donor])
+    b_end[copied] = runs.end[donor]
+    labels = np.zeros(len(single), np.int64)
+    labels[chosen] = labels[copied] = 1
+    return b_begin, b_end, labels
+
+
+def _pieces(sentences: _Sentences, begin: np.ndarray, end: np.ndarray) -> Pieces:
+    """The word pieces of sentences begin to end, as one run each."""
+    starts = sentences.offsets[begin]
+    return Pieces(sentences.tokens, starts, sentences.offsets[end] - starts)
