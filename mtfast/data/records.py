@@ -24,6 +24,10 @@ class DataError(ValueError):
     """Data that cannot be used. The message names the file and, where there is one, the line."""
 
 
+class MissingDataError(DataError):
+    """A file or split that is not there at all."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One row: its file or split, its line or row number (from 1), and its values by column, or why it could
@@ -65,7 +69,7 @@ def read_file(path: Path, delimiter: str | None = None) -> Records:
     Raises DataError if the file is missing, of another kind, not UTF-8, or not readable as what it claims.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise MissingDataError(f"{path}: no such file")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(path)
@@ -91,7 +95,7 @@ def read_split(source: str | Path, split: str) -> Records:
         shards = [file for file in _data_files(path) if file.name.lower().startswith(names)]
         if not shards:
             found = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
-            raise DataError(
+            raise MissingDataError(
                 f"{path}: no file for the {split} split; wanted {' or '.join(f'{name}*' for name in names)} "
                 f"with one of the suffixes {', '.join(FILE_SUFFIXES)}; the directory holds {found}"
             )
@@ -100,7 +104,7 @@ def read_split(source: str | Path, split: str) -> Records:
     for candidate in (*SPLIT_NAMES[split], ""):
         if candidate in available:
             return available[candidate]
-    raise DataError(
+    raise MissingDataError(
         f"{source}: no {split} split; wanted {' or '.join(SPLIT_NAMES[split])}, found {', '.join(available)}"
     )
 

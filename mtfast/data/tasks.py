@@ -10,6 +10,7 @@ import numpy as np
 from mtfast.data.records import (
     SPLIT_NAMES,
     DataError,
+    MissingDataError,
     Records,
     read_file,
     read_split,
@@ -142,7 +143,9 @@ def _read_source(task: Task, source: str | Path, split: str) -> Records:
         if (path / name).is_file():
             return read_file(path / name, delimiter="\t")
     found = ", ".join(sorted(file.name for file in path.glob(f"{task.file_prefix}-*.csv")))
-    raise DataError(f"{path}: no {split} file of {task.name}: wanted {' or '.join(names)}, found {found}")
+    raise MissingDataError(
+        f"{path}: no {split} file of {task.name}: wanted {' or '.join(names)}, found {found}"
+    )
 
 
 def _build_table(task: Task, split: str, records: Records, strict: bool) -> TaskTable:

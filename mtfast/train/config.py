@@ -59,8 +59,6 @@ class DataConfig:
     """Stop at the first row that cannot be used instead of counting and naming it."""
     cache_dir: str | None = None
     """Where tokenized data is kept; by default `cache/` in the run directory."""
-    workers: int = 2
-    """Processes that split and tokenize."""
 
     def source(self, task: str) -> str:
         return getattr(self, task) or self.tasks

@@ -62,7 +62,6 @@ def load_reviews(config: RunConfig, tokenizer: Any) -> ReviewSamples:
             max_length=config.data.review_max_length,
             seed=config.seed,
             cache_dir=cache_directory(config),
-            workers=config.data.workers,
         )
 
     samples = ranks.main_first(make)
