@@ -28,32 +28,24 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One run of a paper's experiment: its name and its figures on the test sets."""
-
-    name: str
-    paper: dict[str, float]
-
-
 def _figures(sst: float, quora: float, sts: float) -> dict[str, float]:
     return {"sst_accuracy": sst, "quora_accuracy": quora, "sts_pearson": sts, "mean": (sst + quora + sts) / 3}
 
 
 WITH_PRETRAINING = _figures(0.549, 0.858, 0.631)
-EXPERIMENTS: dict[str, tuple[str, dict[str, Variant]]] = {
+EXPERIMENTS: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
     "exp1": (
         "Exp-I: the flow without and with further pre-training",
         {
-            "without_pretraining": Variant("without pre-training", _figures(0.480, 0.851, 0.623)),
-            "with_pretraining": Variant("with pre-training", WITH_PRETRAINING),
+            "without pre-training": _figures(0.480, 0.851, 0.623),
+            "with pre-training": WITH_PRETRAINING,
         },
     ),
     "exp2": (
         "Exp-II: the simple and the LSTM sentiment head",
         {
-            "linear": Variant("softmax head", WITH_PRETRAINING),
-            "lstm": Variant("BiLSTM head", _figures(0.500, 0.859, 0.656)),
+            "linear head": WITH_PRETRAINING,
+            "LSTM head": _figures(0.500, 0.859, 0.656),
         },
     ),
 }
@@ -61,6 +53,9 @@ PAPER_NOTE = (
     "The paper's figures are on the test sets, whose labels are not public; ours are on dev. "
     "They are comparable only for the paper's recipe on the paper's data and checkpoint."
 )
+
+
+SKIPPED_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -155,8 +150,8 @@ def write_comparison(runs: Mapping[str, str | Path], directory: str | Path, expe
     """Write the report of one of the paper's experiments into `directory`; return the path of `report.html`.
 
     Args:
-        runs: run directory of each variant: "without_pretraining" and "with_pretraining" for `exp1`,
-            "linear" and "lstm" for `exp2`. A variant that is not given is reported as not run.
+        runs: run directory of each variant: "without pre-training" and "with pre-training" for `exp1`,
+            "linear head" and "LSTM head" for `exp2`. A variant that is not given is reported as not run.
         directory: where `report.md`, `report.html` and `plots/` go; created if need be.
         experiment: "exp1" or "exp2".
     """
@@ -170,12 +165,12 @@ def write_comparison(runs: Mapping[str, str | Path], directory: str | Path, expe
     directory = Path(directory)
     records = {name: read_run(runs[name]) for name in variants if name in runs}
     parts = [f"# {title}", "## Ours and the paper's", _experiment_table(variants, records), PAPER_NOTE]
-    lines = {variants[name].name: run.evaluations.get("finetune", []) for name, run in records.items()}
+    lines = {name: run.evaluations.get("finetune", []) for name, run in records.items()}
     if figure := plot_dev_metrics(lines, "epoch of fine-tuning"):
         parts.append(_save(figure, directory / "plots" / "dev_metrics.png", "Dev metrics while fine-tuning"))
     for name, run in records.items():
         parts += [
-            f"## {_sentence_case(variants[name].name)}",
+            f"## {_sentence_case(name)}",
             f"Run directory: `{run.directory}`",
             _dev_table(run),
             _stage_table(run),
@@ -228,22 +223,23 @@ def _paper_table(run: RunRecord) -> str:
     keys = ("sst_accuracy", "quora_accuracy", "sts_pearson", "mean")
     dev = run.dev_metrics()
     rows = [
-        (f"Paper, {variant.name} (test)", *(_number(variant.paper[key]) for key in keys))
-        for variant in (*EXPERIMENTS["exp1"][1].values(), EXPERIMENTS["exp2"][1]["lstm"])
+        (f"Paper, {name} (test)", *(_number(paper[key]) for key in keys))
+        for name, paper in (
+            {**EXPERIMENTS["exp1"][1], "LSTM head": EXPERIMENTS["exp2"][1]["LSTM head"]}
+        ).items()
     ]
     rows.append(("**This run (dev)**", *(f"**{_number(dev.get(key))}**" for key in keys)))
     return _table(("", *(METRICS[key] for key in keys)), rows)
 
 
-def _experiment_table(variants: Mapping[str, Variant], records: Mapping[str, RunRecord]) -> str:
+def _experiment_table(variants: Mapping[str, Mapping[str, float]], records: Mapping[str, RunRecord]) -> str:
     keys = ("sst_accuracy", "quora_accuracy", "sts_pearson", "mean")
     ours = {name: record.dev_metrics() for name, record in records.items()}
-    papers = {name: variant.paper for name, variant in variants.items()}
     rows: list[Sequence[str]] = []
-    for source, figures in (("Paper (test)", papers), ("Ours (dev)", ours)):
+    for source, figures in (("Paper (test)", variants), ("Ours (dev)", ours)):
         scores = [figures.get(name, {}) for name in variants]
-        for variant, score in zip(variants.values(), scores, strict=True):
-            rows.append((f"{source}: {variant.name}", *(_number(score.get(key)) for key in keys)))
+        for variant, score in zip(variants, scores, strict=True):
+            rows.append((f"{source}: {variant}", *(_number(score.get(key)) for key in keys)))
         rows.append(
             (f"{source}: difference", *(_difference(*(score.get(key) for score in scores)) for key in keys))
         )
@@ -253,16 +249,25 @@ def _experiment_table(variants: Mapping[str, Variant], records: Mapping[str, Run
 
 
 def _data_table(data: Mapping[str, Any]) -> str:
-    """Row accounts by file: read, used, skipped; skipped may be a count or the list of skipped rows."""
-    rows = []
-    for source, account in data.items():
-        account = account if isinstance(account, Mapping) else {}
-        skipped = account.get("skipped", 0)
-        skipped = len(skipped) if isinstance(skipped, list | tuple) else skipped
-        rows.append(
-            (f"`{source}`", _count(account.get("read")), _count(account.get("used")), _count(skipped))
-        )
-    return _table(("file", "rows read", "used", "skipped"), rows)
+    """Row accounts by data set: rows read, used, skipped, texts cut; then the first skipped rows by name."""
+    rows, named = [], []
+    for name, account in data.items():
+        if not isinstance(account, Mapping):
+            continue
+        skipped = account.get("skipped", [])
+        left_out = len(skipped) if isinstance(skipped, list | tuple) else skipped
+        counts = (account.get("read"), account.get("used"), left_out, account.get("truncated"))
+        rows.append((name, *map(_count, counts)))
+        if isinstance(skipped, list | tuple):
+            named += [row for row in skipped if isinstance(row, Mapping)]
+    parts = [_table(("", "rows read", "used", "skipped", "cut to length"), rows)]
+    if named:
+        shown = [
+            f"- `{row.get('file')}:{row.get('line')}`: {_escape(str(row.get('reason')))}" for row in named
+        ]
+        more = [f"- and {len(named) - SKIPPED_SHOWN:,} more"] if len(named) > SKIPPED_SHOWN else []
+        parts += ["Skipped rows:", "\n".join(shown[:SKIPPED_SHOWN] + more)]
+    return "\n\n".join(parts)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:

@@ -64,7 +64,7 @@ def test_same_bytes_in_another_process(corpus, tmp_path):
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     assert len(files) == 14
     for file in files:
-        assert (tmp_path / file).read_bytes() == (corpus.directory / file).read_bytes(), file
+        assert (tmp_path / file).read_bytes() == (corpus.tasks / file).read_bytes(), file
 
 
 def test_reviews_are_in_the_hubs_layout(corpus):

@@ -60,7 +60,8 @@ def full_run(tmp_path):
         "last_loss": 1.9,
     }
     stages = {"pretrain": {"seconds": 75.4, **timing}, "finetune": {"seconds": 3700, **timing}}
-    data = {"cs224n/quora-train.csv": {"read": 16000, "used": 15998, "skipped": [{"line": 1}, {"line": 2}]}}
+    skipped = [{"file": "quora-train.csv", "line": line, "reason": "empty label"} for line in range(1, 13)]
+    data = {"quora-train": {"read": 16000, "used": 15988, "skipped": skipped, "truncated": 3}}
     summary = {
         "recipe": "local",
         "dev": dev,
@@ -93,8 +94,9 @@ def test_tables_hold_the_recorded_numbers(full_run):
     assert table_row(markdown, "Fine-tuning")[1] == "1 h 1 min"
     assert table_row(markdown, "Paper, without pre-training (test)")[:3] == ["0.480", "0.851", "0.623"]
     assert table_row(markdown, "Paper, with pre-training (test)")[:3] == ["0.549", "0.858", "0.631"]
-    assert table_row(markdown, "Paper, BiLSTM head (test)")[:3] == ["0.500", "0.859", "0.656"]
-    assert table_row(markdown, "`cs224n/quora-train.csv`") == ["16,000", "15,998", "2"]
+    assert table_row(markdown, "Paper, LSTM head (test)")[:3] == ["0.500", "0.859", "0.656"]
+    assert table_row(markdown, "quora-train") == ["16,000", "15,988", "12", "3"]
+    assert "- `quora-train.csv:10`: empty label\n- and 2 more" in markdown
     assert "Not finished or not part of this run: head training." in markdown
 
 
@@ -164,7 +166,7 @@ def test_no_such_run_directory(tmp_path):
 
 def test_comparison_sets_both_runs_beside_the_paper(tmp_path):
     runs = {}
-    for name, sst in (("without_pretraining", 0.40), ("with_pretraining", 0.45)):
+    for name, sst in (("without pre-training", 0.40), ("with pre-training", 0.45)):
         records = [evaluation("finetune", epoch, epoch, sst, 0.7, 0.4) for epoch in (1, 2)]
         runs[name] = write_run(tmp_path / name, records)
     page = write_comparison(runs, tmp_path / "exp1", "exp1")
@@ -177,8 +179,10 @@ def test_comparison_sets_both_runs_beside_the_paper(tmp_path):
 
 def test_comparison_with_one_run_says_what_is_missing(tmp_path):
     run = write_run(tmp_path / "lstm", [evaluation("finetune", 1, 1, 0.4, 0.7, 0.4)])
-    markdown = (write_comparison({"lstm": run}, tmp_path / "exp2", "exp2").parent / "report.md").read_text()
-    assert "Not run: `linear`." in markdown
+    markdown = (
+        write_comparison({"LSTM head": run}, tmp_path / "exp2", "exp2").parent / "report.md"
+    ).read_text()
+    assert "Not run: `linear head`." in markdown
     assert table_row(markdown, "Ours (dev): difference")[0] == "—"
 
 

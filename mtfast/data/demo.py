@@ -152,21 +152,20 @@ ADVICE = {
 class DemoCorpus:
     """Where `write_demo_corpus` put things."""
 
-    directory: Path
-    tasks: Path  # CS 224N files of the three tasks
+    tasks: Path  # directory with the CS 224N files of the three tasks
     reviews: Path  # directory with train.parquet, as the hub lays out imdb
     bert: Path  # tiny BERT: config.json and tokenizer, no weights
 
 
 def write_demo_corpus(directory: str | Path) -> DemoCorpus:
-    """Write the demo corpus under `directory`: `cs224n/`, `imdb/train.parquet` and `bert/`.
+    """Write the demo corpus into `directory`: the task files, `imdb/train.parquet` and `bert/`.
 
     The task files have the format of the CS 224N project's (tab-separated, standard csv quoting; test files
     without labels), the reviews that of the hub's imdb (`text`, `label`). `bert/` holds a tiny BERT's config
     and a WordPiece tokenizer fitted to the corpus, to be loaded like any checkpoint's. Existing files are
     overwritten with the same bytes.
     """
-    corpus = DemoCorpus(*(Path(directory) / part for part in ("", "cs224n", "imdb", "bert")))
+    corpus = DemoCorpus(*(Path(directory) / part for part in ("", "imdb", "bert")))
     for path in (corpus.tasks, corpus.reviews, corpus.bert):
         path.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
