@@ -33,7 +33,8 @@ class Finetune(TaskStage):
     ) -> None:
         super().__init__(config, train, dev)
         self.source = source
-        self.engine = Engine(build_multitask(config, source), config.engine, self.settings, self.name)
+        model, self.carried = build_multitask(config, source)
+        self.engine = Engine(model, config.engine, self.settings, self.name)
         lengths = np.concatenate([table.sequences.lengths for table in train.values()]).astype(np.float64)
         self.flops_per_token = flops_per_token(source.config, float((lengths**2).sum() / lengths.sum()))
 
@@ -50,4 +51,6 @@ class Finetune(TaskStage):
 
     def save(self, directory: Path, state: dict[str, Tensor]) -> None:
         heads = heads_config(self.config)
-        save_pretrained(directory, state, self.source.config, self.source.tokenizer, heads=heads)
+        save_pretrained(
+            directory, state, self.source.config, self.source.tokenizer, heads=heads, carried=self.carried
+        )

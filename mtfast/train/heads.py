@@ -55,7 +55,7 @@ class Heads(TaskStage):
     ) -> None:
         super().__init__(config, train, dev)
         self.source = source
-        model = build_multitask(config, source)
+        model, _ = build_multitask(config, source)
         self.lstm = config.model.sentiment_head == "lstm"
         self.engine = Engine(model.heads, config.engine, self.settings, self.name)
         self.encoder: PackedBert = model.encoder.to(self.engine.device, self.engine.dtype)

@@ -47,7 +47,8 @@ class Pretrain(Stage):
         self.settings = config.pretrain
         self.shares = ranks.world_size() * self.settings.accumulation
         self.masked = samples.masked_counts(self.settings.mlm_probability)
-        self.engine = Engine(build_pretrain(config, source), config.engine, self.settings, self.name)
+        model, self.carried = build_pretrain(config, source)
+        self.engine = Engine(model, config.engine, self.settings, self.name)
         lengths = samples.lengths.astype(np.float64)
         self.flops_per_token = flops_per_token(source.config, float((lengths**2).sum() / lengths.sum()))
 
@@ -114,4 +115,6 @@ class Pretrain(Stage):
         return None
 
     def save(self, directory: Path, state: dict[str, Tensor]) -> None:
-        save_pretrained(directory, state, self.source.config, self.source.tokenizer)
+        save_pretrained(
+            directory, state, self.source.config, self.source.tokenizer, carried=self.carried
+        )

@@ -88,7 +88,7 @@ class Predictor:
         self.config = config
         self.run = RunDirectory(config)
         self.source = self._source()
-        model = build_multitask(config, self.source)
+        model, _ = build_multitask(config, self.source)
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.model = model.to(self.device, dtype).eval()
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import BertConfig
 
-from mtfast.models.checkpoint import load_bert_config, load_heads, load_pretrained, load_tokenizer
+from mtfast.models.checkpoint import load_bert_config, load_pretrained, load_tokenizer
 from mtfast.models.multitask import (
     HeadsConfig,
     MultiTaskModel,
@@ -38,7 +39,7 @@ class Source:
 
 
 def find_source(config: RunConfig, run: RunDirectory) -> Source:
-    """The newest weights of the run that are not fine-tuned: pre-trained encoder and trained heads, if any."""
+    """The run's newest weights before fine-tuning: pre-trained encoder and trained heads, where there are any."""
     name = config.model.checkpoint
     bert = load_bert_config(name)
     bert.hidden_dropout_prob = bert.attention_probs_dropout_prob = config.model.dropout_p
@@ -66,21 +67,32 @@ def heads_config(config: RunConfig) -> HeadsConfig:
     )
 
 
-def build_pretrain(config: RunConfig, source: Source) -> PretrainModel:
-    """BERT with its pre-training heads; heads that the checkpoint lacks are fresh, and it says so."""
+def build_pretrain(config: RunConfig, source: Source) -> tuple[PretrainModel, dict[str, Tensor]]:
+    """BERT with its pre-training heads, and the tensors of the checkpoint it has no place for.
+
+    Heads that the checkpoint lacks are fresh, and it says so.
+    """
     torch.manual_seed(seed_for(config.seed))
     model = build_pretrain_model(source.config)
-    if source.encoder is not None and (fresh := load_pretrained(source.encoder, model)):
-        say(f"{source.encoder} has no {', '.join(fresh)}: freshly initialised")
-    return model
+    return model, _load(source.encoder, model)
 
 
-def build_multitask(config: RunConfig, source: Source) -> MultiTaskModel:
-    """BERT with the task heads; the heads are fresh unless a finished stage left some."""
+def build_multitask(config: RunConfig, source: Source) -> tuple[MultiTaskModel, dict[str, Tensor]]:
+    """BERT with the task heads, and the tensors of the checkpoint it has no place for.
+
+    The heads are fresh unless a finished stage left some.
+    """
     torch.manual_seed(seed_for(config.seed))
     model = build_multitask_model(source.config, heads_config(config))
-    if source.encoder is not None:
-        load_pretrained(source.encoder, model)
+    carried = _load(source.encoder, model)
     if source.heads is not None:
-        load_heads(source.heads, model.heads)
-    return model
+        load_pretrained(source.heads, model.heads)
+    return model, carried
+
+
+def _load(checkpoint: str | None, model: PretrainModel | MultiTaskModel) -> dict[str, Tensor]:
+    if checkpoint is None:
+        return {}
+    report = load_pretrained(checkpoint, model)
+    say(report.summary())
+    return report.carried

@@ -1,0 +1,155 @@
+"""Runs started as people start them: plainly, with `deepspeed`, with `torchrun`; on one rank and on two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mtfast.data.demo import write_demo_corpus
+
+BIN = Path(sys.executable).parent
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("demo-corpus")
+    write_demo_corpus(directory)
+    return directory
+
+
+def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
+    values = {
+        "run-dir": run_dir,
+        "model.checkpoint": corpus / "bert",
+        "model.dropout-p": 0,
+        "data.tasks": corpus,
+        "data.reviews": corpus / "imdb",
+        "data.cache-dir": corpus / "cache",
+        "heads.epochs": 1,
+        "heads.batch-size": 512,
+        "finetune.epochs": 1,
+        "finetune.batch-size": 48,
+        "finetune.max-steps": STEPS,
+        **more,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS}
+    return {**kept, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def plainly(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "mtfast", *arguments]
+
+
+def deepspeed(*arguments: str) -> list[str]:
+    port = 29600 + os.getpid() % 1000
+    return [
+        sys.executable, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), "--module", "mtfast",
+        *arguments,
+    ]  # fmt: skip
+
+
+def losses(run_dir: Path, stage: str) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [r["losses"] for r in records if r["kind"] == "step" and r["stage"] == stage]
+
+
+def assert_follow(run_dir: Path, one_rank: Path) -> None:
+    for stage in ("heads", "finetune"):
+        ours, expected = losses(run_dir, stage), losses(one_rank, stage)
+        assert len(ours) == len(expected) > 5
+        for step, (mine, wanted) in enumerate(zip(ours, expected, strict=True), start=1):
+            assert mine == pytest.approx(wanted, rel=1e-3), (stage, step)
+
+
+@pytest.fixture(scope="module")
+def one_rank(corpus, tmp_path_factory) -> Path:
+    """Heads, then 30 steps of fine-tuning, on one rank without ZeRO."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    for command in ("heads", "finetune"):
+        launch(plainly(command, "demo", *options(corpus, run_dir)))
+    assert len(losses(run_dir, "finetune")) == STEPS
+    return run_dir
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_ranks_follow_one_under_every_zero_stage(zero_stage, corpus, one_rank, tmp_path):
+    run_dir = tmp_path / "run"
+    for command in ("heads", "finetune"):
+        launch(deepspeed(command, "demo", *options(corpus, run_dir, **{"engine.zero-stage": zero_stage})))
+    assert_follow(run_dir, one_rank)
+
+
+def test_two_nodes_follow_one_rank(corpus, one_rank, tmp_path):
+    run_dir = tmp_path / "run"
+    port = 30600 + os.getpid() % 1000
+    for command in ("heads", "finetune"):
+        nodes = [
+            subprocess.Popen(
+                [
+                    sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                    f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
+                    "-m", "mtfast", command, "demo", *options(corpus, run_dir),
+                ],
+                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for node in range(2)
+        ]  # fmt: skip
+        outputs = [node.communicate(timeout=300)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:]
+    assert_follow(run_dir, one_rank)
+
+
+def test_accumulation_follows_one_batch(corpus, one_rank, tmp_path):
+    run_dir = tmp_path / "run"
+    for command in ("heads", "finetune"):
+        more = {"finetune.accumulation": 2, "heads.accumulation": 2}
+        launch(plainly(command, "demo", *options(corpus, run_dir, **more)))
+    assert_follow(run_dir, one_rank)
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "bf16"), (2, "fp32")])
+def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_path):
+    more = {
+        "engine.zero-stage": zero_stage,
+        "engine.precision": precision,
+        "model.dropout-p": 0.1,
+        "finetune.checkpoint-every": 7,
+        "log-every": 1,
+    }
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    launch(plainly("finetune", "demo", *options(corpus, whole, **more)))
+    command = plainly("finetune", "demo", *options(corpus, broken, **more))
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = broken / "metrics.jsonl"
+        if metrics.exists() and (broken / "finetune/state/latest.json").exists() and len(losses_or_none(metrics)) > 9:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(losses_or_none(broken / "metrics.jsonl")) < STEPS, "the run ended before it could be interrupted"
+    again = launch(command)
+    assert "continuing after step" in again.stdout
+    assert losses(broken, "finetune") == losses(whole, "finetune")
+
+
+def losses_or_none(metrics: Path) -> list[str]:
+    return [line for line in metrics.read_text().splitlines() if line.endswith("}")]

@@ -1,0 +1,186 @@
+"""Training through the engine against eager twins written with Hugging Face models and torch's AdamW."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, BertForPreTraining, BertModel
+
+from mtfast.data.tasks import read_task
+from mtfast.ops import mask_tokens
+from mtfast.train import engine as engine_module
+from mtfast.train.config import (
+    DataConfig,
+    EngineConfig,
+    HeadsStageConfig,
+    ModelConfig,
+    PretrainConfig,
+    RunConfig,
+    TaskStageConfig,
+)
+from mtfast.train.finetune import Finetune
+from mtfast.train.heads import Heads
+from mtfast.train.inputs import load_reviews, load_tasks
+from mtfast.train.loop import run_stage
+from mtfast.train.pretrain import Pretrain
+from mtfast.train.rundir import RunDirectory
+from mtfast.train.sources import find_source
+
+ENGINE = EngineConfig(precision="fp32", zero_stage=0)
+TASKS = ("sst", "quora", "sts")
+
+
+@pytest.fixture
+def config(tmp_path, data_dir, checkpoint_dir) -> RunConfig:
+    engine_module.start()
+    return RunConfig(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(checkpoint=str(checkpoint_dir), dropout_p=0.0, pair_inner=96),
+        data=DataConfig(
+            tasks=str(data_dir / "cs224n"),
+            reviews=str(data_dir / "imdb"),
+            max_reviews=40,
+            review_max_length=96,
+            max_length=64,
+        ),
+        engine=ENGINE,
+    )
+
+
+def small_tables(config: RunConfig, source, split: str, rows: int) -> dict:
+    tables = load_tasks(config, source.tokenizer, split)
+    return {task: table.select(torch.arange(rows).numpy()) for task, table in tables.items()}
+
+
+def logged(config: RunConfig, stage: str) -> list[dict]:
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == "step" and r["stage"] == stage]
+
+
+def compare(ours: list[dict], twin: list[dict[str, float]], steps: int) -> None:
+    assert len(ours) == len(twin) == steps
+    for record, expected in zip(ours, twin, strict=True):
+        for name, value in expected.items():
+            assert record["losses"][name] == pytest.approx(value, rel=1e-3), (record["step"], name)
+
+
+def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, checkpoint_dir):
+    stage_config = TaskStageConfig(epochs=1, batch_size=24, learning_rate=5e-5, max_steps=50)
+    config = replace(config, finetune=stage_config)
+    run = RunDirectory(config)
+    source = find_source(config, run)
+    train = small_tables(config, source, "train", 500)
+    stage = Finetune(config, train, small_tables(config, source, "dev", 8), source)
+    weights = stage.engine.state_dict()
+    plan = stage.plan(0)[:50]
+
+    bert = BertModel.from_pretrained(checkpoint_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    hidden = bert.config.hidden_size
+    classifier, dense = torch.nn.Linear(hidden, 5), torch.nn.Linear(2 * hidden, 96)
+    out = torch.nn.Linear(96, 2)
+    modules = {"sentiment.classifier": classifier, "pair.mlp.dense": dense, "pair.mlp.out_proj": out}
+    for name, module in modules.items():
+        module.load_state_dict({k: weights[f"heads.{name}.{k}"] for k in ("weight", "bias")})
+    heads = torch.nn.ModuleList(modules.values())
+    optimizer = torch.optim.AdamW([*bert.parameters(), *heads.parameters()], lr=5e-5, weight_decay=0.01)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
+    raw = {task: read_task(task, data_dir / "cs224n", "train") for task in TASKS}
+
+    def cls(task: str, column: int, rows) -> torch.Tensor:
+        texts = [raw[task].texts[column][row] for row in rows]
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        return bert(**tokens).last_hidden_state[:, 0]
+
+    twin = []
+    bert.train()
+    for step in plan:
+        rows = {task: step.micro_batches[0][task].tolist() for task in TASKS}
+        labels = {task: torch.tensor(raw[task].labels[rows[task]]) for task in TASKS}
+        losses = {"sst": F.cross_entropy(classifier(cls("sst", 0, rows["sst"])), labels["sst"])}
+        for output, task in enumerate(("quora", "sts")):
+            pair = torch.cat([cls(task, 0, rows[task]), cls(task, 1, rows[task])], dim=1)
+            value = out(torch.relu(dense(pair)))[:, output]
+            loss = F.binary_cross_entropy_with_logits if task == "quora" else F.mse_loss
+            losses[task] = loss(value, labels[task])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        twin.append({task: loss.item() for task, loss in losses.items()})
+
+    run_stage(stage, config, run)
+    compare(logged(config, "finetune"), twin, 50)
+    assert twin[-1]["sts"] < twin[0]["sts"]  # it did train
+
+
+def test_pre_training_follows_the_eager_twin_for_20_steps(config, tmp_path):
+    config = replace(config, pretrain=PretrainConfig(epochs=4, batch_size=8, learning_rate=5e-5, max_steps=20))
+    run = RunDirectory(config)
+    source = find_source(config, run)
+    stage = Pretrain(config, load_reviews(config, source.tokenizer), source)
+    stage.save(tmp_path / "initial", stage.engine.state_dict())
+    twin_model = BertForPreTraining.from_pretrained(
+        tmp_path / "initial", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    twin_model.train()
+    optimizer = torch.optim.AdamW(twin_model.parameters(), lr=5e-5, weight_decay=0.01)
+    seen, original = [], stage.losses
+    stage.losses = lambda data: seen.append(data) or original(data)  # type: ignore[method-assign]
+    run_stage(stage, config, run)
+
+    twin = []
+    for data in seen:
+        batch = data.packed
+        masked = mask_tokens(
+            batch.input_ids,
+            special_ids=source.tokenizer.all_special_ids,
+            mask_token_id=source.tokenizer.mask_token_id,
+            vocab_size=source.config.vocab_size,
+            seed=data.mask_seed,
+            positions=batch.positions,
+            cu_seqlens=batch.cu_seqlens,
+            strategy="exact",
+        )
+        sizes = batch.cu_seqlens.diff()[: len(batch.nsp_labels)].tolist()
+
+        def padded(flat: torch.Tensor, fill: int, sizes=sizes) -> torch.Tensor:
+            rows = flat[: sum(sizes)].long().split(sizes)
+            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+        output = twin_model(
+            input_ids=padded(masked.input_ids, 0),
+            token_type_ids=padded(batch.token_type_ids, 0),
+            attention_mask=padded(torch.ones_like(batch.input_ids), 0),
+        )
+        labels = padded(masked.labels, -100)
+        mlm = F.cross_entropy(output.prediction_logits.flatten(0, 1), labels.flatten())
+        nsp = F.cross_entropy(output.seq_relationship_logits, batch.nsp_labels)
+        optimizer.zero_grad()
+        (mlm + nsp).backward()
+        optimizer.step()
+        twin.append({"mlm": mlm.item(), "nsp": nsp.item()})
+    compare(logged(config, "pretrain"), twin, 20)
+
+
+@pytest.mark.parametrize("sentiment_head", ["linear", "lstm"])
+def test_head_training_on_cached_and_live_features_is_the_same_without_dropout(config, sentiment_head, tmp_path):
+    losses = {}
+    for features in ("cached", "live"):
+        changed = replace(
+            config,
+            run_dir=str(tmp_path / features),
+            model=replace(config.model, sentiment_head=sentiment_head),
+            heads=HeadsStageConfig(epochs=2, batch_size=64, features=features),
+        )
+        run = RunDirectory(changed)
+        source = find_source(changed, run)
+        train, dev = (small_tables(changed, source, split, 40) for split in ("train", "dev"))
+        stage = Heads(changed, train, dev, source)
+        before = {k: v.clone() for k, v in stage.encoder.state_dict().items()}
+        run_stage(stage, changed, run)
+        assert all(torch.equal(v, before[k]) for k, v in stage.encoder.state_dict().items())
+        losses[features] = [record["losses"] for record in logged(changed, "heads")]
+    for cached, live in zip(losses["cached"], losses["live"], strict=True):
+        assert cached == pytest.approx(live, rel=1e-4)
