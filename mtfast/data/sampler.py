@@ -4,7 +4,6 @@ The steps of an epoch depend on the seed and the data alone. The number of ranks
 micro-batches only decides how a step is dealt out, so 1 rank and 8 ranks see the same global batches.
 """
 
-import heapq
 import itertools
 import math
 import zlib
@@ -13,6 +12,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+try:
+    from mtfast._planner import balance
+except ImportError as error:
+    raise ImportError(
+        f"mtfast's planner is not built ({error}); build it with: pip install --no-build-isolation -e ."
+    ) from error
 
 Sampler = Literal["proportional", "temperature", "round_robin"]
 
@@ -220,21 +226,10 @@ def _deal(
     tasks: int,
 ) -> list[np.ndarray]:
     """Places in the epoch's order for each (step, micro-batch of this rank, task), in that order."""
-    bins = _balance(np.ascontiguousarray(tokens, np.int64), step_offsets, world_size * accumulation)
+    bins = balance(np.ascontiguousarray(tokens, np.int64), step_offsets, world_size * accumulation)
     mine = np.flatnonzero(bins // accumulation == rank)
     step = np.searchsorted(step_offsets, mine, "right") - 1
     group = (step * accumulation + bins[mine] % accumulation) * tasks + task[mine]
     order = np.argsort(group, kind="stable")
     edges = np.searchsorted(group[order], np.arange(1, (len(step_offsets) - 1) * accumulation * tasks))
     return np.split(mine[order], edges)
-
-
-def _balance(tokens: np.ndarray, step_offsets: np.ndarray, bins: int) -> np.ndarray:
-    result = np.zeros(len(tokens), np.int64)
-    for begin, end in itertools.pairwise(step_offsets):
-        heap = [(0, 0, b) for b in range(bins)]
-        for place in begin + np.argsort(-tokens[begin:end], kind="stable"):
-            load, count, chosen = heapq.heappop(heap)
-            result[place] = chosen
-            heapq.heappush(heap, (load + int(tokens[place]), count + 1, chosen))
-    return result
