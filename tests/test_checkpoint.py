@@ -1,0 +1,303 @@
+"""Checkpoints against Hugging Face's own reading and writing of them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from bert_twins import pack, random_sentences, small_config
+from safetensors.torch import load_file, save_file
+from transformers import BertForPreTraining, BertModel, BertTokenizerFast
+
+from mtfast.models import checkpoint
+from mtfast.models.checkpoint import (
+    CheckpointError,
+    load_bert_config,
+    load_heads_config,
+    load_pretrained,
+    load_tokenizer,
+    save_pretrained,
+)
+from mtfast.models.multitask import HeadsConfig, MultiTaskHeads, build_multitask_model, build_pretrain_model
+
+HEADS = HeadsConfig(inner=48)
+
+
+def tensors_of(directory) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for file in directory.glob("*.safetensors"):
+        if file.name != "heads.safetensors":
+            tensors |= load_file(file)
+    for file in directory.glob("*.bin"):
+        tensors |= torch.load(file)
+    return tensors
+
+
+def legacy_names(tensors):
+    def old(name):
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    return {old(name): x for name, x in tensors.items()}
+
+
+def hugging_face_checkpoint(directory, kind: str):
+    """A randomly initialised checkpoint as Hugging Face writes it: `kind` says how."""
+    torch.manual_seed(1)
+    if kind == "BertModel" or kind.startswith("sentence-transformers"):
+        source = BertModel(small_config())
+    else:
+        source = BertForPreTraining(small_config())
+    folder = directory / "0_Transformer" if kind.endswith("subfolder") else directory
+    if kind == "sharded":
+        source.save_pretrained(folder, max_shard_size="40KB")
+        assert len(list(folder.glob("*.safetensors"))) > 1
+    else:
+        source.save_pretrained(folder)
+    if kind.startswith("sentence-transformers"):
+        modules = [{"type": "sentence_transformers.models.Transformer", "path": folder.name}]
+        modules[0]["path"] = "" if folder == directory else folder.name
+        (directory / "modules.json").write_text(json.dumps(modules))
+    file = folder / "model.safetensors"
+    if kind == "legacy":
+        tensors = legacy_names(load_file(file))
+        tensors["bert.embeddings.position_ids"] = torch.arange(512)[None]
+        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"].clone()
+        save_file(tensors, file)
+    if kind == "bin":
+        torch.save(load_file(file), folder / "pytorch_model.bin")
+        file.unlink()
+    return source.state_dict(), folder
+
+
+KINDS = [
+    "BertForPreTraining",
+    "BertModel",
+    "sentence-transformers",
+    "sentence-transformers subfolder",
+    "legacy",
+    "bin",
+    "sharded",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_load_and_save_keep_every_bit(tmp_path, kind, stage):
+    source, folder = hugging_face_checkpoint(tmp_path / "source", kind)
+    config = load_bert_config(tmp_path / "source")
+    build = build_pretrain_model if stage == "pretrain" else lambda c: build_multitask_model(c, HEADS)
+    model = build(config)
+    report = load_pretrained(tmp_path / "source", model)
+    assert not report.ignored
+    target = tmp_path / "deep" / "target"
+    heads = HEADS if stage == "finetune" else None
+    save_pretrained(target, model.state_dict(), config, None, heads=heads, carried=report.carried)
+
+    saved = tensors_of(target)
+    for name, tensor in source.items():
+        if "decoder" in name:  # tied: Hugging Face leaves it out too
+            continue
+        name = name if name in saved else f"bert.{name}"
+        assert torch.equal(saved[name], tensor) and saved[name].dtype == tensor.dtype, name
+    if kind == "legacy":
+        assert torch.equal(saved["bert.embeddings.position_ids"], torch.arange(512)[None])
+    elif stage == "finetune":
+        assert set(saved) == {name for name in tensors_of(folder) if "decoder" not in name}
+
+    has_heads = "cls.predictions.bias" in source
+    for twin_class in (BertModel, BertForPreTraining):
+        twin, info = twin_class.from_pretrained(target, output_loading_info=True)
+        if twin_class is BertModel or has_heads or stage == "pretrain":
+            assert not info["missing_keys"]
+        for name, tensor in twin.state_dict().items():
+            expected = source.get(name, source.get(name.removeprefix("bert."), source.get(f"bert.{name}")))
+            assert expected is None or torch.equal(tensor, expected), name
+    fresh = {name.split(".")[0] for name in report.initialised}
+    assert fresh == ({"heads"} if stage == "finetune" else set() if has_heads else {"mlm", "nsp"})
+
+
+def test_real_checkpoint_keeps_every_bit(tmp_path, checkpoint_dir):
+    config = load_bert_config(checkpoint_dir)
+    model = build_multitask_model(config, HEADS)
+    report = load_pretrained(checkpoint_dir, model)
+    tokenizer = load_tokenizer(checkpoint_dir)
+    save_pretrained(
+        tmp_path / "saved", model.state_dict(), config, tokenizer, heads=HEADS, carried=report.carried
+    )
+    source, saved = tensors_of(checkpoint_dir), tensors_of(tmp_path / "saved")
+    assert set(saved) == set(source)
+    assert all(torch.equal(saved[name], x) and saved[name].dtype == x.dtype for name, x in source.items())
+    twin, original = BertModel.from_pretrained(tmp_path / "saved"), BertModel.from_pretrained(checkpoint_dir)
+    again = load_tokenizer(tmp_path / "saved")
+    text = "A film of rare, un-hurried beauty."
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    inputs = again(text, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(twin(**inputs).pooler_output, original(**inputs).pooler_output)
+
+
+def test_pretrained_heads_reach_the_saved_fine_tuned_checkpoint(tmp_path):
+    config = small_config()
+    first = build_pretrain_model(config)
+    torch.nn.init.normal_(first.mlm.bias)
+    save_pretrained(tmp_path / "a", first.state_dict(), config, None)
+    second = build_multitask_model(config, HEADS)
+    report = load_pretrained(tmp_path / "a", second)
+    save_pretrained(tmp_path / "b", second.state_dict(), config, None, heads=HEADS, carried=report.carried)
+    third = build_pretrain_model(config)
+    assert not load_pretrained(tmp_path / "b", third).initialised
+    for (name, a), (_, b) in zip(first.named_parameters(), third.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert third.mlm.decoder_weight is third.encoder.embeddings.word
+
+
+def test_half_precision_checkpoint_opens_in_its_dtype(tmp_path):
+    config = small_config()
+    model = build_pretrain_model(config).to(torch.bfloat16)
+    save_pretrained(tmp_path / "saved", model.state_dict(), config, None)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+    wide = build_pretrain_model(config)
+    load_pretrained(tmp_path / "saved", wide)
+    assert all(torch.equal(a, b.float()) for a, b in zip(wide.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("sentiment", ["linear", "lstm"])
+@pytest.mark.parametrize("pair_input", ["separate", "joint"])
+def test_task_heads_are_saved_and_loaded(tmp_path, sentiment, pair_input):
+    config, heads = small_config(), HeadsConfig(sentiment, pair_input, inner=40, activation="gelu")
+    model = build_multitask_model(config, heads).eval()
+    save_pretrained(tmp_path / "saved", model.state_dict(), config, None, heads=heads)
+    assert load_heads_config(tmp_path / "saved") == heads
+    again = build_multitask_model(config, heads).eval()
+    assert not load_pretrained(tmp_path / "saved", again).initialised
+    packed = pack(random_sentences([5, 9, 7], config.vocab_size, seed=0))
+    pairs = torch.tensor([[1, 2]]) if pair_input == "separate" else torch.tensor([1])
+    rows = {"sst": torch.tensor([0, 2]), "quora": pairs, "sts": pairs}
+    with torch.no_grad():
+        expected, found = model(**packed, sequences=rows), again(**packed, sequences=rows)
+    assert all(torch.equal(found[task], expected[task]) for task in rows)
+    alone = MultiTaskHeads(config.hidden_size, heads)
+    assert not load_pretrained(tmp_path / "saved", alone).initialised
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.heads.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "field, value", [("sentiment", "lstm"), ("pair_input", "joint"), ("inner", 32), ("activation", "tanh")]
+)
+def test_heads_of_another_config_are_an_error_that_names_the_field(tmp_path, field, value):
+    config = small_config()
+    save_pretrained(
+        tmp_path / "saved", build_multitask_model(config, HEADS).state_dict(), config, None, heads=HEADS
+    )
+    other = build_multitask_model(config, HeadsConfig(**({"inner": 48} | {field: value})))
+    with pytest.raises(CheckpointError, match=f"{field} = .*this run asks for {field} = '?{value}"):
+        load_pretrained(tmp_path / "saved", other)
+    # Dropout is no property of the weights.
+    load_pretrained(tmp_path / "saved", build_multitask_model(config, HeadsConfig(inner=48, dropout_p=0.3)))
+
+
+def test_state_with_heads_needs_their_config(tmp_path):
+    config = small_config()
+    with pytest.raises(ValueError, match="heads must be given"):
+        save_pretrained(tmp_path / "x", build_multitask_model(config, HEADS).state_dict(), config, None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        (transformers.RobertaConfig(architectures=["RobertaForMaskedLM"]), "'roberta'.*RobertaForMaskedLM"),
+        (transformers.DistilBertConfig(), "'distilbert'"),
+        (transformers.GPT2Config(), "'gpt2'"),
+        (small_config(is_decoder=True), "is_decoder"),
+        (small_config(position_embedding_type="relative_key"), "position_embedding_type is 'relative_key'"),
+        (small_config(hidden_size=60), "head_dim 30"),
+        (small_config(hidden_act="swoosh"), "swoosh"),
+    ],
+)
+def test_another_architecture_is_named(tmp_path, config, named):
+    config.save_pretrained(tmp_path)
+    for load in (load_bert_config, lambda path: load_pretrained(path, build_pretrain_model(small_config()))):
+        with pytest.raises(CheckpointError, match=f"(?s){named}.*BERT encoder"):
+            load(tmp_path)
+
+
+def test_what_is_missing_or_torn_is_named(tmp_path):
+    model = build_multitask_model(small_config(), HEADS)
+    for path, text in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no config.json")):
+        with pytest.raises(CheckpointError, match=text):
+            load_pretrained(path, model)
+    _, folder = hugging_face_checkpoint(tmp_path / "source", "BertModel")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+
+    def fails(match):
+        with pytest.raises(CheckpointError, match=match):
+            load_pretrained(folder, model)
+
+    save_file({k: v for k, v in tensors.items() if "layer.1.attention.self.key" not in k}, file)
+    fails(r"lacks weights.*encoder\.layers\.1\.attention\.qkv\.weight")
+    save_file(tensors | {"embeddings.position_embeddings.weight": torch.zeros(128, 64)}, file)
+    fails(r"encoder.embeddings.position is \[128, 64\], the model's is \[512, 64\]")
+    save_file(tensors | {"cls.predictions.decoder.weight": torch.zeros(211, 64)}, file)
+    fails("untied decoder")
+    file.write_bytes(file.read_bytes()[:1000])
+    fails("model.safetensors is torn")
+    file.unlink()
+    fails("neither model.safetensors nor pytorch_model.bin")
+    (folder / "config.json").write_text("{")
+    fails("config.json is not valid JSON")
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_tensors_of_no_bert_are_ignored_and_reported(tmp_path):
+    _, folder = hugging_face_checkpoint(tmp_path / "source", "BertModel")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"classifier.weight": torch.zeros(2, 64)}, folder / "model.safetensors")
+    report = load_pretrained(folder, build_multitask_model(small_config(), HEADS))
+    assert report.ignored == ("classifier.weight",)
+    assert set(report.carried) == {"nsp.pooler.weight", "nsp.pooler.bias"}
+    for part in ("freshly initialised: heads.sentiment, heads.pair", "nsp.pooler", "classifier.weight"):
+        assert part in report.summary()
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    config, target = small_config(), tmp_path / "saved"
+    first, second = build_pretrain_model(config), build_pretrain_model(config)
+    save_pretrained(target, first.state_dict(), config, None)
+
+    def is_first():
+        again = build_pretrain_model(config)
+        load_pretrained(target, again)
+        return torch.equal(again.encoder.embeddings.word, first.encoder.embeddings.word)
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(target, second.state_dict(), config, None)
+    assert is_first()
+    monkeypatch.undo()
+    # Between the two renames that replace a directory the old one lies beside it.
+    shutil.move(target, tmp_path / ".saved.outgoing")
+    assert is_first()
+    save_pretrained(target, second.state_dict(), config, None)
+    assert not is_first()
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_tokenizer_without_a_mask_is_refused(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "film"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    small_config().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).mask_token == "[MASK]"
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="mask_token"):
+        load_tokenizer(tmp_path)
