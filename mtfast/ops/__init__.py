@@ -1,6 +1,7 @@
 """Fused operations: each usable on its own, each with an eager reference `x_ref`."""
 
 from mtfast.ops.concat_mlp import ConcatMLP, concat_mlp, concat_mlp_ref
+from mtfast.ops.mask_tokens import MaskedTokens, exact_count, mask_tokens, mask_tokens_ref
 from mtfast.ops.packed_attention import (
     PackedSelfAttention,
     packed_attention,
@@ -11,9 +12,13 @@ from mtfast.ops.packed_attention import (
 
 __all__ = [
     "ConcatMLP",
+    "MaskedTokens",
     "PackedSelfAttention",
     "concat_mlp",
     "concat_mlp_ref",
+    "exact_count",
+    "mask_tokens",
+    "mask_tokens_ref",
     "packed_attention",
     "packed_attention_cls",
     "packed_attention_qkv",

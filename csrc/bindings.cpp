@@ -1,0 +1,9 @@
+// Every op's schema, one a line: the table of contents. Each op's own .cpp registers its implementations,
+// mtfast/ops/<op>.py its fake implementation and its derivative.
+#include <torch/csrc/stable/library.h>
+
+// clang-format off
+STABLE_TORCH_LIBRARY(mtfast, m) {
+  m.def("mask_tokens(Tensor input_ids, Tensor? positions, Tensor? cu_seqlens, Tensor? subword, int[] special_ids, int mask_token_id, int vocab_size, int seed, float mlm_probability, float mask_fraction, float random_fraction, bool exact) -> (Tensor, Tensor)");
+}
+// clang-format on

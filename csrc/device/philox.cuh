@@ -1,0 +1,44 @@
+// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the counter-based
+// generator behind every random decision, the same code for CUDA and for the CPU. Includes nothing of CUDA.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MTFAST_HOST_DEVICE __host__ __device__ __forceinline__
+#define MTFAST_UNROLL _Pragma("unroll")
+#else
+#define MTFAST_HOST_DEVICE inline __attribute__((always_inline))
+#define MTFAST_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace mtfast {
+
+// What a number is drawn for: the last word of the counter, so that no two uses share a draw.
+enum class Purpose : uint32_t { kMaskChoose = 1, kMaskReplace = 2 };
+
+struct Philox4 {
+  uint32_t word[4];
+};
+
+MTFAST_HOST_DEVICE Philox4 philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  MTFAST_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The four draws of elements 4 * group to 4 * group + 3.
+MTFAST_HOST_DEVICE Philox4 draw4(uint64_t seed, Purpose purpose, uint64_t group) {
+  return philox(static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0,
+                static_cast<uint32_t>(purpose), seed);
+}
+
+}  // namespace mtfast

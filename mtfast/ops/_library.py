@@ -1,0 +1,68 @@
+"""Loads the C++ library of ops, and says what it holds."""
+
+import functools
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+
+# Whether ops look at the values of index tensors on a GPU, which waits for it. On the CPU they always do.
+CHECK_VALUES = os.environ.get("MTFAST_CHECK_VALUES") == "1"
+
+
+@functools.cache
+def load() -> None:
+    """Makes `torch.ops.mtfast` available.
+
+    Raises:
+        ImportError: the extension was not built, or does not fit this torch.
+    """
+    if not LIBRARY.exists():
+        raise ImportError(
+            f"{LIBRARY} does not exist: the C++ extension is not built. "
+            "Build it with `pip install -e .` or `python setup.py build_ext --inplace`."
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"{LIBRARY} does not load into torch {torch.__version__}: {error}. "
+            "It wants torch 2.10 or later; rebuild it with `python setup.py build_ext --inplace`."
+        ) from error
+
+
+def implementations(op_name: str) -> dict[str, bool]:
+    """Which devices the compiled library has `mtfast::<op_name>` for: {"cpu": True, "cuda": False}.
+
+    Raises:
+        KeyError: the library has no op of that name.
+    """
+    load()
+    name = f"mtfast::{op_name}"
+    if not torch._C._dispatch_has_kernel(name):
+        raise KeyError(f"the compiled library has no op {name}")
+    return {key.lower(): torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CPU", "CUDA")}
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, total: int) -> None:
+    """Raises RuntimeError unless cu_seqlens [sequences + 1] starts at 0, never falls and ends at total."""
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise RuntimeError(f"{op}: cu_seqlens must start at 0, found {values[0]}")
+    for sequence, (begin, end) in enumerate(pairwise(values)):
+        if end < begin:
+            raise RuntimeError(
+                f"{op}: cu_seqlens must not fall, but goes from {begin} to {end} after sequence {sequence}"
+            )
+    if values[-1] != total:
+        raise RuntimeError(f"{op}: cu_seqlens must end at the number of tokens, {total}, found {values[-1]}")
+
+
+def check_range(op: str, name: str, values: Tensor, end: int) -> None:
+    """Raises RuntimeError unless all integer values are in [0, end)."""
+    if bool(((values < 0) | (values >= end)).any()):
+        raise RuntimeError(f"{op}: {name} must be in [0, {end})")

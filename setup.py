@@ -1,0 +1,83 @@
+"""Builds mtfast/_C.abi3.so (the ops) and mtfast/_planner (batch planning).
+
+The ops stand on the LibTorch stable ABI, so one build serves torch 2.10 and every later one. CUDA is compiled
+when torch is a CUDA build and a toolkit of its major version is found; no GPU is needed for that.
+Environment: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, MTFAST_SKIP_CUDA_BUILD=1, MTFAST_FORCE_CUDA_BUILD=1.
+"""
+
+import os
+import re
+from glob import glob
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # torch 2.10
+
+
+def toolkit() -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with, or None and why there is none."""
+    if os.environ.get("MTFAST_SKIP_CUDA_BUILD") == "1":
+        return None, "MTFAST_SKIP_CUDA_BUILD=1"
+    if not torch.version.cuda:
+        return None, f"torch {torch.__version__} is not a CUDA build"
+    why = "no toolkit at CUDA_HOME or /usr/local/cuda"
+    for home in map(Path, filter(None, [os.environ.get("CUDA_HOME"), "/usr/local/cuda"])):
+        runtime = home / "include" / "cuda_runtime_api.h"
+        if not (home / "bin" / "nvcc").exists() or not runtime.exists():
+            why = f"{home} holds no bin/nvcc or no include/cuda_runtime_api.h"
+            continue
+        found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", runtime.read_text())
+        major = int(found[1]) // 1000 if found else 0
+        if major == int(torch.version.cuda.split(".")[0]):
+            return home, ""
+        why = f"{home} is CUDA {major}, torch was built with CUDA {torch.version.cuda}"
+    return None, why
+
+
+home, why_not = toolkit()
+if home:
+    os.environ["CUDA_HOME"] = str(home)  # read when torch.utils.cpp_extension is imported
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
+elif os.environ.get("MTFAST_FORCE_CUDA_BUILD") == "1":
+    raise SystemExit(f"mtfast: MTFAST_FORCE_CUDA_BUILD=1, but the CUDA kernels cannot be built: {why_not}")
+else:
+    print(f"mtfast: building for the CPU only, the CUDA kernels are left out: {why_not}")
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+PLANNER = "csrc/planner.cpp"
+cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"]
+sources = sorted(set(glob("csrc/*.cpp")) - {PLANNER})
+ops: Extension
+if home:
+    ops = CUDAExtension(
+        "mtfast._C",
+        sources + sorted(glob("csrc/*.cu")),
+        py_limited_api=True,
+        extra_compile_args={
+            "cxx": [*cxx, STABLE_ABI, "-DMTFAST_WITH_CUDA", "-DUSE_CUDA"],
+            "nvcc": ["-O3", "-std=c++17", "-lineinfo", "--threads=2"],
+        },
+    )
+else:
+    ops = CppExtension(
+        "mtfast._C", sources, py_limited_api=True, extra_compile_args={"cxx": [*cxx, STABLE_ABI]}
+    )
+
+extensions = [ops]
+if os.path.exists(PLANNER):
+    import pybind11
+
+    extensions.append(
+        Extension(
+            "mtfast._planner",
+            [PLANNER],
+            include_dirs=[pybind11.get_include()],
+            language="c++",
+            extra_compile_args={"cxx": cxx},  # the form torch's BuildExtension reads
+        )
+    )
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
