@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS = ("relu", "gelu", "tanh")
+from mtfast.ops import _library
+
+ACTIVATIONS = ("relu", "gelu", "tanh")  # in the order of the C++ enum
 MAX_OUTPUTS = 8
+_NEED_U, _NEED_V, _NEED_WEIGHT1 = 1, 2, 4
+_SEED_LIMIT = 2**63 - 1
+
+_library.load()
 
 
 def concat_mlp(
@@ -39,8 +45,9 @@ def concat_mlp(
         u_rows, v_rows: int32 or int64 [batch]: row i of the product reads `u[u_rows[i]]` (`v[v_rows[i]]`).
         activation: "relu", "gelu" (the erf form) or "tanh".
         dropout_p: probability in [0, 1) that an element of the hidden layer is dropped in training.
-        seed: what dropout is drawn from; one seed and one element give one decision. An int, or an int64
-            tensor of one element on the inputs' device. None draws one from torch's default generator.
+        seed: what dropout is drawn from: one seed, row and column of the hidden layer give one decision. An
+            int, or an int64 tensor of one element on the inputs' device. None draws one from torch's default
+            generator of that device.
         training: False switches dropout off.
 
     Returns:
@@ -48,22 +55,38 @@ def concat_mlp(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, activation or probability that does not fit.
-        IndexError: a row index out of range.
+        RuntimeError: on the CPU, a row index out of range (on a GPU, where a check would wait for it, that row
+            of the result is NaN); a device or dtype that has no implementation.
     """
     _check(u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p, seed)
-    return concat_mlp_ref(
-        u,
-        v,
-        weight1,
-        bias1,
-        weight2,
-        bias2,
-        u_rows=u_rows,
-        v_rows=v_rows,
-        activation=activation,
-        dropout_p=dropout_p,
-        training=training,
+    operands = [u, v, weight1, bias1, weight2, bias2]
+    if torch.is_autocast_enabled(u.device.type):
+        dtype = torch.get_autocast_dtype(u.device.type)
+        operands = [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
+    operands = [x if x.stride(-1) == 1 else x.contiguous() for x in operands[:2]] + [
+        x.contiguous() for x in operands[2:]
+    ]
+    if not training:
+        dropout_p = 0.0
+    y, _ = torch.ops.mtfast.concat_mlp(
+        *operands,
+        None if u_rows is None else u_rows.contiguous(),
+        None if v_rows is None else v_rows.contiguous(),
+        ACTIVATIONS.index(activation),
+        dropout_p,
+        _seed_tensor(seed, u.device) if dropout_p > 0 else None,
+        torch.is_grad_enabled() and any(x.requires_grad for x in operands),
     )
+    return y
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed where the kernels read it: on the device, so that a captured CUDA graph draws anew each replay."""
+    if seed is None:
+        return torch.randint(_SEED_LIMIT, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.view(1)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def concat_mlp_ref(
@@ -94,6 +117,76 @@ def concat_mlp_ref(
     elif training and dropout_p > 0:
         hidden = torch.where(keep, hidden, 0.0) / (1.0 - dropout_p)
     return F.linear(hidden, weight2, bias2)
+
+
+@torch.library.register_fake("mtfast::concat_mlp")
+def _fake(
+    u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p, seed, save_hidden
+) -> tuple[Tensor, Tensor]:
+    batch = u.shape[0] if u_rows is None else u_rows.shape[0]
+    inner, outputs = weight1.shape[0], weight2.shape[0]
+    return u.new_empty(batch, outputs), u.new_empty(batch if save_hidden else 0, inner)
+
+
+@torch.library.register_fake("mtfast::concat_mlp_backward")
+def _fake_backward(
+    dy, u, v, weight1, weight2, z, u_rows, v_rows, activation, dropout_p, seed, needs
+) -> tuple[Tensor, ...]:
+    batch, hidden = dy.shape[0], u.shape[1]
+    inner, outputs = weight1.shape[0], weight2.shape[0]
+    return (
+        u.new_empty(batch if needs & _NEED_U else 0, hidden),
+        u.new_empty(batch if needs & _NEED_V else 0, hidden),
+        u.new_empty(inner if needs & _NEED_WEIGHT1 else 0, 2 * hidden),
+        u.new_empty(inner),
+        u.new_empty(outputs, inner),
+        u.new_empty(outputs),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    u, v, weight1, _, weight2, _, u_rows, v_rows, ctx.activation, ctx.dropout_p, seed, _ = inputs
+    z = output[1]
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, v, weight1, weight2, z, u_rows, v_rows, seed)
+
+
+def _backward(ctx, dy, _dz) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 12
+    u, v, weight1, weight2, z, u_rows, v_rows, seed = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    du, dv, *dweights = torch.ops.mtfast.concat_mlp_backward(
+        dy.contiguous(),
+        u,
+        v,
+        weight1,
+        weight2,
+        z,
+        u_rows,
+        v_rows,
+        ctx.activation,
+        ctx.dropout_p,
+        seed,
+        need[0] * _NEED_U + need[1] * _NEED_V + need[2] * _NEED_WEIGHT1,
+    )
+    grads = [_scatter(du, u_rows, u) if need[0] else None, _scatter(dv, v_rows, v) if need[1] else None]
+    grads += [grad if needed else None for grad, needed in zip(dweights, need[2:6], strict=True)]
+    return (*grads, None, None, None, None, None, None)
+
+
+def _scatter(grad: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    """Gradient rows added up where `rows` gathered them from, in an order that does not vary."""
+    if rows is None:
+        return grad
+    out = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    if like.device.type == "cpu":
+        return out.index_add_(0, rows, grad)
+    return out.index_put_((rows,), grad, accumulate=True)
+
+
+torch.library.register_autograd("mtfast::concat_mlp", _backward, setup_context=_setup_context)
 
 
 class ConcatMLP(nn.Module):

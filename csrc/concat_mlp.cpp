@@ -1,0 +1,228 @@
+// concat_mlp: argument checks, the matrix products through torch's own library, and registration.
+#include "concat_mlp.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+
+#include "binding.h"
+
+namespace mtfast::concat_mlp {
+namespace {
+
+Layer layer_of(const Tensor& dtype_of, int64_t batch, const Tensor& weight1, const Tensor& weight2,
+               int64_t activation, double dropout_p) {
+  Layer layer;
+  layer.batch = batch;
+  layer.inner = weight1.size(0);
+  check(weight2.size(0) >= 1 && weight2.size(0) <= kMaxOutputs, "concat_mlp: weight2 must have 1 to ",
+        kMaxOutputs, " rows, found ", weight2.size(0));
+  layer.outputs = static_cast<int>(weight2.size(0));
+  switch (dtype_of.scalar_type()) {
+    case ScalarType::Float:
+      layer.dtype = Dtype::kFloat32;
+      break;
+    case ScalarType::Double:
+      layer.dtype = Dtype::kFloat64;
+      break;
+    case ScalarType::BFloat16:
+      layer.dtype = Dtype::kBFloat16;
+      break;
+    case ScalarType::Half:
+      layer.dtype = Dtype::kFloat16;
+      break;
+    default:
+      check(false, "concat_mlp: u must be float32, float64, bfloat16 or float16");
+  }
+  check(activation >= 0 && activation <= 2, "concat_mlp: unknown activation number ", activation);
+  layer.activation = static_cast<Activation>(activation);
+  check(dropout_p >= 0 && dropout_p < 1, "concat_mlp: dropout_p must be in [0, 1), found ", dropout_p);
+  layer.drop_below = static_cast<uint32_t>(std::min(65535.0, std::floor(dropout_p * 65536 + 0.5)));
+  layer.scale = 1 / (1 - dropout_p);
+  return layer;
+}
+
+void check_matrix(const char* name, const Tensor& t, const Tensor& u, int64_t rows, int64_t columns) {
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "concat_mlp: ", name, " must be [", rows,
+        ", ", columns, "]");
+  check(t.scalar_type() == u.scalar_type(), "concat_mlp: ", name, " and u must be of one dtype");
+  check(t.device() == u.device(), "concat_mlp: ", name, " and u must be on one device");
+  check(t.stride(1) == 1 || t.size(1) == 1, "concat_mlp: the rows of ", name, " must be contiguous");
+}
+
+void check_vector(const char* name, const Tensor& t, const Tensor& u, int64_t size) {
+  check(t.dim() == 1 && t.size(0) == size, "concat_mlp: ", name, " must be [", size, "]");
+  check(t.scalar_type() == u.scalar_type() && t.device() == u.device() && t.is_contiguous(),
+        "concat_mlp: ", name, " must be contiguous, of u's dtype and on its device");
+}
+
+int64_t check_rows(const char* name, const OptionalTensor& rows, const Tensor& from) {
+  if (!rows) return from.size(0);
+  check(rows->dim() == 1 && rows->is_contiguous() && rows->device() == from.device(), "concat_mlp: ", name,
+        " must be a contiguous vector on the inputs' device");
+  check(rows->scalar_type() == ScalarType::Int || rows->scalar_type() == ScalarType::Long,
+        "concat_mlp: ", name, " must be int32 or int64");
+  return rows->size(0);
+}
+
+// Checks every operand and returns the batch size.
+int64_t check_operands(const Tensor& u, const Tensor& v, const Tensor& weight1, const Tensor& weight2,
+                       const OptionalTensor& u_rows, const OptionalTensor& v_rows, const OptionalTensor& seed,
+                       double dropout_p) {
+  check(u.dim() == 2 && v.dim() == 2 && weight1.dim() == 2 && weight2.dim() == 2,
+        "concat_mlp: u, v, weight1 and weight2 must be matrices");
+  const int64_t hidden = u.size(1), inner = weight1.size(0);
+  check_matrix("u", u, u, u.size(0), hidden);
+  check_matrix("v", v, u, v.size(0), hidden);
+  check_matrix("weight1", weight1, u, inner, 2 * hidden);
+  check_matrix("weight2", weight2, u, weight2.size(0), inner);
+  check(weight2.is_contiguous(), "concat_mlp: weight2 must be contiguous");
+  const int64_t batch = check_rows("u_rows", u_rows, u), v_batch = check_rows("v_rows", v_rows, v);
+  check(batch == v_batch, "concat_mlp: u gives ", batch, " rows and v gives ", v_batch);
+  check(dropout_p == 0 || seed, "concat_mlp: dropout needs a seed");
+  check(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
+        "concat_mlp: seed must be an int64 tensor of one element");
+  return batch;
+}
+
+// ---- CPU ----
+
+void product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+void add_product(const Tensor& out, const Tensor& to, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), to.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+Tensor half(const Tensor& weight1, int which) {
+  const int64_t hidden = weight1.size(1) / 2;
+  Tensor whole = weight1;
+  return torch::stable::narrow(whole, 1, which * hidden, hidden);
+}
+
+// Rows begin .. end of `from`, or those that `rows` names, copied to `to` (`pitch` bytes from one to the
+// next).
+template <class Index>
+void copy_rows(const char* name, const Tensor& from, const Index* rows, int64_t begin, int64_t end, char* to,
+               int64_t pitch) {
+  const int64_t bytes = static_cast<int64_t>(from.element_size());
+  const int64_t from_pitch = from.stride(0) * bytes, size = from.size(0);
+  const auto* source = static_cast<const char*>(from.const_data_ptr());
+  for (int64_t i = begin; i < end; ++i, to += pitch) {
+    const int64_t row = rows == nullptr ? i : rows[i];
+    check(row >= 0 && row < size, "concat_mlp: ", name, "_rows[", i, "] is ", row, ", but ", name, " has ",
+          size, " rows");
+    std::memcpy(to, source + row * from_pitch, static_cast<size_t>(from.size(1) * bytes));
+  }
+}
+
+void copy_rows(const char* name, const Tensor& from, const OptionalTensor& rows, int64_t begin, int64_t end,
+               char* to, int64_t pitch) {
+  const void* index = rows ? rows->const_data_ptr() : nullptr;
+  if (rows && rows->scalar_type() == ScalarType::Int)
+    copy_rows(name, from, static_cast<const int32_t*>(index), begin, end, to, pitch);
+  else
+    copy_rows(name, from, static_cast<const int64_t*>(index), begin, end, to, pitch);
+}
+
+// The rows a product reads: `from` itself, or a copy of those `rows` names.
+Tensor rows_of(const char* name, const Tensor& from, const OptionalTensor& rows) {
+  if (!rows) return from;
+  Tensor out = torch::stable::new_empty(from, {rows->size(0), from.size(1)});
+  copy_rows(name, from, rows, 0, rows->size(0), static_cast<char*>(out.mutable_data_ptr()),
+            from.size(1) * static_cast<int64_t>(from.element_size()));
+  return out;
+}
+
+// z = [u; v] @ weight1.T + bias1. In 16 bits a rounding between the two halves would turn signs around, so
+// there each block of rows is laid side by side in a scratch that stays in cache; otherwise the halves are
+// added up in z.
+void hidden_layer(const Tensor& z, const Tensor& u, const Tensor& v, const Tensor& weight1,
+                  const Tensor& bias1, const OptionalTensor& u_rows, const OptionalTensor& v_rows) {
+  if (u.element_size() > 2) {
+    add_product(z, bias1, rows_of("u", u, u_rows), transposed(half(weight1, 0)));
+    add_product(z, z, rows_of("v", v, v_rows), transposed(half(weight1, 1)));
+    return;
+  }
+  const int64_t batch = z.size(0), block = std::min<int64_t>(512, batch), hidden = u.size(1);
+  const int64_t side = hidden * static_cast<int64_t>(u.element_size());
+  Tensor scratch = torch::stable::new_empty(u, {block, 2 * hidden}), out = z;
+  auto* to = static_cast<char*>(scratch.mutable_data_ptr());
+  for (int64_t begin = 0; begin < batch; begin += block) {
+    const int64_t rows = std::min(block, batch - begin);
+    copy_rows("u", u, u_rows, begin, begin + rows, to, 2 * side);
+    copy_rows("v", v, v_rows, begin, begin + rows, to + side, 2 * side);
+    add_product(torch::stable::narrow(out, 0, begin, rows), bias1, torch::stable::narrow(scratch, 0, 0, rows),
+                transposed(weight1));
+  }
+}
+
+uint64_t read_seed(const OptionalTensor& seed) {
+  return seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
+}
+
+std::tuple<Tensor, Tensor> forward_cpu(const Tensor& u, const Tensor& v, const Tensor& weight1,
+                                       const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
+                                       const OptionalTensor& u_rows, const OptionalTensor& v_rows,
+                                       int64_t activation, double dropout_p, const OptionalTensor& seed,
+                                       bool save_hidden) {
+  const int64_t batch = check_operands(u, v, weight1, weight2, u_rows, v_rows, seed, dropout_p);
+  const Layer layer = layer_of(u, batch, weight1, weight2, activation, dropout_p);
+  check_vector("bias1", bias1, u, layer.inner);
+  check_vector("bias2", bias2, u, layer.outputs);
+  Tensor z = torch::stable::new_empty(u, {batch, layer.inner});
+  Tensor y = torch::stable::new_empty(u, {batch, layer.outputs});
+  hidden_layer(z, u, v, weight1, bias1, u_rows, v_rows);
+  cpu_forward(layer, read_seed(seed), z.const_data_ptr(), weight2.const_data_ptr(), bias2.const_data_ptr(),
+              y.mutable_data_ptr());
+  if (!save_hidden) z = torch::stable::new_empty(u, {0, layer.inner});
+  return {y, z};
+}
+
+// Gradients of u's and v's rows, weight1, bias1, weight2, bias2; those that `needs` (one bit each) does not
+// ask for come back empty, except that the last three come together.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+    const Tensor& dy, const Tensor& u, const Tensor& v, const Tensor& weight1, const Tensor& weight2,
+    const Tensor& z, const OptionalTensor& u_rows, const OptionalTensor& v_rows, int64_t activation,
+    double dropout_p, const OptionalTensor& seed, int64_t needs) {
+  const int64_t batch = check_operands(u, v, weight1, weight2, u_rows, v_rows, seed, dropout_p);
+  const Layer layer = layer_of(u, batch, weight1, weight2, activation, dropout_p);
+  check_matrix("dy", dy, u, batch, layer.outputs);
+  check_matrix("z", z, u, batch, layer.inner);
+  check(dy.is_contiguous() && z.is_contiguous(), "concat_mlp: dy and z must be contiguous");
+  const bool need_u = needs & 1, need_v = needs & 2, need_weight1 = needs & 4;
+  const bool need_dz = need_u || need_v || need_weight1;
+  Tensor dz = torch::stable::new_empty(u, {need_dz ? batch : 0, layer.inner});
+  Tensor dbias1 = torch::stable::new_empty(u, {layer.inner});
+  Tensor dweight2 = torch::stable::new_empty(u, {layer.outputs, layer.inner});
+  Tensor dbias2 = torch::stable::new_empty(u, {layer.outputs});
+  cpu_backward(layer, read_seed(seed), dy.const_data_ptr(), z.const_data_ptr(), weight2.const_data_ptr(),
+               need_dz ? dz.mutable_data_ptr() : nullptr, dbias1.mutable_data_ptr(),
+               dweight2.mutable_data_ptr(), dbias2.mutable_data_ptr());
+  const int64_t hidden = u.size(1);
+  Tensor dweight1 = torch::stable::new_empty(u, {need_weight1 ? layer.inner : 0, 2 * hidden});
+  if (need_weight1) {
+    product(half(dweight1, 0), transposed(dz), rows_of("u", u, u_rows));
+    product(half(dweight1, 1), transposed(dz), rows_of("v", v, v_rows));
+  }
+  Tensor du = torch::stable::new_empty(u, {need_u ? batch : 0, hidden});
+  Tensor dv = torch::stable::new_empty(u, {need_v ? batch : 0, hidden});
+  if (need_u) product(du, dz, half(weight1, 0));
+  if (need_v) product(dv, dz, half(weight1, 1));
+  return {du, dv, dweight1, dbias1, dweight2, dbias2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mtfast, CPU, m) {
+  m.impl("concat_mlp", TORCH_BOX(&forward_cpu));
+  m.impl("concat_mlp_backward", TORCH_BOX(&backward_cpu));
+}
+
+}  // namespace mtfast::concat_mlp

@@ -1,0 +1,189 @@
+// Sixteen lanes of float for the CPU implementations, in the compiler's vector extensions: one source for
+// every machine, widened where a function that inlines it is compiled for a wider instruction set.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call: everything here is inlined
+
+#define MTFAST_INLINE static inline __attribute__((always_inline))
+
+namespace mtfast::simd {
+
+constexpr int kLanes = 16;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef double f64x16 __attribute__((vector_size(128)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef int64_t i64x16 __attribute__((vector_size(128)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint64_t u64x16 __attribute__((vector_size(128)));
+typedef uint64_t u64x8 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// The vector a storage type is computed in.
+template <class T>
+struct Compute {
+  using scalar = float;
+  using vec = f32x16;
+  using mask = i32x16;
+};
+template <>
+struct Compute<double> {
+  using scalar = double;
+  using vec = f64x16;
+  using mask = i64x16;
+};
+
+template <class V>
+MTFAST_INLINE V splat(double x) {
+  using S = std::decay_t<decltype(V{}[0])>;
+  return V{} + static_cast<S>(x);
+}
+
+// ---- sixteen stored elements to and from a vector of lanes ----
+
+MTFAST_INLINE f32x16 unpack(const bf16* p) {
+  u16x16 h;
+  std::memcpy(&h, p, sizeof h);
+  return reinterpret_cast<f32x16>(__builtin_convertvector(h, u32x16) << 16);
+}
+
+MTFAST_INLINE f32x16 unpack(const f16* p) {
+  u16x16 h;
+  std::memcpy(&h, p, sizeof h);
+  const u32x16 w = __builtin_convertvector(h, u32x16);
+  // exponent rebiased by one multiplication, which also normalises denormals; Inf and NaN keep a full
+  // exponent
+  u32x16 magnitude = (w & 0x7fffu) << 13;
+  const u32x16 full = (u32x16)((w & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  magnitude = reinterpret_cast<u32x16>(reinterpret_cast<f32x16>(magnitude) * 0x1p112f) | full;
+  return reinterpret_cast<f32x16>(magnitude | ((w & 0x8000u) << 16));
+}
+
+MTFAST_INLINE f32x16 unpack(const float* p) {
+  f32x16 x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+MTFAST_INLINE f64x16 unpack(const double* p) {
+  f64x16 x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+MTFAST_INLINE void pack(bf16* p, f32x16 x) {  // round to nearest, ties to even; NaN stays NaN
+  const u32x16 w = reinterpret_cast<u32x16>(x);
+  const u32x16 rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+  const u16x16 h = __builtin_convertvector((x == x) ? rounded : u32x16{} + 0x7fc0u, u16x16);
+  std::memcpy(p, &h, sizeof h);
+}
+
+MTFAST_INLINE void pack(f16* p, f32x16 x) {
+  const u32x16 w = reinterpret_cast<u32x16>(x), sign = (w >> 16) & 0x8000u, a = w & 0x7fffffffu;
+  const u32x16 normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // adding 1/2 leaves a value below 2^-14 rounded to a multiple of 2^-24 in the low bits
+  const u32x16 tiny = reinterpret_cast<u32x16>(reinterpret_cast<f32x16>(a) + 0.5f) - 0x3f000000u;
+  u32x16 h = (a < 0x38800000u) ? tiny : normal;
+  h = (a >= 0x477ff000u) ? u32x16{} + 0x7c00u : h;
+  h = (a > 0x7f800000u) ? u32x16{} + 0x7e00u : h;
+  const u16x16 out = __builtin_convertvector(h | sign, u16x16);
+  std::memcpy(p, &out, sizeof out);
+}
+
+MTFAST_INLINE void pack(float* p, f32x16 x) { std::memcpy(p, &x, sizeof x); }
+MTFAST_INLINE void pack(double* p, f64x16 x) { std::memcpy(p, &x, sizeof x); }
+
+// The same at the end of a row, where only `count` elements are there; lanes beyond it read 0.
+template <class T>
+MTFAST_INLINE auto load(const T* p, int64_t count) {
+  if (count >= kLanes) return unpack(p);
+  T tail[kLanes] = {};
+  std::memcpy(tail, p, static_cast<size_t>(count) * sizeof(T));
+  return unpack(tail);
+}
+
+template <class T, class V>
+MTFAST_INLINE void store(T* p, V x, int64_t count) {
+  if (count >= kLanes) return pack(p, x);
+  T tail[kLanes];
+  pack(tail, x);
+  std::memcpy(p, tail, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class V>
+MTFAST_INLINE auto sum(V x) {
+  auto total = x[0];
+  for (int i = 1; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+// ---- exp (saturating at 88.3), erf and tanh: within 2 units in the last place of float ----
+
+MTFAST_INLINE f32x16 exp(f32x16 x) {
+  const f32x16 low = splat<f32x16>(-87.3), high = splat<f32x16>(88.3);
+  const f32x16 clamped = (x < low) ? low : (x > high) ? high : x;
+  const f32x16 shifted = clamped * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits
+  const f32x16 n = shifted - 12582912.0f;
+  const f32x16 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const u32x16 scale = (reinterpret_cast<u32x16>(shifted) + 127u) << 23;
+  const f32x16 y = p * reinterpret_cast<f32x16>(scale);
+  return (x < low) ? f32x16{} : (x == x) ? y : x;
+}
+
+MTFAST_INLINE f32x16 erf(f32x16 x) {
+  const f32x16 t = (x < 0.0f) ? -x : x, s = x * x;
+  f32x16 far = (t * -1.72853470e-5f + 3.83197126e-4f) * s + (t * -3.88396438e-3f + 2.42546219e-2f);
+  far = far * t + -1.06777877e-1f;
+  far = far * t + -6.34846687e-1f;
+  far = far * t + -1.28717512e-1f;
+  far = 1.0f - exp(far * t - t);
+  f32x16 near = s * -5.96761703e-4f + 4.99119423e-3f;
+  near = near * s + -2.67681349e-2f;
+  near = near * s + 1.12819925e-1f;
+  near = near * s + -3.76125336e-1f;
+  near = near * s + 1.28379166e-1f;
+  near = near * x + x;
+  return (t > 0.927734375f) ? ((x < 0.0f) ? -far : far) : near;
+}
+
+MTFAST_INLINE f32x16 tanh(f32x16 x) {
+  const f32x16 t = (x < 0.0f) ? -x : x, s = x * x;
+  const f32x16 far = 1.0f - 2.0f / (exp(2.0f * t) + 1.0f);
+  f32x16 near = s * -5.70498872745e-3f + 2.06390887954e-2f;
+  near = near * s + -5.37397155531e-2f;
+  near = near * s + 1.33314422036e-1f;
+  near = near * s + -3.33332819422e-1f;
+  near = near * s * x + x;
+  return (t > 0.625f) ? ((x < 0.0f) ? -far : far) : near;
+}
+
+MTFAST_INLINE f64x16 exp(f64x16 x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+MTFAST_INLINE f64x16 erf(f64x16 x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = std::erf(x[i]);
+  return x;
+}
+MTFAST_INLINE f64x16 tanh(f64x16 x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+}  // namespace mtfast::simd
