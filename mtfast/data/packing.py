@@ -159,7 +159,7 @@ def pack_reviews(
         positions=torch.from_numpy(gather_indices(owner, cu_seqlens)),
         nsp_labels=torch.from_numpy(samples.nsp_labels[rows]),
         samples=torch.from_numpy(rows),
-        masked=int(samples.masked_counts(mlm_probability)[rows].sum()),
+        masked=int(samples.masked_counts(mlm_probability, rows).sum()),
         step_masked=step_masked,
         step_samples=step_samples,
     )

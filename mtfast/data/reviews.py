@@ -101,11 +101,12 @@ class ReviewSamples:
         """Tokens of each sample, int64 [samples]."""
         return self.sequences.lengths
 
-    def masked_counts(self, mlm_probability: float) -> np.ndarray:
-        """Tokens that "exact" masking chooses in each sample: max(1, floor(p * candidates + 1/2)), or 0
-        where there is no candidate. int64 [samples]."""
-        chosen = np.floor(mlm_probability * self.candidates + 0.5).astype(np.int64)
-        return np.where(self.candidates > 0, np.maximum(chosen, 1), 0)
+    def masked_counts(self, mlm_probability: float, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Tokens that "exact" masking chooses in each sample (of ``rows``): max(1, floor(p * candidates +
+        1/2)), or 0 where there is no candidate. int64 [samples]."""
+        candidates = self.candidates[rows]
+        chosen = np.floor(mlm_probability * candidates + 0.5).astype(np.int64)
+        return np.where(candidates > 0, np.maximum(chosen, 1), 0)
 
     def summary(self) -> str:
         """The account, for people."""

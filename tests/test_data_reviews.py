@@ -1,0 +1,282 @@
+"""Pre-training samples: whose sentences they hold, how many follow, and what happens to odd reviews."""
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import sentencex
+import torch
+from small_tokenizer import small_tokenizer
+from transformers import AutoTokenizer
+
+from mtfast.data.packing import pack_reviews
+from mtfast.data.records import DataError
+from mtfast.data.reviews import ReviewTable, build_samples, read_reviews
+from mtfast.data.sampler import plan_reviews
+from mtfast.data.tasks import RowAccount
+
+CLS, SEP = 2, 3
+
+
+def table_of(*texts: str) -> ReviewTable:
+    return ReviewTable("here", list(texts), RowAccount(len(texts), len(texts)))
+
+
+def numbered_reviews(count: int, sentences: int = 6) -> ReviewTable:
+    """Review r consists of the sentences `Review r sentence s .`, all different."""
+    return table_of(
+        *(" ".join(f"Review {r}x sentence {s}y." for s in range(sentences)) for r in range(count))
+    )
+
+
+def segments(samples, index):
+    """Token ids of A and of B of a sample, checked for their frame."""
+    tokens = samples.tokens[samples.offsets[index] : samples.offsets[index + 1]].tolist()
+    second = int(samples.segment_b_start[index])
+    assert tokens[0] == CLS and tokens[second - 1] == SEP and tokens[-1] == SEP
+    a, b = tokens[1 : second - 1], tokens[second:-1]
+    assert a and b and CLS not in a + b and SEP not in a + b
+    return a, b
+
+
+def pieces(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_b_follows_a_in_half_of_the_samples_and_is_from_another_review_in_the_other():
+    tokenizer = small_tokenizer()
+    reviews = numbered_reviews(40)
+    samples = build_samples(reviews, tokenizer, max_length=512, seed=1)
+    assert len(samples) == 40 and samples.nsp_labels.sum() == 20
+    whole = [pieces(tokenizer, text) for text in reviews.texts]
+    for index in range(len(samples)):
+        a, b = segments(samples, index)
+        own = whole[samples.reviews[index]]
+        assert own[: len(a)] == a
+        if samples.nsp_labels[index] == 0:
+            assert a + b == own
+        else:
+            owners = [r for r, text in enumerate(whole) if text[-len(b) :] == b]
+            assert len(owners) == 1 and owners[0] != samples.reviews[index]
+
+
+@pytest.mark.parametrize("sentences", [9, 60])
+def test_every_sentence_is_used_exactly_once(sentences):
+    tokenizer = small_tokenizer()
+    reviews = numbered_reviews(30, sentences)
+    samples = build_samples(reviews, tokenizer, max_length=512, seed=2)
+    assert (len(samples) > 30) == (sentences == 60)  # more than one sample a review
+    found = [piece for i in range(len(samples)) for part in segments(samples, i) for piece in part]
+    expected = [piece for text in reviews.texts for piece in pieces(tokenizer, text)]
+    lost = len(expected) - len(found)
+    assert (
+        sorted(found) == sorted(expected) if samples.account.truncated == 0 else 0 < lost < len(expected) / 10
+    )
+    assert sentences == 60 or samples.account.truncated == 0
+
+
+def test_samples_follow_from_the_seed_alone():
+    reviews = numbered_reviews(25)
+    first, again, other = (
+        build_samples(reviews, small_tokenizer(), max_length=512, seed=seed) for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    np.testing.assert_array_equal(first.nsp_labels, again.nsp_labels)
+    assert first.tokens.tolist() != other.tokens.tolist()
+    assert first.nsp_labels.tolist() != other.nsp_labels.tolist()
+
+
+def test_reviews_of_one_sentence_and_of_none_are_handled_and_counted():
+    tokenizer = small_tokenizer()
+    texts = [*numbered_reviews(10).texts, "A good film", "Bad.", "\u0007"]  # the last has no word piece
+    samples = build_samples(table_of(*texts), tokenizer, max_length=256, seed=0)
+    account = samples.account
+    assert account.single_sentence_reviews == 2
+    assert (account.rows.read, account.rows.used, len(account.rows.skipped)) == (13, 12, 1)
+    assert (account.rows.skipped[0].line, account.rows.skipped[0].reason) == (13, "no word pieces in it")
+    assert set(samples.reviews.tolist()) == set(range(12))
+    for review in (10, 11):
+        [index] = np.flatnonzero(samples.reviews == review)
+        a, _ = segments(samples, index)
+        assert a == pieces(tokenizer, texts[review]) and samples.nsp_labels[index] == 1
+    assert samples.nsp_labels.sum() == len(samples) // 2
+    assert "2 reviews of one sentence" in samples.summary()
+    assert "here:13: no word pieces in it" in samples.summary()
+
+
+@pytest.mark.parametrize(
+    "texts", [["One two. Three four.", "Five."], ["One.", "Two.", "Three."], ["A. B.", "C. D."]]
+)
+def test_very_small_corpora(texts):
+    samples = build_samples(table_of(*texts), small_tokenizer(), max_length=64, seed=0)
+    assert len(samples) == len(texts)
+    tokenizer = small_tokenizer()
+    for index in range(len(samples)):
+        a, b = segments(samples, index)
+        own = pieces(tokenizer, texts[samples.reviews[index]])
+        if samples.nsp_labels[index]:
+            others = [pieces(tokenizer, text) for r, text in enumerate(texts) if r != samples.reviews[index]]
+            assert any(other[-len(b) :] == b for other in others)
+        else:
+            assert a + b == own
+
+
+def test_one_review_is_not_enough():
+    with pytest.raises(DataError, match="1 usable review; next-sentence prediction takes B from another"):
+        build_samples(table_of("One. Two."), small_tokenizer(), seed=0)
+    with pytest.raises(DataError, match="0 usable review"):
+        build_samples(table_of("\u0007", "\u0007"), small_tokenizer(), seed=0)
+
+
+def test_a_sentence_of_5000_words_is_cut_into_runs_and_none_of_it_is_lost():
+    tokenizer = small_tokenizer()
+    reviews = table_of("play " * 5000, *numbered_reviews(60).texts)
+    samples = build_samples(reviews, tokenizer, max_length=128, seed=0)
+    assert samples.account.long_sentences == 1
+    assert samples.lengths.max() <= 128
+    # No run is longer than half of what fits, so no sample has to lose any of it.
+    [play] = pieces(tokenizer, "play")
+    assert np.count_nonzero(samples.tokens == play) >= 5000 - samples.account.truncated * 64
+    assert np.count_nonzero(samples.reviews == 0) >= 5000 / 125
+
+
+def test_real_reviews_each_used_half_following_and_at_most_512_tokens(data_dir, checkpoint_dir):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
+    reviews = read_reviews(data_dir / "imdb" / "train.parquet", limit=300)
+    samples = build_samples(reviews, tokenizer, max_length=512, seed=7)
+    assert len(reviews) == 300 and set(samples.reviews.tolist()) == set(range(300))
+    assert abs(samples.nsp_labels.mean() - 0.5) <= 0.5 / len(samples)
+    assert samples.lengths.max() <= 512
+    special = set(tokenizer.all_special_ids)
+    vocabulary = tokenizer.get_vocab()
+    cls, sep = vocabulary["[CLS]"], vocabulary["[SEP]"]
+    ends = [
+        [pieces(tokenizer, sentence)[-1:] for sentence in sentencex.segment("en", text)]
+        for text in reviews.texts
+    ]
+    following = 0
+    for index in range(len(samples)):
+        tokens = samples.tokens[samples.offsets[index] : samples.offsets[index + 1]].tolist()
+        second = int(samples.segment_b_start[index])
+        assert (
+            tokens[0] == cls
+            and tokens[-1] == sep
+            and [i for i, t in enumerate(tokens) if t == sep]
+            == [
+                second - 1,
+                len(tokens) - 1,
+            ]
+        )
+        assert samples.candidates[index] == sum(token not in special for token in tokens)
+        if samples.nsp_labels[index] == 0:
+            own = pieces(tokenizer, reviews.texts[samples.reviews[index]])
+            body = tokens[1 : second - 1] + tokens[second:-1]
+            text, part = (" ".join(map(str, ids)) for ids in (own, body))
+            following += f" {part} " in f" {text} "
+            assert [tokens[second - 2]] in ends[samples.reviews[index]]  # A ends with a sentence
+    # Word pieces of a whole review can differ from those of its sentences only where they meet.
+    assert following >= 0.99 * np.count_nonzero(samples.nsp_labels == 0)
+
+
+def test_line_break_tags_are_cleaned_and_empty_reviews_counted(tmp_path):
+    texts = ["One.<br /><br />Two.", "Three<BR>four", "", None, " <br /> ", "Five. Six."]
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": [0] * 6}), path)
+    reviews = read_reviews(path)
+    assert reviews.texts == ["One.\n\nTwo.", "Three\nfour", "Five. Six."]
+    assert (reviews.account.read, reviews.account.used) == (6, 3)
+    assert [(row.file, row.line, row.reason) for row in reviews.account.skipped] == [
+        (str(path), line, "empty text") for line in (3, 4, 5)
+    ]
+
+
+def test_every_file_or_split_of_a_source_is_read_and_a_limit_is_spread_over_it(tmp_path):
+    parts = {split: {"text": [f"{split} {i}." for i in range(10)]} for split in ("train", "unsupervised")}
+    for split, columns in parts.items():
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{split}.parquet")
+    assert len(read_reviews(tmp_path)) == 20
+    assert read_reviews(tmp_path, limit=4).texts == [
+        "train 0.", "train 5.", "unsupervised 0.", "unsupervised 5.",
+    ]  # fmt: skip
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(part) for name, part in parts.items()})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert read_reviews(tmp_path / "saved").texts == read_reviews(tmp_path).texts
+
+
+def test_wrong_sources_of_reviews(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.parquet: no such file"):
+        read_reviews(tmp_path / "nowhere.parquet")
+    with pytest.raises(DataError, match="no file with one of the suffixes"):
+        read_reviews(tmp_path)
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"body": "x"}\n')
+    with pytest.raises(DataError, match=r"no column 'text' \(or review, sentence\); columns found: 'body'"):
+        read_reviews(path)
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="no usable review; 1 rows read, 0 used"):
+        read_reviews(path)
+    with pytest.raises(ValueError, match="limit must be at least 1, found 0"):
+        read_reviews(path, limit=0)
+
+
+def test_samples_are_cached_by_seed_and_length(tmp_path):
+    reviews = numbered_reviews(12)
+    settings = {"max_length": 128, "seed": 1, "cache_dir": tmp_path}
+    first = build_samples(reviews, small_tokenizer(), **settings)
+    again = build_samples(reviews, small_tokenizer(), **settings)
+    assert len(list(tmp_path.glob("*.arrow"))) == 1 and not again.tokens.flags.writeable
+    for name in ("tokens", "offsets", "segment_b_start", "nsp_labels", "candidates", "reviews"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+    assert first.account == again.account
+    build_samples(reviews, small_tokenizer(), **settings | {"seed": 2})
+    build_samples(reviews, small_tokenizer(), **settings | {"max_length": 64})
+    assert len(list(tmp_path.glob("*.arrow"))) == 3
+
+
+def test_packed_samples_know_their_corpus_positions_and_masked_counts():
+    samples = build_samples(numbered_reviews(20), small_tokenizer(), max_length=128, seed=1)
+    rows = np.array([7, 2, 11])
+    batch = pack_reviews(
+        samples, rows, mlm_probability=0.15, step_masked=99, step_samples=16, bucket_tokens=64
+    )
+    offsets = batch.cu_seqlens.tolist()
+    assert len(batch.input_ids) % 64 == 0 and batch.tokens == samples.lengths[rows].sum()
+    expected = 0
+    for place, row in enumerate(rows.tolist()):
+        part = slice(offsets[place], offsets[place + 1])
+        tokens = samples.tokens[samples.offsets[row] : samples.offsets[row + 1]]
+        length = len(tokens)
+        assert batch.input_ids[part].tolist() == tokens.tolist()
+        assert batch.positions[part].tolist() == list(range(row * 128, row * 128 + length))
+        assert batch.position_ids[part].tolist() == list(range(length))
+        second = int(samples.segment_b_start[row])
+        assert batch.token_type_ids[part].tolist() == [0] * second + [1] * (length - second)
+        candidates = sum(token > 4 for token in tokens.tolist())
+        expected += max(1, int(0.15 * candidates + 0.5))
+    assert batch.masked == expected
+    assert (batch.step_masked, batch.step_samples) == (99, 16)
+    assert batch.nsp_labels.tolist() == samples.nsp_labels[rows].tolist()
+    assert (batch.positions.dtype, batch.nsp_labels.dtype) == (torch.int64, torch.int64)
+    assert len(set(batch.positions.tolist())) == len(batch.positions)
+    assert set(batch.encoder_inputs()) <= set(vars(batch))
+    empty = pack_reviews(samples, rows[:0], mlm_probability=0.15, step_masked=1, step_samples=1)
+    assert (empty.tokens, empty.masked, len(empty.input_ids)) == (0, 0, 1)
+
+
+def test_masked_counts_are_what_exact_masking_chooses():
+    from mtfast.ops import mask_tokens
+
+    tokenizer = small_tokenizer()
+    samples = build_samples(numbered_reviews(30, sentences=5), tokenizer, max_length=200, seed=3)
+    for step in plan_reviews(samples.lengths, samples.masked_counts(0.15), batch_size=8, seed=0, epoch=0):
+        [rows] = step.micro_batches
+        batch = pack_reviews(
+            samples, rows, mlm_probability=0.15, step_masked=0, step_samples=0, bucket_tokens=100
+        )
+        masked = mask_tokens(
+            batch.input_ids, special_ids=samples.special.all, mask_token_id=tokenizer.mask_token_id,
+            vocab_size=len(tokenizer), seed=1, positions=batch.positions, cu_seqlens=batch.cu_seqlens,
+            mlm_probability=0.15, strategy="exact",
+        )  # fmt: skip
+        assert int((masked.labels != -100).sum()) == batch.masked == step.step_masked
