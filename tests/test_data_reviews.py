@@ -15,6 +15,7 @@ from mtfast.data.records import DataError
 from mtfast.data.reviews import ReviewTable, build_samples, read_reviews
 from mtfast.data.sampler import plan_reviews
 from mtfast.data.tasks import RowAccount
+from mtfast.ops import mask_tokens
 
 CLS, SEP = 2, 3
 
@@ -265,8 +266,6 @@ def test_packed_samples_know_their_corpus_positions_and_masked_counts():
 
 
 def test_masked_counts_are_what_exact_masking_chooses():
-    from mtfast.ops import mask_tokens
-
     tokenizer = small_tokenizer()
     samples = build_samples(numbered_reviews(30, sentences=5), tokenizer, max_length=200, seed=3)
     for step in plan_reviews(samples.lengths, samples.masked_counts(0.15), batch_size=8, seed=0, epoch=0):

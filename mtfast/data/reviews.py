@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import sentencex
+import torch
 
 from mtfast.data.arrow_cache import Arrays, Notes, cache_key, cached
 from mtfast.data.cache import check_max_length, from_arrays, to_arrays
@@ -22,6 +23,7 @@ from mtfast.data.tokens import (
     offsets_of,
     tokenize_texts,
 )
+from mtfast.ops import exact_count
 
 _TEXT_COLUMNS = ("text", "review", "sentence")
 _LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
@@ -102,11 +104,8 @@ class ReviewSamples:
         return self.sequences.lengths
 
     def masked_counts(self, mlm_probability: float, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Tokens that "exact" masking chooses in each sample (of ``rows``): max(1, floor(p * candidates +
-        1/2)), or 0 where there is no candidate. int64 [samples]."""
-        candidates = self.candidates[rows]
-        chosen = np.floor(mlm_probability * candidates + 0.5).astype(np.int64)
-        return np.where(candidates > 0, np.maximum(chosen, 1), 0)
+        """Tokens that mask_tokens chooses in each sample (of ``rows``) with its "exact" strategy, int64."""
+        return exact_count(torch.tensor(self.candidates[rows]), mlm_probability).numpy()
 
     def summary(self) -> str:
         """The account, for people."""
