@@ -17,6 +17,7 @@ from mtfast.models.checkpoint import (
     load_heads_config,
     load_pretrained,
     load_tokenizer,
+    save_heads,
     save_pretrained,
 )
 from mtfast.models.multitask import HeadsConfig, MultiTaskHeads, build_multitask_model, build_pretrain_model
@@ -301,3 +302,20 @@ def test_tokenizer_without_a_mask_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="mask_token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_hub_name_that_cannot_be_reached_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (load_bert_config, load_tokenizer):
+        with pytest.raises(CheckpointError, match=r"(?s)no-such-organisation/bert is neither a directory nor"):
+            load("no-such-organisation/bert")
+
+
+def test_heads_saved_alone_load_into_heads(tmp_path):
+    heads = MultiTaskHeads(64, HEADS)
+    save_heads(tmp_path / "heads", heads.state_dict(), HEADS)
+    again = MultiTaskHeads(64, HEADS)
+    assert not load_pretrained(tmp_path / "heads", again).initialised
+    assert all(torch.equal(a, b) for a, b in zip(heads.parameters(), again.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match=r"heads.*is \[48, 128\], the model's is \[48, 256\]"):
+        load_pretrained(tmp_path / "heads", MultiTaskHeads(128, HEADS))

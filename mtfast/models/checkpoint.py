@@ -10,17 +10,19 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from mtfast.models.bert import PackedBert, check_config
 from mtfast.models.multitask import HeadsConfig, MultiTaskHeads, MultiTaskModel, PretrainModel
@@ -35,6 +37,7 @@ __all__ = [
     "load_heads_config",
     "load_pretrained",
     "load_tokenizer",
+    "save_heads",
     "save_pretrained",
 ]
 
@@ -231,19 +234,41 @@ def save_pretrained(
     prefixed = any(name.startswith("bert.") for name in tensors)
     config.architectures = ["BertForPreTraining" if prefixed else "BertModel"]
     config.dtype = state_dict["encoder.embeddings.word"].dtype
+    with _replacing(directory) as incoming:
+        config.save_pretrained(incoming)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(incoming)
+        _save_tensors(incoming / _WEIGHTS[0], tensors)
+        if heads is not None:
+            _write_heads(incoming, task_heads, heads)
+
+
+def save_heads(
+    directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: HeadsConfig
+) -> None:
+    """Writes the state dict of a MultiTaskHeads alone, for `load_pretrained` into one.
+
+    The directory appears whole or not at all; one that was there is replaced.
+    """
+    with _replacing(directory) as incoming:
+        _write_heads(incoming, {f"heads.{name}": tensor for name, tensor in state_dict.items()}, config)
+
+
+def _write_heads(directory: Path, tensors: Mapping[str, Tensor], config: HeadsConfig) -> None:
+    _save_tensors(directory / _HEADS_FILE, tensors)
+    text = json.dumps({"format": _FORMAT, "heads": asdict(config)}, indent=2)
+    (directory / _HEADS_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty directory to fill, which takes the place of `directory` where filling it raises nothing."""
     target = Path(directory).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming = target.with_name(f".{target.name}.incoming")
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir()
-    config.save_pretrained(incoming)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(incoming)
-    _save_tensors(incoming / _WEIGHTS[0], tensors)
-    if heads is not None:
-        _save_tensors(incoming / _HEADS_FILE, task_heads)
-        text = json.dumps({"format": _FORMAT, "heads": asdict(heads)}, indent=2)
-        (incoming / _HEADS_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    yield incoming
     _restore(target)
     outgoing = _outgoing(target)
     shutil.rmtree(outgoing, ignore_errors=True)
@@ -293,14 +318,15 @@ def _file(source: str, subfolder: str, filename: str) -> Path | None:
         file = Path(source, subfolder, filename)
         return file if file.is_file() else None
     try:
-        found = cached_file(
-            source, filename, subfolder=subfolder, _raise_exceptions_for_missing_entries=False
-        )
-    except OSError as error:
+        return Path(hf_hub_download(source, filename, subfolder=subfolder or None))
+    except (OSError, ValueError) as error:
+        offline = isinstance(error, LocalEntryNotFoundError)
+        # Without a connection an optional file counts as absent: the config tells that there is a checkpoint.
+        if isinstance(error, EntryNotFoundError) and not (offline and filename == "config.json"):
+            return None
         raise CheckpointError(
             f"{source} is neither a directory nor a checkpoint that Hugging Face can provide: {error}"
         ) from error
-    return None if found is None else Path(found)
 
 
 def _read_json(file: Path) -> Any:
