@@ -14,7 +14,12 @@
 namespace mtfast {
 
 // What a number is drawn for: the last word of the counter, so that no two uses share a draw.
-enum class Purpose : uint32_t { kMaskChoose = 1, kMaskReplace = 2, kConcatMlpDropout = 3 };
+enum class Purpose : uint32_t {
+  kMaskChoose = 1,
+  kMaskReplace = 2,
+  kConcatMlpDropout = 3,
+  kAttentionDropout = 4,
+};
 
 struct Philox4 {
   uint32_t word[4];

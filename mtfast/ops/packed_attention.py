@@ -7,6 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mtfast.ops import _library
+from mtfast.ops._philox import philox
+
+_library.load()
+
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -26,8 +31,9 @@ def packed_attention(
     """softmax(softmax_scale * q k^T) v inside each sequence; no token sees another sequence.
 
     Args:
-        q, k, v: [total, heads, head_dim], bfloat16, float16 or float32, head_dim 32, 64 or 128; any strides
-            as long as the last dimension is contiguous (views of a fused projection are fine).
+        q, k, v: [total, heads, head_dim], bfloat16, float16 or float32 (float64 on the CPU), head_dim 32, 64
+            or 128; any strides as long as the last dimension is contiguous (views of a fused projection are
+            fine).
         cu_seqlens: int32 [sequences + 1], where each sequence begins and, last, the total. Empty sequences
             (a repeated value) are allowed.
         max_seqlen: at least the longest sequence's length; a host integer, so that nothing syncs.
@@ -44,11 +50,21 @@ def packed_attention(
 
     Raises:
         TypeError, ValueError: the named argument has a wrong dtype, shape, device or value.
+        RuntimeError: on the CPU, also where cu_seqlens' values are wrong or max_seqlen is less than a length;
+            on CUDA reading them would sync, so there they are not looked at: wrong ones give wrong numbers,
+            never an access out of bounds.
     """
+    q, k, v = _autocast(q, k, v)
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
-    seed_tensor = _seed_tensor(seed, dropout_p)
-    out, lse = packed_attention_ref(
-        q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, softmax_scale=softmax_scale, seed=seed_tensor
+    out, lse = torch.ops.mtfast.packed_attention(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p,
+        _scale(softmax_scale, q),
+        _seed_tensor(seed, dropout_p),
     )
     return (out, lse.detach()) if return_lse else out
 
@@ -66,18 +82,13 @@ def packed_attention_qkv(
     """`packed_attention` of a fused projection qkv [total, 3, heads, head_dim], without the unbind."""
     if qkv.dim() != 4 or qkv.size(1) != 3:
         raise ValueError(f"qkv must be [total, 3, heads, head_dim], got {list(qkv.shape)}")
+    (qkv,) = _autocast(qkv)
     q, k, v = qkv.unbind(1)
-    return packed_attention(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        max_seqlen,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        seed=seed,
-        return_lse=return_lse,
+    _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
+    out, lse = torch.ops.mtfast.packed_attention_qkv(
+        qkv, cu_seqlens, max_seqlen, dropout_p, _scale(softmax_scale, q), _seed_tensor(seed, dropout_p)
     )
+    return (out, lse.detach()) if return_lse else out
 
 
 def packed_attention_cls(
@@ -97,11 +108,19 @@ def packed_attention_cls(
     [sequences, heads, head_dim], zero for an empty sequence. With the same seed the weights dropped are
     those that `packed_attention` drops in the first tokens' rows. Arguments and errors as there.
     """
+    q, k, v = _autocast(q, k, v)
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, cls=True)
-    seed_tensor = _seed_tensor(seed, dropout_p)
-    return packed_attention_cls_ref(
-        q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, softmax_scale=softmax_scale, seed=seed_tensor
+    out, _ = torch.ops.mtfast.packed_attention_cls(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p,
+        _scale(softmax_scale, q),
+        _seed_tensor(seed, dropout_p),
     )
+    return out
 
 
 class PackedSelfAttention(nn.Module):
@@ -192,44 +211,25 @@ def dropout_keep_ref(
     """Which weights the kernels keep: bool [..., heads, rows, columns] for int64 row [..., rows, 1] and
     column [..., 1, columns], both places in the packed batch; None without dropout.
 
-    One Philox 4x32-10 call with key = seed and counter (row, column // 8, head, 0) gives eight 16-bit draws
+    One Philox 4x32-10 call with key = seed and counter (row, column // 8, head, 4) gives eight 16-bit draws
     for a group of eight columns; a weight is kept where its draw is at least round(65536 * dropout_p).
     """
     threshold = _threshold(dropout_p)
     if threshold == 0:
         return None
     assert seed is not None
-    seed = int(seed)
     shape = torch.broadcast_shapes(row.shape, column.shape)
     lead = (*shape[:-2], heads, *shape[-2:])
     head = torch.arange(heads, device=row.device)[:, None, None]
-    words = _philox(
-        [row.unsqueeze(-3), (column // 8).unsqueeze(-3), head, torch.zeros_like(head)],
-        seed & _LOW,
-        (seed >> 32) & _LOW,
-    )
+    groups = (column // 8).unsqueeze(-3)
+    words = philox(row.unsqueeze(-3), groups, head, torch.full_like(head, _PURPOSE), int(seed))
     draws = torch.stack([w.expand(lead) for w in words], -1)
     place = (column % 8).unsqueeze(-3).expand(lead).unsqueeze(-1)
     word = draws.gather(-1, place // 2).squeeze(-1)
     return ((word >> (16 * (place.squeeze(-1) % 2))) & 0xFFFF) >= threshold
 
 
-_LOW = 0xFFFFFFFF
-
-
-def _philox(counter: list[Tensor], key0: int, key1: int) -> list[Tensor]:
-    c0, c1, c2, c3 = counter
-    for _ in range(10):
-        # int64 products wrap, which leaves the low 64 bits of the unsigned product.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _LOW) ^ c1 ^ key0,
-            p1 & _LOW,
-            ((p0 >> 32) & _LOW) ^ c3 ^ key1,
-            p0 & _LOW,
-        )
-        key0, key1 = (key0 + 0x9E3779B9) & _LOW, (key1 + 0xBB67AE85) & _LOW
-    return [c0, c1, c2, c3]
+_PURPOSE = 4  # Purpose::kAttentionDropout of csrc/device/philox.cuh
 
 
 def _threshold(dropout_p: float) -> int:
@@ -254,14 +254,26 @@ def _attend_ref(
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-    scores = (q @ k.transpose(-1, -2)) * scale
+    scores = (q @ k.transpose(-1, -2)) * _scale(scale, q)
     scores = scores.masked_fill(~inside[:, None, None, :], torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1)
     if keep is not None:
         weights = weights * keep * (65536 / (65536 - _threshold(dropout_p)))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (weights @ v).transpose(1, 2), scores.to(wide).logsumexp(-1)
+
+
+def _scale(softmax_scale: float | None, q: Tensor) -> float:
+    return 1 / math.sqrt(q.size(-1)) if softmax_scale is None else float(softmax_scale)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As scaled_dot_product_attention: under autocast in its dtype (float64 stays)."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _seed_tensor(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
@@ -313,20 +325,58 @@ def _check(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_bounds(cu_seqlens, max_seqlen, k.size(0))
 
 
-def _check_bounds(cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != total:
-        raise ValueError(f"cu_seqlens must begin with 0 and end with total = {total}, got {first} and {last}")
-    if cu_seqlens.size(0) < 2:
-        return
-    lengths = cu_seqlens.diff()
-    if int(lengths.min()) < 0:
-        raise ValueError(f"cu_seqlens must not decrease, but does after place {int(lengths.argmin())}")
-    if int(lengths.max()) > max_seqlen:
-        raise ValueError(
-            f"max_seqlen is {max_seqlen}, but sequence {int(lengths.argmax())} has length {int(lengths.max())}"
-        )
+def _lse_like(rows: Tensor, k: Tensor) -> Tensor:
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    return k.new_empty((k.size(-2), rows.size(0)), dtype=dtype)
+
+
+def _fake(q, k, v, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
+    return k.new_empty(q.shape), _lse_like(q, k)
+
+
+def _fake_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
+    return tuple(k.new_empty(x.shape) for x in (q, k, v))
+
+
+def _fake_qkv(qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
+    return qkv.new_empty((qkv.size(0), qkv.size(2), qkv.size(3))), _lse_like(qkv, qkv)
+
+
+def _fake_qkv_backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(tensors: int):
+    def setup(ctx, inputs, output):
+        ctx.options = inputs[tensors + 1 : tensors + 4]
+        ctx.save_for_backward(*inputs[: tensors + 1], inputs[tensors + 4], *output)
+        ctx.set_materialize_grads(False)
+
+    return setup
+
+
+def _derivative(op: str, tensors: int):
+    def backward(ctx, dout, _dlse):
+        nothing = (None,) * 5
+        if dout is None:
+            return (*(None,) * tensors, *nothing)
+        *inputs, cu_seqlens, seed, out, lse = ctx.saved_tensors
+        call = getattr(torch.ops.mtfast, op)
+        grads = call(dout, *inputs, out, lse, cu_seqlens, *ctx.options, seed)
+        return (*(grads if tensors > 1 else (grads,)), *nothing)
+
+    return backward
+
+
+for _op, _tensors, _fakes in (
+    ("packed_attention", 3, (_fake, _fake_backward)),
+    ("packed_attention_cls", 3, (_fake, _fake_backward)),
+    ("packed_attention_qkv", 1, (_fake_qkv, _fake_qkv_backward)),
+):
+    torch.library.register_fake(f"mtfast::{_op}", _fakes[0])
+    torch.library.register_fake(f"mtfast::{_op}_backward", _fakes[1])
+    torch.library.register_autograd(
+        f"mtfast::{_op}", _derivative(f"{_op}_backward", _tensors), setup_context=_setup_context(_tensors)
+    )

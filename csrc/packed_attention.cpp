@@ -1,0 +1,249 @@
+// Packed attention: argument checks, the tensors' layout, and registration.
+#include "packed_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "binding.h"
+
+namespace mtfast {
+namespace {
+
+AttentionDtype dtype_of(const char* op, const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::BFloat16:
+      return AttentionDtype::kBFloat16;
+    case ScalarType::Half:
+      return AttentionDtype::kHalf;
+    case ScalarType::Float:
+      return AttentionDtype::kFloat;
+    default:
+      check(q.scalar_type() == ScalarType::Double && q.is_cpu(), op,
+            ": q must be bfloat16, float16 or float32 (or, on the CPU, float64)");
+      return AttentionDtype::kDouble;
+  }
+}
+
+// x as [rows, heads, head_dim]; the CUDA kernels move 16 bytes at a time.
+AttentionTensor layout(const char* op, const char* name, const Tensor& x, int64_t rows, const Tensor& like) {
+  check(x.dim() == 3 && x.size(0) == rows && x.size(1) == like.size(1) && x.size(2) == like.size(2), op, ": ",
+        name, " must be [", rows, ", ", like.size(1), ", ", like.size(2), "], found ", x.dim(),
+        " dimensions, the first ", x.dim() > 0 ? x.size(0) : 0);
+  check(x.scalar_type() == like.scalar_type(), op, ": ", name, " must have k's dtype");
+  check_same_device(op, name, x, "k", like);
+  check(x.numel() == 0 || x.stride(2) == 1, op, ": the last dimension of ", name,
+        " must be contiguous, its stride is ", x.numel() ? x.stride(2) : 0);
+  if (!x.is_cpu() && x.numel() > 0) {
+    const int64_t bytes = x.element_size();
+    check(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(0) * bytes % 16 == 0 &&
+              x.stride(1) * bytes % 16 == 0,
+          op, ": every row of ", name, " must begin at a multiple of 16 bytes");
+  }
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
+}
+
+// The k-th of a [total, 3, heads, head_dim] tensor's three parts.
+AttentionTensor part(const Tensor& qkv, int64_t k) {
+  char* data = static_cast<char*>(const_cast<void*>(qkv.const_data_ptr()));
+  return {data + k * qkv.stride(1) * static_cast<int64_t>(qkv.element_size()), qkv.stride(0), qkv.stride(2)};
+}
+
+AttentionShape shape_of(const char* op, const Tensor& like, int64_t heads, int64_t head_dim,
+                        const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p, double softmax_scale,
+                        const OptionalTensor& seed) {
+  AttentionShape shape;
+  shape.dtype = dtype_of(op, like);
+  shape.total = like.size(0);
+  shape.heads = heads;
+  shape.head_dim = head_dim;
+  check(head_dim == 32 || head_dim == 64 || head_dim == 128, op, ": head_dim must be 32, 64 or 128, found ",
+        head_dim);
+  check(shape.total < INT32_MAX, op, ": at most 2^31 - 2 tokens, found ", shape.total);
+  check_same_device(op, "cu_seqlens", cu_seqlens, "k", like);
+  check_cu_seqlens(op, cu_seqlens, shape.total);
+  shape.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  shape.sequences = cu_seqlens.size(0) - 1;
+  check(max_seqlen >= 0, op, ": max_seqlen must not be negative, found ", max_seqlen);
+  if (cu_seqlens.is_cpu())
+    for (int64_t s = 0; s < shape.sequences; ++s)
+      check(shape.cu_seqlens[s + 1] - shape.cu_seqlens[s] <= max_seqlen, op, ": max_seqlen is ", max_seqlen,
+            ", but sequence ", s, " has ", shape.cu_seqlens[s + 1] - shape.cu_seqlens[s], " tokens");
+  shape.max_seqlen = max_seqlen;
+  shape.softmax_scale = softmax_scale;
+  check(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), found ", dropout_p);
+  shape.threshold = std::min<uint32_t>(static_cast<uint32_t>(std::nearbyint(dropout_p * 65536)), 65535);
+  if (shape.threshold == 0) return shape;
+  check(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
+        ": dropout needs a seed, an int64 tensor of one element");
+  if (seed->is_cpu()) {
+    shape.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  } else {
+    check_same_device(op, "seed", *seed, "k", like);
+    shape.seed_on_device = static_cast<const int64_t*>(seed->const_data_ptr());
+  }
+  return shape;
+}
+
+Tensor new_lse(const AttentionShape& shape, const Tensor& like, int64_t rows) {
+  const auto dtype = shape.dtype == AttentionDtype::kDouble ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(like, {shape.heads, rows}, dtype);
+}
+
+const void* lse_of(const char* op, const Tensor& lse, const AttentionShape& shape, int64_t rows) {
+  check(lse.dim() == 2 && lse.size(0) == shape.heads && lse.size(1) == rows && lse.is_contiguous(), op,
+        ": lse must be what the forward returned, [heads, rows of q]");
+  return lse.const_data_ptr();
+}
+
+void in_slots(int64_t slots, void (*body)(int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, slots, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) body(slot, context);
+  });
+}
+
+template <bool kCuda>
+void launch(const char* op, const AttentionForward& args, bool cls, const Tensor& like) {
+  if (like.numel() == 0 && args.shape.sequences == 0) return;
+  if constexpr (kCuda) {
+#ifdef MTFAST_WITH_CUDA
+    const OnDeviceOf device(like);
+    check_launch(op, mtfast_packed_attention_forward(&args, cls, device.stream()));
+#endif
+  } else {
+    packed_attention_forward_cpu(args, cls, torch::stable::get_num_threads(), in_slots);
+  }
+}
+
+template <bool kCuda>
+void launch(const char* op, const AttentionBackward& args, bool cls, const Tensor& like) {
+  if (like.numel() == 0 && args.shape.sequences == 0) return;
+  if constexpr (kCuda) {
+#ifdef MTFAST_WITH_CUDA
+    const OnDeviceOf device(like);
+    // One number a row of q and head: the sum of dout * out.
+    const Tensor delta =
+        torch::stable::new_empty(like, {args.shape.heads, args.shape.total}, ScalarType::Float);
+    check_launch(op, mtfast_packed_attention_backward(
+                         &args, cls, static_cast<float*>(delta.mutable_data_ptr()), device.stream()));
+#endif
+  } else {
+    packed_attention_backward_cpu(args, cls, torch::stable::get_num_threads(), in_slots);
+  }
+}
+
+template <bool kCuda, bool kCls>
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p,
+                                   double softmax_scale, const OptionalTensor& seed) {
+  const char* op = kCls ? "packed_attention_cls" : "packed_attention";
+  check(k.dim() == 3, op, ": k must be [total, heads, head_dim], found ", k.dim(), " dimensions");
+  AttentionForward args;
+  args.shape = shape_of(op, k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  const int64_t rows = kCls ? args.shape.sequences : args.shape.total;
+  args.q = layout(op, "q", q, rows, k);
+  args.k = layout(op, "k", k, args.shape.total, k);
+  args.v = layout(op, "v", v, args.shape.total, k);
+  Tensor out = torch::stable::new_empty(k, {rows, args.shape.heads, args.shape.head_dim});
+  Tensor lse = new_lse(args.shape, k, rows);
+  args.out = layout(op, "out", out, rows, k);
+  args.lse = lse.mutable_data_ptr();
+  launch<kCuda>(op, args, kCls, q);
+  return {out, lse};
+}
+
+template <bool kCuda, bool kCls>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout_any, const Tensor& q, const Tensor& k,
+                                            const Tensor& v, const Tensor& out, const Tensor& lse,
+                                            const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p,
+                                            double softmax_scale, const OptionalTensor& seed) {
+  const char* op = kCls ? "packed_attention_cls_backward" : "packed_attention_backward";
+  const Tensor dout = torch::stable::contiguous(dout_any);
+  AttentionBackward args;
+  args.shape = shape_of(op, k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  const int64_t rows = kCls ? args.shape.sequences : args.shape.total;
+  args.q = layout(op, "q", q, rows, k);
+  args.k = layout(op, "k", k, args.shape.total, k);
+  args.v = layout(op, "v", v, args.shape.total, k);
+  args.out = layout(op, "out", out, rows, k);
+  args.dout = layout(op, "dout", dout, rows, k);
+  args.lse = lse_of(op, lse, args.shape, rows);
+  Tensor dq = torch::stable::new_empty(k, {rows, args.shape.heads, args.shape.head_dim});
+  Tensor dk = torch::stable::new_empty(k, {args.shape.total, args.shape.heads, args.shape.head_dim});
+  Tensor dv = torch::stable::new_empty(k, {args.shape.total, args.shape.heads, args.shape.head_dim});
+  args.dq = layout(op, "dq", dq, rows, k);
+  args.dk = layout(op, "dk", dk, args.shape.total, k);
+  args.dv = layout(op, "dv", dv, args.shape.total, k);
+  launch<kCuda>(op, args, kCls, q);
+  return {dq, dk, dv};
+}
+
+// Layout checks of the three parts ride on `layout`: a part differs from the whole in shape alone.
+AttentionShape qkv_shape(const char* op, const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
+                         double dropout_p, double softmax_scale, const OptionalTensor& seed) {
+  check(qkv.dim() == 4 && qkv.size(1) == 3, op, ": qkv must be [total, 3, heads, head_dim], found ",
+        qkv.dim(), " dimensions");
+  check_contiguous(op, "qkv", qkv);
+  return shape_of(op, qkv, qkv.size(2), qkv.size(3), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+}
+
+template <bool kCuda>
+std::tuple<Tensor, Tensor> forward_qkv(const Tensor& qkv_any, const Tensor& cu_seqlens, int64_t max_seqlen,
+                                       double dropout_p, double softmax_scale, const OptionalTensor& seed) {
+  const char* op = "packed_attention_qkv";
+  const Tensor qkv = torch::stable::contiguous(qkv_any);
+  AttentionForward args;
+  args.shape = qkv_shape(op, qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  args.q = part(qkv, 0);
+  args.k = part(qkv, 1);
+  args.v = part(qkv, 2);
+  Tensor out = torch::stable::new_empty(qkv, {args.shape.total, args.shape.heads, args.shape.head_dim});
+  Tensor lse = new_lse(args.shape, qkv, args.shape.total);
+  args.out = layout(op, "out", out, args.shape.total, out);
+  args.lse = lse.mutable_data_ptr();
+  launch<kCuda>(op, args, false, qkv);
+  return {out, lse};
+}
+
+template <bool kCuda>
+Tensor backward_qkv(const Tensor& dout_any, const Tensor& qkv_any, const Tensor& out, const Tensor& lse,
+                    const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p, double softmax_scale,
+                    const OptionalTensor& seed) {
+  const char* op = "packed_attention_qkv_backward";
+  const Tensor dout = torch::stable::contiguous(dout_any), qkv = torch::stable::contiguous(qkv_any);
+  AttentionBackward args;
+  args.shape = qkv_shape(op, qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  Tensor dqkv = torch::stable::empty_like(qkv);
+  args.q = part(qkv, 0);
+  args.k = part(qkv, 1);
+  args.v = part(qkv, 2);
+  args.dq = part(dqkv, 0);
+  args.dk = part(dqkv, 1);
+  args.dv = part(dqkv, 2);
+  args.out = layout(op, "out", out, args.shape.total, out);
+  args.dout = layout(op, "dout", dout, args.shape.total, out);
+  check(out.dim() == 3 && out.size(1) == args.shape.heads && out.size(2) == args.shape.head_dim &&
+            out.scalar_type() == qkv.scalar_type(),
+        op, ": out must be what the forward returned");
+  args.lse = lse_of(op, lse, args.shape, args.shape.total);
+  launch<kCuda>(op, args, false, qkv);
+  return dqkv;
+}
+
+}  // namespace
+
+#define MTFAST_PACKED_ATTENTION(device, cuda)                                    \
+  STABLE_TORCH_LIBRARY_IMPL(mtfast, device, m) {                                 \
+    m.impl("packed_attention", TORCH_BOX((&forward<cuda, false>)));              \
+    m.impl("packed_attention_backward", TORCH_BOX((&backward<cuda, false>)));    \
+    m.impl("packed_attention_qkv", TORCH_BOX((&forward_qkv<cuda>)));             \
+    m.impl("packed_attention_qkv_backward", TORCH_BOX((&backward_qkv<cuda>)));   \
+    m.impl("packed_attention_cls", TORCH_BOX((&forward<cuda, true>)));           \
+    m.impl("packed_attention_cls_backward", TORCH_BOX((&backward<cuda, true>))); \
+  }
+MTFAST_PACKED_ATTENTION(CPU, false)
+#ifdef MTFAST_WITH_CUDA
+MTFAST_PACKED_ATTENTION(CUDA, true)
+#endif
+
+}  // namespace mtfast

@@ -1,0 +1,64 @@
+// Attention inside each sequence of a packed batch: what the launch functions of both devices take.
+#pragma once
+#include <cstdint>
+
+#include "device/philox.cuh"
+
+namespace mtfast {
+
+enum class AttentionDtype { kBFloat16, kHalf, kFloat, kDouble };
+
+// Where element (row, head, 0) of a [rows, heads, head_dim] tensor lies; strides in elements, last dim
+// contiguous.
+struct AttentionTensor {
+  void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// Dropout: Philox 4x32-10 with key = seed and counter (row, column / 8, head, Purpose::kAttentionDropout),
+// rows and columns counted from the begin of the packed batch, gives eight 16-bit draws; column's is number
+// column % 8. A weight is kept where its draw is at least `threshold`.
+struct AttentionShape {
+  const int32_t* cu_seqlens = nullptr;  // [sequences + 1]
+  int64_t sequences = 0;
+  int64_t total = 0;
+  int64_t heads = 0;
+  int64_t head_dim = 0;
+  int64_t max_seqlen = 0;
+  AttentionDtype dtype = AttentionDtype::kFloat;
+  double softmax_scale = 1.0;
+  uint32_t threshold = 0;  // of dropout, in 1/65536
+  uint64_t seed = 0;       // used where seed_on_device is null
+  const int64_t* seed_on_device = nullptr;
+};
+
+// q, out: [total, ...] or, with `cls`, [sequences, ...]: the one query of each sequence.
+// lse: [heads, rows of q], float (double for kDouble), natural logarithm.
+struct AttentionForward {
+  AttentionShape shape;
+  AttentionTensor q, k, v, out;
+  void* lse = nullptr;
+};
+
+struct AttentionBackward {
+  AttentionShape shape;
+  AttentionTensor q, k, v, out, dout, dq, dk, dv;
+  const void* lse = nullptr;
+};
+
+// Runs body(slot) once for each slot in [0, slots), concurrently where it can.
+using ParallelSlots = void (*)(int64_t slots, void (*body)(int64_t slot, void* context), void* context);
+
+void packed_attention_forward_cpu(const AttentionForward& args, bool cls, int64_t slots,
+                                  ParallelSlots parallel);
+void packed_attention_backward_cpu(const AttentionBackward& args, bool cls, int64_t slots,
+                                   ParallelSlots parallel);
+const char* packed_attention_cpu_instructions();
+
+}  // namespace mtfast
+
+// Launch functions: 0 or a cudaError_t. delta is scratch, float [heads, total].
+extern "C" int mtfast_packed_attention_forward(const mtfast::AttentionForward* args, int cls, void* stream);
+extern "C" int mtfast_packed_attention_backward(const mtfast::AttentionBackward* args, int cls, float* delta,
+                                                void* stream);
