@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def prepare(config: RunConfig) -> None:
         for split in TRAINING_SPLITS:
             _, accounts[f"{task}-{split}"] = load_task(config, source.tokenizer, task, split)
     if "pretrain" in config.stages:
-        accounts["reviews"] = load_reviews(config, source.tokenizer).account
+        account = asdict(load_reviews(config, source.tokenizer).account)
+        accounts["reviews"] = {**account.pop("rows"), **account}
     run.summarize(data=accounts)
 
 
