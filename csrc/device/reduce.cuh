@@ -1,0 +1,37 @@
+// Reductions over lanes and scans over warps.
+#pragma once
+#include "runtime.cuh"
+
+namespace mtfast {
+
+// Sum over each aligned group of kLanes lanes, in all of them; the whole warp calls.
+template <int kLanes = 32, class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  MTFAST_UNROLL
+  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+template <int kLanes = 32, class T>
+__device__ __forceinline__ T warp_max(T value) {
+  MTFAST_UNROLL
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(0xffffffffu, value, step);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Sum over this lane and the lanes before it.
+template <class T>
+__device__ __forceinline__ T warp_inclusive_sum(T value) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  MTFAST_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, value, step);
+    if (lane >= step) value += other;
+  }
+  return value;
+}
+
+}  // namespace mtfast

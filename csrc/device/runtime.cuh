@@ -1,0 +1,39 @@
+// The one boundary between CUDA and the tests' emulation of it: a kernel includes this instead of CUDA
+// headers, takes its shared memory from shared_memory<T>() and is launched by MTFAST_LAUNCH. With
+// -DMTFAST_CUDA_ON_CPU, g++ compiles the same source against tests/cuda_on_cpu/cuda_on_cpu.h.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "philox.cuh"
+
+#ifdef MTFAST_CUDA_ON_CPU
+#include "cuda_on_cpu.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace mtfast {
+
+// The block's dynamic shared memory; there is no other, so that the emulation can watch all of it.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char mtfast_shared_memory[];
+  return reinterpret_cast<T*>(mtfast_shared_memory);
+}
+
+// Lets a kernel use more than 48 KiB of shared memory; 0 or a cudaError_t.
+template <class Kernel>
+int allow_shared_memory(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return 0;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+}  // namespace mtfast
+
+// MTFAST_LAUNCH(grid, block, shared_bytes, stream, (kernel<A, B>), arguments...): 0 or a cudaError_t.
+#define MTFAST_LAUNCH(grid, block, shared_bytes, stream, kernel, ...)                                   \
+  ((kernel) < < < (grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream) >>> (__VA_ARGS__), \
+   static_cast<int>(cudaGetLastError()))
+#endif

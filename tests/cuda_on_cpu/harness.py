@@ -1,0 +1,214 @@
+"""Runs csrc/*.cu on the CPU, from the same source, through the plain launch functions of csrc/*.h.
+
+    from cuda_on_cpu.harness import CASES, load
+
+    @pytest.mark.parametrize("case", CASES, ids=str)         # thread orders, early and late copies, race detector
+    def test_x(case):
+        kernels = load("x.cu", case)                         # built once, cached; skips where CUDA headers are absent
+        kernels.mtfast_x(tensor, ctypes.c_float(0.5), 7, None)   # tensors pass their address, ints are 64 bits wide
+
+A launch function takes pointers, int64 or ctypes values and last the stream (None here), and returns 0 or a
+cudaError_t; anything but 0 raises KernelError with what the emulation saw. For AddressSanitizer and
+UndefinedBehaviorSanitizer, whose runtime must be loaded before Python:
+
+    def small_shapes(kernels): ...                           # a function at the top of a module in tests/
+    def test_x_sanitized():
+        run_sanitized("x.cu", "test_kernels_x:small_shapes")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import importlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+EMULATION = [HERE / name for name in ("cuda_on_cpu.cpp", "race.cpp", "warp.cpp")]
+ORDERS = ("forward", "reverse", "random", "warp priority")
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+
+class KernelError(RuntimeError):
+    """A launch function returned an error: a race, a divergent barrier, a bad launch, ..."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How the emulation runs a kernel."""
+
+    order: str = "forward"  # in which the threads of a block run
+    late_copies: bool = True  # cp.async lands when it is waited for; False: at once
+    races: bool = False
+    sanitized: bool = False
+    seed: int = 0
+
+    def __str__(self) -> str:
+        copies = "late" if self.late_copies else "early"
+        extra = ("-races" if self.races else "") + ("-sanitized" if self.sanitized else "")
+        return f"{self.order}-{copies}{extra}".replace(" ", "_")
+
+
+CASES = (
+    Case(),
+    Case(order="reverse", late_copies=False),
+    Case(order="random", seed=1),
+    Case(order="warp priority", races=True),
+)
+
+
+def toolkit() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME or /usr/local/cuda, when it holds the headers."""
+    for home in map(Path, filter(None, [os.environ.get("CUDA_HOME"), "/usr/local/cuda"])):
+        if (home / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+class Kernels:
+    """The launch functions of one compiled source, as methods."""
+
+    def __init__(self, library: Path, case: Case) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.cuda_on_cpu_error.restype = ctypes.c_char_p
+        self._case = case
+
+    def __getattr__(self, name: str) -> Any:
+        launch = getattr(self._library, name)
+
+        def call(*arguments: Any) -> None:
+            self._library.cuda_on_cpu_configure(
+                ORDERS.index(self._case.order), self._case.seed, self._case.late_copies, self._case.races
+            )
+            error = launch(*map(_as_argument, arguments))
+            if error:
+                raise KernelError(self._library.cuda_on_cpu_error().decode() or f"{name} returned {error}")
+
+        return call
+
+
+def load(source: str | Path, case: Case = CASES[0], defines: tuple[str, ...] = ()) -> Kernels:
+    """The kernels of `source` (in csrc, or a path), compiled with -D`defines` to run as `case` says."""
+    if case.sanitized:
+        raise ValueError("sanitized kernels are run by run_sanitized")
+    return Kernels(_build(_find(source), case.races, False, defines), case)
+
+
+def run_sanitized(source: str | Path, function: str, defines: tuple[str, ...] = ()) -> str:
+    """Calls `function` ("module:name", in tests/) with the Kernels of `source` under ASan and UBSan.
+
+    Returns its output. Raises KernelError with the report when the sanitizers or the emulation object.
+    """
+    library = _build(_find(source), False, True, defines)
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(r.stdout.strip() for r in runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
+        "PYTHONMALLOC": "malloc",
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__)), str(library), function],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise KernelError(done.stdout + done.stderr)
+    return done.stdout
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    return path if path.is_absolute() else CSRC / path
+
+
+def _build(source: Path, races: bool, sanitized: bool, defines: tuple[str, ...]) -> Path:
+    home = toolkit()
+    if home is None:
+        pytest.skip("no CUDA headers: neither CUDA_HOME nor /usr/local/cuda holds include/cuda_runtime.h")
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        pytest.skip("the emulation switches fibers by x86-64 Linux code")
+    flags = ["-std=c++17", "-g", "-fPIC", "-DMTFAST_CUDA_ON_CPU", f"-I{CSRC}", f"-I{HERE}"]
+    flags += [
+        "-isystem",
+        str(home / "include"),
+        "-Wno-unknown-pragmas",
+        "-Wno-attributes",
+        "-fno-strict-aliasing",
+    ]
+    flags += [f"-D{name}" for name in defines]
+    flags += ["-O1", *SANITIZED] if sanitized else ["-O2"]
+    # Only the kernels are instrumented for races: the emulation itself is the detector.
+    flags += ["-DCUDA_ON_CPU_RACES"] if races else []
+    kernel_flags = [*flags, "-fsanitize=thread"] if races else flags
+    link_flags = list(SANITIZED) if sanitized else []
+    objects = [_object(part, flags) for part in EMULATION]
+    kernel = _object(source, [*kernel_flags, "-x", "c++"])
+    library = kernel.with_suffix(".so")
+    if not library.exists():
+        with _written_at_once(library) as unfinished:
+            _compile(
+                [*link_flags, "-shared", *map(str, [kernel, *objects]), "-ldl", "-lpthread", "-o", unfinished]
+            )
+    return library
+
+
+def _object(source: Path, flags: list[str]) -> Path:
+    digest = hashlib.sha256(
+        _headers_digest() + source.read_bytes() + "\0".join([str(source), *flags]).encode()
+    )
+    folder = Path(tempfile.gettempdir()) / f"mtfast-cuda-on-cpu-{os.getuid()}"
+    folder.mkdir(exist_ok=True, mode=0o700)
+    compiled = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    if not compiled.exists():
+        with _written_at_once(compiled) as unfinished:
+            _compile([*flags, "-c", str(source), "-o", unfinished])
+    return compiled
+
+
+@functools.cache
+def _headers_digest() -> bytes:
+    files = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.glob("*.h")])
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
+
+
+@contextlib.contextmanager
+def _written_at_once(path: Path) -> Iterator[str]:
+    unfinished = path.with_name(f"{os.getpid()}-{path.name}")
+    yield str(unfinished)
+    unfinished.rename(path)
+
+
+def _compile(arguments: list[str]) -> None:
+    done = subprocess.run(["g++", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ {' '.join(arguments)}\n{done.stderr}")
+
+
+def _as_argument(value: Any) -> Any:
+    if hasattr(value, "data_ptr"):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else value
+
+
+if __name__ == "__main__":
+    module, name = sys.argv[2].split(":")
+    getattr(importlib.import_module(module), name)(Kernels(Path(sys.argv[1]), Case(sanitized=True)))

@@ -1,0 +1,62 @@
+"""The emulation itself: right results from a right kernel, and every planted fault caught."""
+
+import pytest
+import torch
+from cuda_on_cpu.harness import CASES, HERE, Case, KernelError, load, run_sanitized
+
+SOURCE = HERE / "planted_faults.cu"
+TILES, TILE, BLOCKS = 3, 256, 2
+
+
+def sum_tiles(kernels) -> None:
+    data = torch.arange(TILES * TILE, dtype=torch.float32)
+    output = torch.zeros(BLOCKS)
+    kernels.sum_tiles_launch(data, output, TILES, BLOCKS, None)
+    assert output.tolist() == [data.sum().item()] * BLOCKS, f"wrong sums {output.tolist()}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_right_kernel_passes(case):
+    sum_tiles(load(SOURCE, case))
+
+
+def test_right_kernel_passes_sanitized():
+    run_sanitized(SOURCE, "test_kernels_emulation:sum_tiles")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matrix_instructions(case, dtype):
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(8, 16).to(dtype)
+    c = torch.full((16, 8), torch.nan)
+    load(SOURCE, case).one_mma_launch(a, b, c, int(dtype == torch.float16), None)
+    torch.testing.assert_close(c, a.float() @ b.float().T, rtol=1e-5, atol=1e-5)
+
+
+RACES = Case(races=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "case", "seen"),
+    [
+        ("NO_BARRIER_BEFORE_READ", RACES, "race: read after a write at shared memory"),
+        ("NO_BARRIER_BEFORE_REFILL", RACES, "race: (write after a read|read after a write) at shared memory"),
+        ("GLOBAL_RACE", RACES, "race: write after a write at global memory"),
+        ("DIVERGENT_BARRIER", Case(), "divergent barrier"),
+        ("SHUFFLE_WITHOUT_ALL", Case(), "lane 16, which has exited|thread 0 waits in a warp collective"),
+    ],
+)
+def test_fault_is_caught(fault, case, seen):
+    kernels = load(SOURCE, case, (f"FAULT_{fault}",))
+    with pytest.raises(KernelError, match=seen):
+        sum_tiles(kernels)
+
+
+def test_missing_wait_gives_wrong_sums_when_copies_land_late():
+    with pytest.raises(AssertionError, match="wrong sums"):
+        sum_tiles(load(SOURCE, Case(), ("FAULT_NO_WAIT",)))
+
+
+def test_shared_write_out_of_bounds_is_caught():
+    with pytest.raises(KernelError, match=r"AddressSanitizer.*use-after-poison[\s\S]*planted_faults\.cu"):
+        run_sanitized(SOURCE, "test_kernels_emulation:sum_tiles", ("FAULT_SHARED_OUT_OF_BOUNDS",))
