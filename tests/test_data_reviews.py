@@ -77,6 +77,17 @@ def test_every_sentence_is_used_exactly_once(sentences):
     assert sentences == 60 or samples.account.truncated == 0
 
 
+def test_a_run_does_not_end_in_a_single_sentence_if_the_one_before_can_spare_one():
+    tokenizer = small_tokenizer()
+    reviews = table_of(
+        *(" ".join(f"{'Good ' * 18}{word}." for word in ("film", "play", "is", "bad")) for _ in range(10))
+    )
+    samples = build_samples(reviews, tokenizer, max_length=3 + 3 * 20, seed=0)
+    assert len(samples) == 20 and samples.account.truncated == 0
+    assert {len(part) for index in range(20) for part in segments(samples, index)} == {20}  # 2 + 2, not 3 + 1
+    assert samples.nsp_labels.sum() == 10
+
+
 def test_samples_follow_from_the_seed_alone():
     reviews = numbered_reviews(25)
     first, again, other = (
@@ -200,6 +211,8 @@ def test_every_file_or_split_of_a_source_is_read_and_a_limit_is_spread_over_it(t
     assert read_reviews(tmp_path, limit=4).texts == [
         "train 0.", "train 5.", "unsupervised 0.", "unsupervised 5.",
     ]  # fmt: skip
+    (tmp_path / "dataset_infos.json").write_text("{}")  # lies beside the data in snapshots of the hub
+    assert len(read_reviews(tmp_path)) == 20
     saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(part) for name, part in parts.items()})
     saved.save_to_disk(str(tmp_path / "saved"))
     assert read_reviews(tmp_path / "saved").texts == read_reviews(tmp_path).texts

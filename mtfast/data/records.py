@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FILE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+_NOT_DATA = (".", "dataset_info")  # hidden files, and what `datasets` writes beside its data
 SPLIT_NAMES = {
     "train": ("train",),
     "dev": ("dev", "validation", "valid", "val"),
@@ -138,7 +139,7 @@ def _data_files(directory: Path) -> list[Path]:
         for folder in (directory, directory / "data")
         if folder.is_dir()
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in FILE_SUFFIXES and path.is_file()
+        if path.suffix.lower() in FILE_SUFFIXES and path.is_file() and not path.name.startswith(_NOT_DATA)
     ]
 
 
