@@ -198,6 +198,8 @@ def test_line_break_tags_are_cleaned_and_empty_reviews_counted(tmp_path):
     reviews = read_reviews(path)
     assert reviews.texts == ["One.\n\nTwo.", "Three\nfour", "Five. Six."]
     assert (reviews.account.read, reviews.account.used) == (6, 3)
+    with pytest.raises(DataError, match=r"train\.parquet:3: empty text \(strict"):
+        read_reviews(path, strict=True)
     assert [(row.file, row.line, row.reason) for row in reviews.account.skipped] == [
         (str(path), line, "empty text") for line in (3, 4, 5)
     ]

@@ -288,6 +288,9 @@ def test_json_lines_that_are_not_json_are_named(tmp_path):
     path = tmp_path / "dev.jsonl"
     path.write_text('{"sentence": "Fine .", "label": 2}\nnonsense\n[1]\n\n{"sentence": null, "label": 1}\n')
     table = read_task("sst", path, "dev")
+    assert table.ids == ["0"]
+    path.write_text('{"id": 7, "sentence": "a", "label": 2}\n{"sentence": "b", "label": 1}\n')
+    assert read_task("sst", path, "dev").ids == ["7", "1"]
     assert [(row.line, row.reason.split(":")[0]) for row in table.account.skipped] == [
         (2, "not JSON"), (3, "not a JSON object; one object on each line is expected"), (5, "empty sentence"),
     ]  # fmt: skip

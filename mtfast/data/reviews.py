@@ -112,11 +112,12 @@ class ReviewSamples:
         return self.account.summary()
 
 
-def read_reviews(source: str | Path, limit: int | None = None) -> ReviewTable:
+def read_reviews(source: str | Path, limit: int | None = None, *, strict: bool = False) -> ReviewTable:
     """Reads the reviews of a Parquet/CSV/JSON-lines file, a data set directory or a Hugging Face data set.
 
     Every split is read. The column is `text`, `review` or `sentence`. ``limit`` keeps that many reviews,
-    evenly spaced, since these data sets come sorted by label. Reviews without text are skipped and listed.
+    evenly spaced, since these data sets come sorted by label. Reviews without text are skipped and listed;
+    with ``strict`` the first one raises DataError instead.
     Raises DataError for a missing source or column and when no review is left.
     """
     if limit is not None and limit < 1:
@@ -137,6 +138,8 @@ def read_reviews(source: str | Path, limit: int | None = None) -> ReviewTable:
             skipped.append(SkippedRow(row.file, row.line, f"empty {columns[part.origin]}"))
         else:
             texts.append(text)
+        if strict and skipped:
+            raise DataError(f"{skipped[0]} (strict: rows are not skipped)")
     account = RowAccount(len(kept), len(texts), skipped)
     if not texts:
         raise DataError(f"{source}: no usable review; {account.summary(3)}")

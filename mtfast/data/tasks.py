@@ -120,8 +120,9 @@ def read_task(
     ``source`` is a directory of CS 224N files, any other local data set directory (`save_to_disk`, or files
     named after their splits), one Parquet/CSV/TSV/JSON-lines file, or the name of a Hugging Face data set
     (``owner/name`` or ``owner/name:config``). Columns are found by name; a test split may lack the label
-    column. Rows that cannot be used (empty sentence, empty or impossible label, wrong number of fields) are
-    left out and listed in ``account``; with ``strict`` the first one raises DataError instead.
+    column, and rows without an id go by their number, from 0. Rows that cannot be used (empty sentence, empty
+    or impossible label, wrong number of fields) are left out and listed in ``account``; with ``strict`` the
+    first one raises DataError instead.
     Raises DataError also for a missing file, split or column, for text that is not UTF-8, and when no row
     is left.
     """
@@ -167,7 +168,7 @@ def _build_table(task: Task, split: str, records: Records, strict: bool) -> Task
     texts: list[list[str]] = [[] for _ in text_columns]
     labels: list[float] = []
     skipped: list[SkippedRow] = []
-    for row in records.rows:
+    for number, row in enumerate(records.rows):
         try:
             if row.problem is not None:
                 raise _UnusableRowError(row.problem)
@@ -178,7 +179,7 @@ def _build_table(task: Task, split: str, records: Records, strict: bool) -> Task
             if strict:
                 raise DataError(f"{skipped[-1]} (strict: rows are not skipped)") from None
             continue
-        ids.append(str(len(ids)) if id_column is None else str(row.values[id_column]).strip())
+        ids.append(str(row.values.get(id_column, number) if id_column else number).strip())
         for column, sentence in zip(texts, sentences, strict=True):
             column.append(sentence)
         if label is not None:

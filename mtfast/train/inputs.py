@@ -55,7 +55,7 @@ def load_reviews(config: RunConfig, tokenizer: Any) -> ReviewSamples:
     """The pre-training samples. Says what was read, skipped and cut."""
 
     def make() -> ReviewSamples:
-        reviews = read_reviews(config.data.reviews, limit=config.data.max_reviews)
+        reviews = read_reviews(config.data.reviews, limit=config.data.max_reviews, strict=config.data.strict)
         return build_samples(
             reviews,
             tokenizer,
