@@ -14,6 +14,7 @@ using namespace simd;
 
 constexpr int kStrip = 128;  // columns that one vector of sixteen Philox calls serves
 constexpr int kStripVectors = kStrip / kLanes;
+constexpr int64_t kFewRows = 8;  // rows summed before the sum is carried on in double
 
 // How Philox's 32 x 32 -> 64 bit products are written, so that compilers find the machine's instruction for
 // them.
@@ -272,30 +273,39 @@ void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void*
     using S = typename Compute<T>::scalar;
     using V = typename Compute<T>::vec;
     const Constants<T> constants(layer, weight2, nullptr);
-    // Sums over fixed chunks of rows, added in order: the same bits for every number of threads.
+    // Sums over fixed chunks of rows, added in order: the same bits for every number of threads. Eight rows
+    // at a time in the type of the arithmetic, beyond that in double.
     const int64_t rows = std::max<int64_t>(32, (layer.batch + 63) / 64),
                   chunks = (layer.batch + rows - 1) / rows;
     const int64_t size = (1 + layer.outputs) * constants.stride;
-    std::vector<S> sums(std::max<int64_t>(1, chunks) * size);
+    std::vector<double> sums(std::max<int64_t>(1, chunks) * size);
     const T* dy_rows = static_cast<const T*>(dy);
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk)
-        backward_rows_best<T>(layer, seed, constants, dy_rows, static_cast<const T*>(z), static_cast<T*>(dz),
-                              sums.data() + chunk * size, chunk * rows,
-                              std::min(layer.batch, (chunk + 1) * rows));
+      std::vector<S> few(size);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t last = std::min(layer.batch, (chunk + 1) * rows);
+        for (int64_t row = chunk * rows; row < last; row += kFewRows) {
+          std::fill(few.begin(), few.end(), S{0});
+          backward_rows_best<T>(layer, seed, constants, dy_rows, static_cast<const T*>(z),
+                                static_cast<T*>(dz), few.data(), row, std::min(last, row + kFewRows));
+          for (int64_t i = 0; i < size; ++i) sums[chunk * size + i] += few[i];
+        }
+      }
     });
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       for (int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
-    for (int64_t i = 0; i < layer.inner; i += kLanes) {
-      store(static_cast<T*>(dbias1) + i, unpack(sums.data() + i), layer.inner - i);
-      for (int o = 0; o < layer.outputs; ++o)
-        store(static_cast<T*>(dweight2) + o * layer.inner + i,
-              unpack(sums.data() + (1 + o) * constants.stride + i), layer.inner - i);
-    }
-    V total = {};
+    const auto write = [&](const double* from, void* to, int64_t offset) {
+      for (int64_t i = 0; i < layer.inner; i += kLanes)
+        store(static_cast<T*>(to) + offset + i, __builtin_convertvector(unpack(from + i), V),
+              layer.inner - i);
+    };
+    write(sums.data(), dbias1, 0);
+    for (int o = 0; o < layer.outputs; ++o)
+      write(sums.data() + (1 + o) * constants.stride, dweight2, o * layer.inner);
+    f64x16 total = {};
     for (int64_t row = 0; row < layer.batch; ++row)
-      total += load(dy_rows + row * layer.outputs, layer.outputs);
-    store(static_cast<T*>(dbias2), total, layer.outputs);
+      total += __builtin_convertvector(load(dy_rows + row * layer.outputs, layer.outputs), f64x16);
+    store(static_cast<T*>(dbias2), __builtin_convertvector(total, V), layer.outputs);
   });
 }
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtfast.ops import _library
+from mtfast.ops import _library, _philox
 
 ACTIVATIONS = ("relu", "gelu", "tanh")  # in the order of the C++ enum
 MAX_OUTPUTS = 8
 _NEED_U, _NEED_V, _NEED_WEIGHT1 = 1, 2, 4
 _SEED_LIMIT = 2**63 - 1
+_PURPOSE = 3  # Purpose::kConcatMlpDropout
 
 _library.load()
 
@@ -55,8 +56,8 @@ def concat_mlp(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, activation or probability that does not fit.
-        RuntimeError: on the CPU, a row index out of range (on a GPU, where a check would wait for it, that row
-            of the result is NaN); a device or dtype that has no implementation.
+        RuntimeError: on the CPU, a row index out of range (on a GPU, where a check would wait for the device,
+            that row of the result is NaN); a device or dtype that has no implementation.
     """
     _check(u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p, seed)
     operands = [u, v, weight1, bias1, weight2, bias2]
@@ -81,7 +82,7 @@ def concat_mlp(
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed where the kernels read it: on the device, so that a captured CUDA graph draws anew each replay."""
+    """The seed where the kernels read it: on the device, so that a CUDA graph draws anew each replay."""
     if seed is None:
         return torch.randint(_SEED_LIMIT, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
@@ -101,22 +102,34 @@ def concat_mlp_ref(
     v_rows: Tensor | None = None,
     activation: str = "relu",
     dropout_p: float = 0.0,
+    seed: int | None = None,
     training: bool = True,
-    keep: Tensor | None = None,
 ) -> Tensor:
     """The same mathematics in eager PyTorch: the oracle of the tests and the baseline of the benchmark.
 
-    `keep` (bool [batch, inner]) replaces torch's own draw of what dropout keeps.
+    Given a seed, dropout drops what `concat_mlp` drops with it; without one it is torch's own.
     """
     u = u if u_rows is None else u[u_rows]
     v = v if v_rows is None else v[v_rows]
     hidden = F.linear(torch.cat([u, v], dim=1), weight1, bias1)
     hidden = {"relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh}[activation](hidden)
-    if keep is None:
+    if seed is None:
         hidden = F.dropout(hidden, dropout_p, training)
     elif training and dropout_p > 0:
+        keep = dropout_keep(hidden.shape[0], hidden.shape[1], dropout_p, seed).to(hidden.device)
         hidden = torch.where(keep, hidden, 0.0) / (1.0 - dropout_p)
     return F.linear(hidden, weight2, bias2)
+
+
+def dropout_keep(batch: int, inner: int, dropout_p: float, seed: int) -> Tensor:
+    """bool [batch, inner]: what `concat_mlp` with this seed keeps of the hidden layer."""
+    row, column = torch.arange(batch)[:, None], torch.arange(inner)[None, :]
+    call = column // 32 * 4 + column % 8 // 2
+    zero = torch.zeros_like(row + column)
+    words = torch.stack(_philox.philox(call + zero, row + zero, zero, zero + _PURPOSE, seed), dim=-1)
+    word = words.gather(-1, (column % 32 // 8 + zero)[..., None])[..., 0]
+    draw = (word >> column % 2 * 16) & 0xFFFF
+    return draw >= min(65535, int(dropout_p * 65536 + 0.5))
 
 
 @torch.library.register_fake("mtfast::concat_mlp")
@@ -292,6 +305,8 @@ def _check(
     for name, tensor in named.items():
         if tensor.device != u.device:
             raise ValueError(f"{name} is on {tensor.device}, u on {u.device}: they must be on one device")
+    if not u.is_floating_point():
+        raise TypeError(f"u must be float32, float64, bfloat16 or float16, found {u.dtype}")
     if not torch.is_autocast_enabled(u.device.type):
         for name in ("v", "weight1", "bias1", "weight2", "bias2"):
             if named[name].dtype != u.dtype:

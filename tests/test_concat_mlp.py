@@ -1,0 +1,336 @@
+"""concat_mlp against eager PyTorch in float64, on every device there is."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtfast.ops import ConcatMLP, concat_mlp, concat_mlp_ref
+from mtfast.ops.concat_mlp import ACTIVATIONS, dropout_keep
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+NAMES = ("u", "v", "weight1", "bias1", "weight2", "bias2")
+Operands = list[Tensor]
+
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+def draw(batch: int, hidden: int, inner: int, outputs: int, seed: int, rows: int | None = None) -> Operands:
+    """Operands in float64, at the scale of a trained layer; with `rows`, u and v have that many."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    source = batch if rows is None else rows
+    return [
+        normal(source, hidden),
+        normal(source, hidden),
+        normal(inner, 2 * hidden, scale=(2 * hidden) ** -0.5),
+        normal(inner, scale=0.3),
+        normal(outputs, inner, scale=inner**-0.5),
+        normal(outputs),
+    ]
+
+
+def cast(
+    operands: Operands, dtype: torch.dtype, device: str, needs: tuple[bool, ...] = (True,) * 6
+) -> Operands:
+    return [x.detach().to(device, dtype).requires_grad_(n) for x, n in zip(operands, needs, strict=True)]
+
+
+def value_and_grads(function, operands: Operands, dy: Tensor, **options) -> list[Tensor]:
+    y = function(*operands, **options)
+    return [y.detach(), *torch.autograd.grad(y, [x for x in operands if x.requires_grad], dy)]
+
+
+def kink_distance(operands: Operands, options: dict) -> float:
+    """How near an argument of the activation comes to 0, where relu's derivative jumps."""
+    u, v, weight1, bias1, *_ = operands
+    u = u if options["u_rows"] is None else u[options["u_rows"]]
+    v = v if options["v_rows"] is None else v[options["v_rows"]]
+    return (torch.cat([u, v], 1) @ weight1.T + bias1).abs().min().item()
+
+
+def random_case(number: int, dtype: torch.dtype) -> tuple[Operands, dict, tuple[bool, ...]]:
+    pick = random.Random(number)
+    batch = pick.choice([1, 1, 2, 3, 7, 16, 31, 32, 65, 129])
+    hidden = pick.choice([128, 129, 192, 200, 256, 330, 384, 500, 768, 1000, 1024])
+    inner, outputs = pick.choice([16, 17, 32, 100, 128, 129, 256, 300]), pick.randint(1, 8)
+    rows = pick.randint(1, 2 * batch) if pick.random() < 0.5 else None
+    index_dtype = pick.choice([torch.int32, torch.int64])
+    options = {
+        "activation": pick.choice(ACTIVATIONS),
+        "dropout_p": pick.choice([0.0, 0.1, 0.5]),
+        "seed": pick.randint(-(2**63), 2**63 - 1),
+        "u_rows": None,
+        "v_rows": None,
+    }
+    if rows is not None:
+        for name in ("u_rows", "v_rows"):
+            options[name] = torch.tensor(pick.choices(range(rows), k=batch), dtype=index_dtype)
+    needs = tuple(pick.random() < 0.7 for _ in NAMES)
+    if not any(needs):
+        needs = (False, False, True, True, True, True)
+    for attempt in itertools.count():
+        operands = [
+            x.to(dtype).double() for x in draw(batch, hidden, inner, outputs, number + 1000 * attempt, rows)
+        ]
+        if options["activation"] != "relu" or kink_distance(operands, options) > 3e-6:
+            return operands, options, needs
+    raise AssertionError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_is_at_most_twice_eagers(dtype: torch.dtype, device: str) -> None:
+    for number in range(70):
+        torch.manual_seed(number)
+        exact, options, needs = random_case(number, dtype)
+        batch = len(exact[0] if options["u_rows"] is None else options["u_rows"])
+        # Around 1, so that no sum over rows cancels down to its own rounding error.
+        dy = (1 + torch.randn(batch, len(exact[5]))).to(device, dtype)
+        truth = value_and_grads(
+            concat_mlp_ref, cast(exact, torch.float64, "cpu", needs), dy.cpu().double(), **options
+        )
+        options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+        ours = value_and_grads(concat_mlp, cast(exact, dtype, device, needs), dy, **options)
+        eager = value_and_grads(concat_mlp_ref, cast(exact, dtype, device, needs), dy, **options)
+        names = ["output", *(n for n, need in zip(NAMES, needs, strict=True) if need)]
+        for name, x, e, t in zip(names, ours, eager, truth, strict=True):
+            error, eagers = ((y.cpu().double() - t).norm().item() for y in (x, e))
+            unit = torch.finfo(dtype).eps * t.norm().item()
+            assert error <= 2 * eagers + unit, f"case {number}, {name}: {error} where eager has {eagers}"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation: str, device: str) -> None:
+    if device != "cpu":
+        pytest.skip("float64 is for the CPU")
+    operands = cast(draw(5, 3, 37, 2, seed=1), torch.float64, device)
+    rows = torch.tensor([0, 0, 3], device=device), torch.tensor([1, 2, 4], dtype=torch.int32, device=device)
+
+    def plain(*x: Tensor) -> Tensor:
+        return concat_mlp(*x, activation=activation, dropout_p=0.3, seed=1)
+
+    def gathered(*x: Tensor) -> Tensor:
+        return concat_mlp(*x, activation=activation, u_rows=rows[0], v_rows=rows[1])
+
+    assert torch.autograd.gradcheck(plain, operands)
+    assert torch.autograd.gradcheck(gathered, operands)
+
+
+def ones_after_dropout(batch: int, inner: int, dropout_p: float, seed: int | None, device: str) -> Tensor:
+    """The hidden layer after dropout, all ones before it, read eight columns at a time."""
+    out = []
+    for first in range(0, inner, 8):
+        weight2 = torch.eye(inner, device=device)[first : first + 8].contiguous()
+        y = concat_mlp(
+            torch.zeros(batch, 4, device=device),
+            torch.zeros(batch, 4, device=device),
+            torch.zeros(inner, 8, device=device),
+            torch.ones(inner, device=device),
+            weight2,
+            torch.zeros(len(weight2), device=device),
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+        out.append(y)
+    return torch.cat(out, 1).cpu()
+
+
+def test_dropout_is_the_documented_draw(device: str) -> None:
+    for seed, p in ((7, 0.1), (-(2**62), 0.5), (2**63 - 1, 0.25)):
+        y = ones_after_dropout(37, 150, p, seed, device)
+        keep = dropout_keep(37, 150, p, seed)
+        torch.testing.assert_close(y, keep.float() / (1 - p))
+
+
+def test_dropout_rate_and_independence(device: str) -> None:
+    keep, other = dropout_keep(512, 768, 0.1, 3), dropout_keep(512, 768, 0.1, 4)
+    n = keep.numel()
+    assert abs((~keep).sum().item() / n - 0.1) < 5 * (0.09 / n) ** 0.5
+    assert abs((~keep & ~other).sum().item() / n - 0.01) < 5 * (0.0099 / n) ** 0.5
+    neighbours = (~keep[:, 1:] & ~keep[:, :-1]).float().mean().item()
+    assert abs(neighbours - 0.01) < 5 * (0.0099 / n) ** 0.5 * 1.5
+
+
+def test_seed_behaviour(device: str) -> None:
+    operands = cast(draw(40, 16, 100, 2, seed=0), torch.float32, device, (False,) * 6)
+
+    def run(**options) -> Tensor:
+        return concat_mlp(*operands, dropout_p=0.3, **options)
+
+    as_tensor = torch.tensor([11], device=device)
+    assert torch.equal(run(seed=11), run(seed=11))
+    assert torch.equal(run(seed=11), run(seed=as_tensor))
+    assert not torch.equal(run(seed=11), run(seed=12))
+    torch.manual_seed(5)
+    first, second = run(), run()
+    torch.manual_seed(5)
+    assert torch.equal(run(), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(run(training=False), concat_mlp(*operands))
+
+
+def test_result_does_not_depend_on_threads_or_on_the_rest_of_the_batch(device: str) -> None:
+    if device != "cpu":
+        pytest.skip("threads are the CPU's")
+    operands = cast(draw(300, 32, 200, 2, seed=0), torch.float64, device)
+    dy = torch.randn(300, 2, dtype=torch.float64)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(value_and_grads(concat_mlp, operands, dy, dropout_p=0.2, seed=9))
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    head = concat_mlp(operands[0][:50], operands[1][:50], *operands[2:], dropout_p=0.2, seed=9)
+    torch.testing.assert_close(head, results[0][0][:50], rtol=1e-12, atol=1e-12)
+
+
+def test_each_gradient_alone(device: str) -> None:
+    exact, dy = draw(20, 24, 70, 3, seed=2), torch.randn(20, 3, device=device)
+    everything = value_and_grads(concat_mlp, cast(exact, torch.float32, device), dy, dropout_p=0.1, seed=1)[
+        1:
+    ]
+    for i, name in enumerate(NAMES):
+        needs = tuple(j == i for j in range(6))
+        alone = value_and_grads(
+            concat_mlp, cast(exact, torch.float32, device, needs), dy, dropout_p=0.1, seed=1
+        )[1]
+        torch.testing.assert_close(alone, everything[i], msg=name)
+
+
+def test_rows_of_one_matrix_strided_and_repeated(device: str) -> None:
+    """As the pair head uses it: both sides gathered from the [CLS] rows of a wider tensor."""
+    states = torch.randn(9, 3, 64, device=device, requires_grad=True)
+    u_rows, v_rows = torch.tensor([0, 2, 2, 8], device=device), torch.tensor([1, 3, 0, 8], device=device)
+    weights = cast(draw(1, 64, 48, 2, seed=3), torch.float32, device)[2:]
+    grads = []
+    for function in (concat_mlp, concat_mlp_ref):
+        cls = states[:, 0]
+        y = function(cls, cls, *weights, u_rows=u_rows, v_rows=v_rows, activation="tanh")
+        grads.append(torch.autograd.grad(y.square().sum(), [states, *weights]))
+    for ours, eager in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_empty_batch(device: str) -> None:
+    operands = cast(draw(0, 16, 20, 2, seed=0), torch.float32, device)
+    y, *grads = value_and_grads(concat_mlp, operands, torch.empty(0, 2, device=device), dropout_p=0.1)
+    assert y.shape == (0, 2)
+    for grad, operand in zip(grads, operands, strict=True):
+        assert grad.shape == operand.shape and not grad.any()
+
+
+def test_nan_and_inf_pass_through(device: str) -> None:
+    operands = cast(draw(4, 16, 40, 2, seed=0), torch.float32, device, (False,) * 6)
+    operands[0][1, 3], operands[0][2, 3] = float("nan"), float("inf")
+    for activation in ACTIVATIONS:
+        ours, eager = (f(*operands, activation=activation) for f in (concat_mlp, concat_mlp_ref))
+        torch.testing.assert_close(ours, eager, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_opcheck(device: str) -> None:
+    operands = cast(draw(6, 16, 40, 2, seed=0), torch.float32, device)
+    rows, seed = torch.tensor([1, 1, 0], device=device), torch.tensor([3], device=device)
+    op = torch.ops.mtfast.concat_mlp.default
+    torch.library.opcheck(op, (*operands, None, None, 1, 0.1, seed, True))
+    torch.library.opcheck(op, (*operands, rows, rows.int(), 2, 0.0, None, True))
+    u, v, weight1, _, weight2, _ = (x.detach() for x in operands)
+    dy, z = torch.randn(6, 2, device=device), torch.randn(6, 40, device=device)
+    backward = torch.ops.mtfast.concat_mlp_backward.default
+    for needs in (0, 1, 6, 7):
+        torch.library.opcheck(backward, (dy, u, v, weight1, weight2, z, None, None, 0, 0.1, seed, needs))
+
+
+def test_compiles_without_a_graph_break(device: str) -> None:
+    module = ConcatMLP(16, 40, 2, "gelu", dropout_p=0.2).to(device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    u, v = (torch.randn(12, 16, device=device, requires_grad=True) for _ in range(2))
+    seed = torch.tensor([4], device=device)
+    for expected, found in zip(
+        torch.autograd.grad(module(u, v, seed=seed).sum(), [u, v, *module.parameters()]),
+        torch.autograd.grad(compiled(u, v, seed=seed).sum(), [u, v, *module.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+    assert not torch.equal(compiled(u, v), compiled(u, v)), "a compiled module must draw anew each call"
+
+
+def test_autocast(device: str) -> None:
+    operands = cast(draw(12, 32, 40, 2, seed=0), torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        y = concat_mlp(*operands)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, concat_mlp(*cast(operands, torch.bfloat16, device)))
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), operands))
+
+
+def test_module(device: str) -> None:
+    torch.manual_seed(0)
+    module = ConcatMLP(32, 20, 2, "tanh", dropout_p=0.5).to(device)
+    torch.manual_seed(0)
+    eager = nn.ModuleDict({"dense": nn.Linear(64, 20), "out_proj": nn.Linear(20, 2)}).to(device)
+    assert list(module.state_dict()) == ["dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"]
+    for name, value in eager.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value)
+    u, v = torch.randn(6, 32, device=device), torch.randn(6, 32, device=device)
+    with torch.no_grad():
+        expected = eager["out_proj"](torch.tanh(eager["dense"](torch.cat([u, v], 1))))
+        torch.testing.assert_close(module.eval()(u, v), expected)
+        assert not torch.allclose(module.train()(u, v), expected)
+        rows = torch.tensor([5, 0], device=device)
+        torch.testing.assert_close(module.eval()(u, v, rows, rows), expected[rows])
+
+
+def wrong(device: str) -> list[tuple[str, type[Exception], dict]]:
+    rows = torch.tensor([0, 1], device=device)
+    return [
+        ("v must be", ValueError, {"v": torch.randn(4, 9, device=device)}),
+        ("weight1 must be", ValueError, {"weight1": torch.randn(5, 17, device=device)}),
+        ("bias1 must be", ValueError, {"bias1": torch.randn(4, device=device)}),
+        ("weight2 must be", ValueError, {"weight2": torch.randn(2, 6, device=device)}),
+        ("bias2 must be", ValueError, {"bias2": torch.randn(3, device=device)}),
+        ("u has the wrong number of dim", ValueError, {"u": torch.randn(4, 8, 1, device=device)}),
+        ("outputs must be 1 to 8", ValueError, {"weight2": torch.randn(9, 5, device=device)}),
+        ("u gives 4 rows and v gives 2", ValueError, {"v_rows": rows}),
+        ("u_rows must be int32 or int64", TypeError, {"u_rows": rows.float(), "v_rows": rows}),
+        ("u_rows must be \\[batch\\]", ValueError, {"u_rows": rows[None], "v_rows": rows[:1]}),
+        (
+            "v is torch.float64, u is torch.float32",
+            TypeError,
+            {"v": torch.randn(4, 8, device=device).double()},
+        ),
+        ("activation must be one of relu, gelu, tanh, found 'silu'", ValueError, {"activation": "silu"}),
+        ("dropout_p must be in \\[0, 1\\), found 1.0", ValueError, {"dropout_p": 1.0}),
+        ("weight1 is on meta", ValueError, {"weight1": torch.randn(5, 16, device="meta")}),
+        ("seed must be an int64 tensor", TypeError, {"seed": torch.tensor([1.0], device=device)}),
+    ]
+
+
+def test_wrong_arguments_are_named(device: str) -> None:
+    right = dict(zip(NAMES, cast(draw(4, 8, 5, 2, seed=0), torch.float32, device), strict=True))
+    for message, error, change in wrong(device):
+        with pytest.raises(error, match=message):
+            concat_mlp(**{**right, **change})
+    with pytest.raises(TypeError, match="must be float"):
+        concat_mlp(**{name: x.detach().int() for name, x in right.items()})
+
+
+def test_row_indices_out_of_range(device: str) -> None:
+    operands = cast(draw(4, 8, 5, 2, seed=0), torch.float32, device, (False,) * 6)
+    good = torch.tensor([0, 3], device=device)
+    for bad in (4, -1):
+        bad_rows = torch.tensor([1, bad], dtype=torch.int32, device=device)
+        if device == "cpu":
+            with pytest.raises(RuntimeError, match=f"v_rows\\[1\\] is {bad}, but v has 4 rows"):
+                concat_mlp(*operands, u_rows=good, v_rows=bad_rows)
+        else:
+            y = concat_mlp(*operands, u_rows=good, v_rows=bad_rows)
+            assert y[1].isnan().all() and not y[0].isnan().any()
