@@ -42,7 +42,7 @@ def collect() -> dict[str, Any]:
     def missing(problem: str, remedy: str) -> None:
         problems.append({"problem": problem, "remedy": remedy})
 
-    versions = {
+    versions: dict[str, str | None] = {
         "mtfast": _version("mtfast") or "run from its source directory",
         "python": platform.python_version(),
     }
