@@ -33,7 +33,9 @@ int allow_shared_memory(Kernel kernel, size_t bytes) {
 }  // namespace mtfast
 
 // MTFAST_LAUNCH(grid, block, shared_bytes, stream, (kernel<A, B>), arguments...): 0 or a cudaError_t.
-#define MTFAST_LAUNCH(grid, block, shared_bytes, stream, kernel, ...)                                   \
-  ((kernel) < < < (grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream) >>> (__VA_ARGS__), \
+// clang-format off
+#define MTFAST_LAUNCH(grid, block, shared_bytes, stream, kernel, ...)                             \
+  ((kernel)<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
    static_cast<int>(cudaGetLastError()))
+// clang-format on
 #endif
