@@ -60,6 +60,11 @@ Options options_of(std::vector<int64_t> special_ids, int64_t mask_token_id, int6
   options.random_below = std::min(options.mask_below + threshold(random_fraction), uint64_t{1} << 32);
   check(random_fraction == 0 || options.special.total < vocab_size, kOp,
         ": special_ids must leave an id to replace tokens with, but name all of vocab_size = ", vocab_size);
+  const uint64_t ordinary = static_cast<uint64_t>(vocab_size - options.special.total);
+  options.random_shift = 63;
+  for (uint64_t left = ordinary; left; left >>= 1) --options.random_shift;
+  const uint64_t range = std::max<uint64_t>(1, options.random_below - options.mask_below);
+  options.random_scale = (ordinary << options.random_shift) / range;
   return options;
 }
 
@@ -73,6 +78,7 @@ Batch batch_of(const Tensor& input_ids, const OptionalTensor& positions, const O
   Batch batch{};
   batch.input_ids = input_ids.const_data_ptr();
   batch.total = input_ids.numel();
+  check(batch.total <= INT32_MAX, kOp, ": input_ids must have fewer than 2^31 tokens, found ", batch.total);
   batch.sequences = input_ids.dim() == 2 ? input_ids.size(0) : 1;
   batch.row_length = input_ids.dim() == 2 ? input_ids.size(1) : batch.total;
   if (positions) {

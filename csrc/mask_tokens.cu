@@ -65,10 +65,11 @@ struct Tokens {
     return i;
   }
   __device__ __forceinline__ int64_t sequence_begin(int64_t i) const {
-    if (!batch.cu_seqlens) return i - i % batch.row_length;
-    int64_t low = 0, high = batch.sequences;  // the last sequence that begins at or before i
+    if (!batch.cu_seqlens) return i - static_cast<uint32_t>(i) % static_cast<uint32_t>(batch.row_length);
+    int32_t low = 0,
+            high = static_cast<int32_t>(batch.sequences);  // the last sequence that begins at or before i
     while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
+      const int32_t middle = low + (high - low) / 2;
       (batch.cu_seqlens[middle] <= i ? low : high) = middle;
     }
     return batch.cu_seqlens[low];
@@ -82,7 +83,7 @@ struct alignas(16) Four {
 
 // kPositions: positions are looked up token by token, as whole words need even where they are the flat index.
 template <class Id, bool kPositions, bool kWords>
-__global__ void __launch_bounds__(kBernoulliThreads)
+__global__ void __launch_bounds__(kBernoulliThreads, 4)
     bernoulli(Batch batch, Options options, Id* output, Id* labels, bool aligned) {
   const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * 4;
   if (first >= batch.total) return;
@@ -176,7 +177,7 @@ __device__ __forceinline__ void find_bin(Selection* selection) {
 }
 
 template <class Id, bool kWords>
-__global__ void __launch_bounds__(kExactThreads)
+__global__ void __launch_bounds__(kExactThreads, 8)
     exact(Batch batch, Options options, Id* output, Id* labels, int cached) {
   Selection* selection = shared_memory<Selection>();
   uint32_t* cache = reinterpret_cast<uint32_t*>(selection + 1);

@@ -37,6 +37,8 @@ struct Options {
   uint64_t choose_below;  // a draw of 32 bits is compared with these: 2^32 means always
   uint64_t mask_below;    // a replacement draw below it gives [MASK],
   uint64_t random_below;  // one below this a random ordinary token, any other leaves the token
+  uint64_t random_scale;  // ordinary ids << random_shift over the draws that give a random token: a division
+  int32_t random_shift;   // by multiplying, as exact as 63 bits allow
 };
 
 struct Batch {
@@ -64,10 +66,9 @@ MTFAST_HOST_DEVICE int64_t exact_count(double p, int64_t candidates) {
 MTFAST_HOST_DEVICE int64_t replacement(const Options& options, uint32_t draw, int64_t id) {
   if (draw < options.mask_below) return options.mask_token_id;
   if (draw >= options.random_below) return id;
-  // What the draw has left is uniform below `range`; scale it to the ordinary ids.
-  const uint64_t range = options.random_below - options.mask_below;
-  const uint64_t ordinary = static_cast<uint64_t>(options.vocab_size - options.special.total);
-  return options.special.ordinary(static_cast<int64_t>((draw - options.mask_below) * ordinary / range));
+  // What the draw has left is uniform; scale it to the ordinary ids.
+  const uint64_t left = draw - options.mask_below;
+  return options.special.ordinary(static_cast<int64_t>(left * options.random_scale >> options.random_shift));
 }
 
 using Body = std::function<void(int64_t begin, int64_t end)>;

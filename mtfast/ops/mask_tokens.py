@@ -57,7 +57,7 @@ def mask_tokens(
             with `subword`, a word of such tokens.
         mask_fraction, random_fraction: the shares of the chosen that become [MASK] and a random token.
             Random tokens are uniform over the ids that are not special, to within
-            vocab_size / (random_fraction * 2**32).
+            one part in random_fraction * 2**32 / vocab_size.
         strategy: "bernoulli" chooses each candidate with the probability. "exact" chooses
             max(1, floor(mlm_probability * candidates + 1/2)) in each sequence that has a candidate, those
             with the smallest draws; `exact_count` computes that number on the host.
@@ -148,7 +148,9 @@ def mask_tokens_ref(
     mask_below = _philox.threshold(mask_fraction)
     random_below = min(mask_below + _philox.threshold(random_fraction), 2**32)
     ordinary_table = ordinary_ids.nonzero().squeeze(1)
-    scaled = (draw - mask_below) * len(ordinary_table) // max(1, random_below - mask_below)
+    shift = 63 - len(ordinary_table).bit_length()
+    scale = (len(ordinary_table) << shift) // max(1, random_below - mask_below)
+    scaled = (draw - mask_below) * scale >> shift
     is_random = chosen & (draw >= mask_below) & (draw < random_below)
     output = torch.where(chosen & (draw < mask_below), mask_token_id, ids)
     output[is_random] = ordinary_table[scaled[is_random]]

@@ -2,12 +2,13 @@
 
     from cuda_on_cpu.harness import CASES, load
 
-    @pytest.mark.parametrize("case", CASES, ids=str)         # thread orders, early and late copies, race detector
+    # Thread orders, early and late copies, the race detector. Built once, cached; skips without CUDA headers.
+    @pytest.mark.parametrize("case", CASES, ids=str)
     def test_x(case):
-        kernels = load("x.cu", case)                         # built once, cached; skips where CUDA headers are absent
-        kernels.mtfast_x(tensor, ctypes.c_float(0.5), 7, None)   # tensors pass their address, ints are 64 bits wide
+        kernels = load("x.cu", case)
+        kernels.mtfast_x(tensor, ctypes.c_float(0.5), 7, None)
 
-A launch function takes pointers, int64 or ctypes values and last the stream (None here), and returns 0 or a
+Tensors pass their address, ints are 64 bits wide. A launch function takes pointers, int64 or ctypes values and last the stream (None here), and returns 0 or a
 cudaError_t; anything but 0 raises KernelError with what the emulation saw. For AddressSanitizer and
 UndefinedBehaviorSanitizer, whose runtime must be loaded before Python:
 
