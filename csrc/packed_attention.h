@@ -17,8 +17,8 @@ struct AttentionTensor {
 };
 
 // Dropout: Philox 4x32-10 with key = seed and counter (row, column / 8, head, Purpose::kAttentionDropout),
-// rows and columns counted from the begin of the packed batch, gives eight 16-bit draws; column's is number
-// column % 8. A weight is kept where its draw is at least `threshold`.
+// the row counted from the begin of the packed batch and the column from the begin of its sequence, gives
+// eight 16-bit draws; column's is number column % 8. A weight is kept where its draw is at least `threshold`.
 struct AttentionShape {
   const int32_t* cu_seqlens = nullptr;  // [sequences + 1]
   int64_t sequences = 0;

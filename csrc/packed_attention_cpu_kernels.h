@@ -262,13 +262,13 @@ inline UInt64 multiply_low(UInt64 a, uint32_t b) {  // 64-bit product of the low
 #endif
 }
 
-// Draws of rows [row, row + rows) and the column groups of eight that hold [column, column + columns); the
-// draw of (row + i, column + j) is draws[i * result + (column % 8) + j].
-inline int64_t draw(uint16_t* draws, uint64_t seed, int64_t head, int64_t row, int64_t rows, int64_t column,
+// Draws of rows [row, row + rows) of the batch and columns [0, columns) of the sequence; that of (row + i, j)
+// is draws[i * result + j].
+inline int64_t draw(uint16_t* draws, uint64_t seed, int64_t head, int64_t row, int64_t rows,
                     int64_t columns) {
   constexpr int W = MTFAST_VECTOR_BYTES / 8;
-  const int64_t group = column / 8, groups = (column + columns - 1) / 8 - group + 1, calls = rows * groups;
-  int64_t next_row = row, next_group = group;
+  const int64_t groups = (columns + 7) / 8, calls = rows * groups;
+  int64_t next_row = row, next_group = 0;
   for (int64_t call = 0; call < calls; call += W) {
     UInt64 c0, c1;
     for (int i = 0; i < W; ++i) {
@@ -276,7 +276,7 @@ inline int64_t draw(uint16_t* draws, uint64_t seed, int64_t head, int64_t row, i
           i < W / 2 ? 2 * i : 2 * (i - W / 2) + 1;  // so that the stores below come in call order
       c0[lane] = next_row;
       c1[lane] = next_group;
-      if (++next_group == group + groups) next_group = group, ++next_row;
+      if (++next_group == groups) next_group = 0, ++next_row;
     }
     UInt64 c2 = (uint64_t)head - UInt64{}, c3 = (uint64_t)Purpose::kAttentionDropout - UInt64{};
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
@@ -382,7 +382,7 @@ void forward_task(const AttentionForward& args, int64_t sequence, int64_t head, 
     gather<T, C>(b.q, args.q, begin + r, rows, M, head, D, C(shape.softmax_scale * kLog2E));
     matmul<C, false>(M, Lp, D, b.q, D, b.kt, Lp, b.p, Lp, false);
     int64_t ld = 0;
-    if (shape.threshold) ld = draw(b.draws, shape.seed, head, begin + r, rows, begin, L);
+    if (shape.threshold) ld = draw(b.draws, shape.seed, head, begin + r, rows, L);
     for (int64_t i = 0; i < rows; ++i) {
       C* row = b.p + i * Lp;
       Vec<C>* end = (Vec<C>*)(row + Lp - W);
@@ -397,7 +397,7 @@ void forward_task(const AttentionForward& args, int64_t sequence, int64_t head, 
       lse[r + i] = (most + log_2(weight)) * C(kLn2);
       C factor = C(1) / weight;
       if (shape.threshold) {
-        const uint16_t* draws = b.draws + i * ld + begin % 8;
+        const uint16_t* draws = b.draws + i * ld;
         factor *= keep_scale;
         for (int64_t j = 0; j < Lp; j += W) {
           Vec<C>& x = *(Vec<C>*)(row + j);
@@ -436,10 +436,10 @@ void backward_task(const AttentionBackward& args, int64_t sequence, int64_t head
     matmul<C, false>(M, Lp, D, b.q, D, b.kt, Lp, b.p, Lp, false);
     matmul<C, false>(M, Lp, D, b.dout, D, b.vt, Lp, b.dp, Lp, false);
     int64_t ld = 0;
-    if (shape.threshold) ld = draw(b.draws, shape.seed, head, begin + r, rows, begin, L);
+    if (shape.threshold) ld = draw(b.draws, shape.seed, head, begin + r, rows, L);
     for (int64_t i = 0; i < rows; ++i) {
       C *p = b.p + i * Lp, *dp = b.dp + i * Lp;
-      const uint16_t* draws = b.draws + i * ld + begin % 8;
+      const uint16_t* draws = b.draws + i * ld;
       const C lse2 = lse[r + i] * C(kLog2E);
       Vec<C> dot = Vec<C>{};
       for (int64_t j = 0; j < Lp; j += W) {
@@ -516,9 +516,9 @@ void forward_cls_task(const AttentionForward& args, int64_t sequence, int64_t he
     const C weight = sum<C>(total);
     lse = (most + log_2(weight)) * C(kLn2);
     const C factor = C(65536.0 / (65536.0 - shape.threshold)) / weight;
-    if (shape.threshold) draw(b.draws, shape.seed, head, begin, 1, begin, L);
+    if (shape.threshold) draw(b.draws, shape.seed, head, begin, 1, L);
     for (int64_t j = 0; j < L; ++j)
-      if (shape.threshold == 0 || b.draws[begin % 8 + j] >= shape.threshold)
+      if (shape.threshold == 0 || b.draws[j] >= shape.threshold)
         add_scaled(b.out, row_of<T>(args.v, begin + j, head), b.p[j] * factor, D);
   }
   write_scaled(row_of_mutable<T>(args.out, sequence, head), b.out, C(1), D);
@@ -539,12 +539,12 @@ void backward_cls_task(const AttentionBackward& args, int64_t sequence, int64_t 
     gather<T, C>(b.dout, args.dout, sequence, 1, 1, head, D, C(1));
     const C lse2 = ((const C*)args.lse)[head * shape.sequences + sequence] * C(kLog2E);
     const C keep_scale = C(65536.0 / (65536.0 - shape.threshold));
-    if (shape.threshold) draw(b.draws, shape.seed, head, begin, 1, begin, L);
+    if (shape.threshold) draw(b.draws, shape.seed, head, begin, 1, L);
     for (int64_t j = 0; j < Lp; ++j) b.p[j] = j < L ? dot(row_of<T>(args.k, begin + j, head), b.q, D) : lse2;
     for (int64_t j = 0; j < Lp; j += W) *(Vec<C>*)(b.p + j) = power2(*(Vec<C>*)(b.p + j) - lse2);
     C delta = C(0);
     for (int64_t j = 0; j < L; ++j) {
-      const bool keep = shape.threshold == 0 || b.draws[begin % 8 + j] >= shape.threshold;
+      const bool keep = shape.threshold == 0 || b.draws[j] >= shape.threshold;
       b.dp[j] = keep ? dot(row_of<T>(args.v, begin + j, head), b.dout, D) * keep_scale : C(0);
       delta += b.p[j] * b.dp[j];
       write_scaled(row_of_mutable<T>(args.dv, begin + j, head), b.dout, keep ? b.p[j] * keep_scale : C(0), D);

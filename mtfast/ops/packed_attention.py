@@ -40,8 +40,8 @@ def packed_attention(
         dropout_p: probability in [0, 1) with which an attention weight is dropped, resolved to 1/65536.
         softmax_scale: default 1/sqrt(head_dim).
         seed: of the dropout; an int, or an int64 tensor with one element on the CPU or on q's device. None
-            draws one from torch's default generator. What is dropped depends on (seed, head, query token,
-            key token) alone, tokens counted from the begin of the packed batch.
+            draws one from torch's default generator. What is dropped depends on (seed, head, the query's
+            place in the packed batch, the key's place in its sequence) alone.
         return_lse: also return the log-sum-exp of the scaled scores, float32 [heads, total]
             (float64 for float64 inputs); no gradient flows through it.
 
@@ -181,7 +181,8 @@ def packed_attention_ref(
 ) -> tuple[Tensor, Tensor]:
     """The same mathematics in eager PyTorch on padded tensors, in q's dtype: (out, lse)."""
     rows, inside = _padded_rows(cu_seqlens, max_seqlen, k.size(0))
-    keep = dropout_keep_ref(rows[:, :, None], rows[:, None, :], q.size(1), dropout_p, seed)
+    columns = torch.arange(max_seqlen, device=q.device)[None, None]
+    keep = dropout_keep_ref(rows[:, :, None], columns, q.size(1), dropout_p, seed)
     padded, lse = _attend_ref(q[rows], k[rows], v[rows], inside, dropout_p, softmax_scale, keep)
     return padded[inside], lse.transpose(0, 1)[:, inside]
 
@@ -200,7 +201,8 @@ def packed_attention_cls_ref(
     """`packed_attention_cls` in eager PyTorch on padded tensors."""
     rows, inside = _padded_rows(cu_seqlens, max_seqlen, k.size(0))
     first = cu_seqlens[:-1].long()[:, None, None]
-    keep = dropout_keep_ref(first, rows[:, None, :], q.size(1), dropout_p, seed)
+    columns = torch.arange(max_seqlen, device=q.device)[None, None]
+    keep = dropout_keep_ref(first, columns, q.size(1), dropout_p, seed)
     out, _ = _attend_ref(q[:, None], k[rows], v[rows], inside, dropout_p, softmax_scale, keep)
     return out[:, 0] * inside.any(1)[:, None, None].to(out.dtype)
 
@@ -208,8 +210,8 @@ def packed_attention_cls_ref(
 def dropout_keep_ref(
     row: Tensor, column: Tensor, heads: int, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor | None:
-    """Which weights the kernels keep: bool [..., heads, rows, columns] for int64 row [..., rows, 1] and
-    column [..., 1, columns], both places in the packed batch; None without dropout.
+    """Which weights the kernels keep: bool [..., heads, rows, columns] for int64 row [..., rows, 1],
+    the place in the packed batch, and column [..., 1, columns], that in the sequence; None without dropout.
 
     One Philox 4x32-10 call with key = seed and counter (row, column // 8, head, 4) gives eight 16-bit draws
     for a group of eight columns; a weight is kept where its draw is at least round(65536 * dropout_p).
