@@ -6,13 +6,27 @@ from cuda_on_cpu.harness import CASES, HERE, Case, KernelError, load, run_saniti
 
 SOURCE = HERE / "planted_faults.cu"
 TILES, TILE, BLOCKS = 3, 256, 2
+FAULTS = (
+    "none",
+    "no wait",
+    "no barrier before a read",
+    "no barrier before a refill",
+    "shared write out of bounds",
+    "divergent barrier",
+    "global race",
+    "shuffle without all lanes",
+)
 
 
-def sum_tiles(kernels) -> None:
+def sum_tiles(kernels, fault: str = "none") -> None:
     data = torch.arange(TILES * TILE, dtype=torch.float32)
     output = torch.zeros(BLOCKS)
-    kernels.sum_tiles_launch(data, output, TILES, BLOCKS, None)
+    kernels.sum_tiles_launch(data, output, TILES, BLOCKS, FAULTS.index(fault), None)
     assert output.tolist() == [data.sum().item()] * BLOCKS, f"wrong sums {output.tolist()}"
+
+
+def write_out_of_bounds(kernels) -> None:
+    sum_tiles(kernels, "shared write out of bounds")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -39,24 +53,32 @@ RACES = Case(races=True)
 @pytest.mark.parametrize(
     ("fault", "case", "seen"),
     [
-        ("NO_BARRIER_BEFORE_READ", RACES, "race: read after a write at shared memory"),
-        ("NO_BARRIER_BEFORE_REFILL", RACES, "race: (write after a read|read after a write) at shared memory"),
-        ("GLOBAL_RACE", RACES, "race: write after a write at global memory"),
-        ("DIVERGENT_BARRIER", Case(), "divergent barrier"),
-        ("SHUFFLE_WITHOUT_ALL", Case(), "lane 16, which has exited|thread 0 waits in a warp collective"),
+        ("no barrier before a read", RACES, "race: read after a write at shared memory"),
+        (
+            "no barrier before a refill",
+            RACES,
+            "race: (write after a read|read after a write) at shared memory",
+        ),
+        ("global race", RACES, "race: write after a write at global memory"),
+        ("divergent barrier", Case(), "divergent barrier"),
+        (
+            "shuffle without all lanes",
+            Case(),
+            "lane 16, which has exited|thread 0 waits in a warp collective",
+        ),
     ],
 )
 def test_fault_is_caught(fault, case, seen):
-    kernels = load(SOURCE, case, (f"FAULT_{fault}",))
+    kernels = load(SOURCE, case)
     with pytest.raises(KernelError, match=seen):
-        sum_tiles(kernels)
+        sum_tiles(kernels, fault)
 
 
 def test_missing_wait_gives_wrong_sums_when_copies_land_late():
     with pytest.raises(AssertionError, match="wrong sums"):
-        sum_tiles(load(SOURCE, Case(), ("FAULT_NO_WAIT",)))
+        sum_tiles(load(SOURCE), "no wait")
 
 
 def test_shared_write_out_of_bounds_is_caught():
     with pytest.raises(KernelError, match=r"AddressSanitizer.*use-after-poison[\s\S]*planted_faults\.cu"):
-        run_sanitized(SOURCE, "test_kernels_emulation:sum_tiles", ("FAULT_SHARED_OUT_OF_BOUNDS",))
+        run_sanitized(SOURCE, "test_kernels_emulation:write_out_of_bounds")

@@ -8,9 +8,9 @@
         kernels = load("x.cu", case)
         kernels.mtfast_x(tensor, ctypes.c_float(0.5), 7, None)
 
-Tensors pass their address, ints are 64 bits wide. A launch function takes pointers, int64 or ctypes values and last the stream (None here), and returns 0 or a
-cudaError_t; anything but 0 raises KernelError with what the emulation saw. For AddressSanitizer and
-UndefinedBehaviorSanitizer, whose runtime must be loaded before Python:
+Tensors pass their address, ints are 64 bits wide. A launch function takes pointers, int64 or ctypes values
+and last the stream (None here), and returns 0 or a cudaError_t; anything but 0 raises KernelError with what
+the emulation saw. For AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python:
 
     def small_shapes(kernels): ...                           # a function at the top of a module in tests/
     def test_x_sanitized():
@@ -101,19 +101,19 @@ class Kernels:
         return call
 
 
-def load(source: str | Path, case: Case = CASES[0], defines: tuple[str, ...] = ()) -> Kernels:
-    """The kernels of `source` (in csrc, or a path), compiled with -D`defines` to run as `case` says."""
+def load(source: str | Path, case: Case = CASES[0]) -> Kernels:
+    """The kernels of `source` (in csrc, or a path), to run as `case` says."""
     if case.sanitized:
         raise ValueError("sanitized kernels are run by run_sanitized")
-    return Kernels(_build(_find(source), case.races, False, defines), case)
+    return Kernels(_build(_find(source), case.races, False), case)
 
 
-def run_sanitized(source: str | Path, function: str, defines: tuple[str, ...] = ()) -> str:
+def run_sanitized(source: str | Path, function: str) -> str:
     """Calls `function` ("module:name", in tests/) with the Kernels of `source` under ASan and UBSan.
 
     Returns its output. Raises KernelError with the report when the sanitizers or the emulation object.
     """
-    library = _build(_find(source), False, True, defines)
+    library = _build(_find(source), False, True)
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         for name in ("libasan.so", "libubsan.so")
@@ -141,7 +141,7 @@ def _find(source: str | Path) -> Path:
     return path if path.is_absolute() else CSRC / path
 
 
-def _build(source: Path, races: bool, sanitized: bool, defines: tuple[str, ...]) -> Path:
+def _build(source: Path, races: bool, sanitized: bool) -> Path:
     home = toolkit()
     if home is None:
         pytest.skip("no CUDA headers: neither CUDA_HOME nor /usr/local/cuda holds include/cuda_runtime.h")
@@ -155,7 +155,6 @@ def _build(source: Path, races: bool, sanitized: bool, defines: tuple[str, ...])
         "-Wno-attributes",
         "-fno-strict-aliasing",
     ]
-    flags += [f"-D{name}" for name in defines]
     flags += ["-O1", *SANITIZED] if sanitized else ["-O2"]
     # Only the kernels are instrumented for races: the emulation itself is the detector.
     flags += ["-DCUDA_ON_CPU_RACES"] if races else []

@@ -1,4 +1,4 @@
-// Kernels with one fault each (FAULT_*), and without: what the checks must catch, so that they are known to
+// Kernels with one fault each, and without: what the checks must catch, so that they are known to
 // be able to fail. Each block sums its 256 numbers by way of shared memory, twice over two tiles that are
 // copied in turn.
 #include "device/ptx.cuh"
@@ -8,9 +8,20 @@ namespace {
 
 using namespace mtfast;
 
+enum Fault {
+  kNone,
+  kNoWait,
+  kNoBarrierBeforeRead,
+  kNoBarrierBeforeRefill,
+  kSharedOutOfBounds,
+  kDivergentBarrier,
+  kGlobalRace,
+  kShuffleWithoutAll
+};
+
 constexpr int kThreads = 64, kTile = 4 * kThreads;
 
-__global__ void sum_tiles(const float* input, float* output, int tiles) {
+__global__ void sum_tiles(const float* input, float* output, int tiles, Fault fault) {
   float* tile = shared_memory<float>();
   float* partial = tile + kTile;
   const int thread = static_cast<int>(threadIdx.x);
@@ -18,43 +29,25 @@ __global__ void sum_tiles(const float* input, float* output, int tiles) {
   for (int t = 0; t < tiles; ++t) {
     ptx::cp_async_16(tile + 4 * thread, input + t * kTile + 4 * thread);
     ptx::cp_async_commit();
-#ifndef FAULT_NO_WAIT
-    ptx::cp_async_wait<0>();
-#endif
-#ifndef FAULT_NO_BARRIER_BEFORE_READ
-    __syncthreads();
-#endif
+    if (fault != kNoWait) ptx::cp_async_wait<0>();
+    if (fault != kNoBarrierBeforeRead) __syncthreads();
     for (int i = 0; i < 4; ++i) sum += tile[i * kThreads + thread];  // other threads' copies
-#ifndef FAULT_NO_BARRIER_BEFORE_REFILL
-    __syncthreads();
-#endif
+    if (fault != kNoBarrierBeforeRefill) __syncthreads();
   }
   sum = warp_sum(sum);
-#ifdef FAULT_SHARED_OUT_OF_BOUNDS
-  if (thread % 32 == 0) partial[thread / 32 + 1] = sum;
-#else
-  if (thread % 32 == 0) partial[thread / 32] = sum;
-#endif
-#ifdef FAULT_DIVERGENT_BARRIER
-  if (thread < 32) __syncthreads();
-#else
-  __syncthreads();
-#endif
+  if (thread % 32 == 0) partial[thread / 32 + (fault == kSharedOutOfBounds)] = sum;
+  if (fault != kDivergentBarrier || thread < 32) __syncthreads();
   if (thread == 0) output[blockIdx.x] = partial[0] + partial[1];
-#ifdef FAULT_GLOBAL_RACE
-  if (thread == 1) output[0] = 0;
-#endif
-#ifdef FAULT_SHUFFLE_WITHOUT_ALL
-  if (thread < 16) output[0] += __shfl_xor_sync(0xffffffffu, sum, 1);
-#endif
+  if (fault == kGlobalRace && thread == 1) output[0] = 0;
+  if (fault == kShuffleWithoutAll && thread < 16) output[0] += __shfl_xor_sync(0xffffffffu, sum, 1);
 }
 
 }  // namespace
 
 extern "C" int sum_tiles_launch(const float* input, float* output, int64_t tiles, int64_t blocks,
-                                void* stream) {
+                                int64_t fault, void* stream) {
   return MTFAST_LAUNCH(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), (kTile + 2) * sizeof(float),
-                       stream, sum_tiles, input, output, static_cast<int>(tiles));
+                       stream, sum_tiles, input, output, static_cast<int>(tiles), static_cast<Fault>(fault));
 }
 
 // One 16x16 by 16x8 product of a warp: c [16, 8] = a [16, 16] b^T, b [8, 16]; both in bf16 or both in fp16.
