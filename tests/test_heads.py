@@ -14,7 +14,7 @@ from mtfast.models.multitask import HeadsConfig, MultiTaskHeads, build_multitask
 
 HIDDEN = 64
 LENGTHS = [5, 2, 9, 14, 7, 7, 30, 3]
-ROWS = {"sst": [3, 0, 1], "quora": [[2, 4], [5, 2]], "sts": [[6, 7], [4, 4], [0, 3]]}
+ROWS = {"sst": [1, 3, 0], "quora": [[2, 4], [5, 2]], "sts": [[6, 7], [4, 4], [0, 3]]}
 ALL_HEADS = [
     HeadsConfig(sentiment, pair_input, inner=48, activation=activation, dropout_p=0.0)
     for sentiment, pair_input, activation in (
