@@ -4,11 +4,23 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <tuple>
 
 #include "binding.h"
+
+#ifdef MTFAST_WITH_CUDA
+// Exported by libtorch in CUDA builds only.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle a,
+                                                            AtenTensorHandle b);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle to,
+                                                               AtenTensorHandle a, AtenTensorHandle b,
+                                                               double beta, double alpha);
+}
+#endif
 
 namespace mtfast::concat_mlp {
 namespace {
@@ -83,18 +95,32 @@ int64_t check_operands(const Tensor& u, const Tensor& v, const Tensor& weight1, 
   const int64_t batch = check_rows("u_rows", u_rows, u), v_batch = check_rows("v_rows", v_rows, v);
   check(batch == v_batch, "concat_mlp: u gives ", batch, " rows and v gives ", v_batch);
   check(dropout_p == 0 || seed, "concat_mlp: dropout needs a seed");
-  check(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
-        "concat_mlp: seed must be an int64 tensor of one element");
+  check(!seed ||
+            (seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->device() == u.device()),
+        "concat_mlp: seed must be an int64 tensor of one element on the device of u");
   return batch;
 }
 
-// ---- CPU ----
+// ---- matrix products: torch's own ----
 
 void product(const Tensor& out, const Tensor& a, const Tensor& b) {
+#ifdef MTFAST_WITH_CUDA
+  if (out.is_cuda()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+    return;
+  }
+#endif
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
+// out = to + a @ b
 void add_product(const Tensor& out, const Tensor& to, const Tensor& a, const Tensor& b) {
+#ifdef MTFAST_WITH_CUDA
+  if (out.is_cuda()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), to.get(), a.get(), b.get(), 1.0, 1.0));
+    return;
+  }
+#endif
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), to.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
@@ -134,6 +160,13 @@ void copy_rows(const char* name, const Tensor& from, const OptionalTensor& rows,
 // The rows a product reads: `from` itself, or a copy of those `rows` names.
 Tensor rows_of(const char* name, const Tensor& from, const OptionalTensor& rows) {
   if (!rows) return from;
+  if (from.is_cuda()) {
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(from),
+                                      torch::stable::detail::from(int64_t{0}),
+                                      torch::stable::detail::from(*rows)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
   Tensor out = torch::stable::new_empty(from, {rows->size(0), from.size(1)});
   copy_rows(name, from, rows, 0, rows->size(0), static_cast<char*>(out.mutable_data_ptr()),
             from.size(1) * static_cast<int64_t>(from.element_size()));
@@ -163,31 +196,74 @@ void hidden_layer(const Tensor& z, const Tensor& u, const Tensor& v, const Tenso
   }
 }
 
-uint64_t read_seed(const OptionalTensor& seed) {
-  return seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
+// ---- the passes over the hidden layer ----
+
+const int64_t* seed_of(const OptionalTensor& seed) {
+  return seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(const Tensor& u, const Tensor& v, const Tensor& weight1,
-                                       const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
-                                       const OptionalTensor& u_rows, const OptionalTensor& v_rows,
-                                       int64_t activation, double dropout_p, const OptionalTensor& seed,
-                                       bool save_hidden) {
+uint64_t read_seed(const OptionalTensor& seed) { return seed ? static_cast<uint64_t>(*seed_of(seed)) : 0; }
+
+#ifdef MTFAST_WITH_CUDA
+Source source_of(const Tensor& from, const OptionalTensor& rows) {
+  return {from.const_data_ptr(), from.stride(0), from.size(0), rows ? rows->const_data_ptr() : nullptr,
+          rows && rows->scalar_type() == ScalarType::Long};
+}
+
+Tensor scratch_like(const Tensor& like, int64_t size) {
+  return torch::stable::new_empty(like, {size}, ScalarType::Float);
+}
+#endif
+
+template <bool kCuda>
+std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tensor& weight1,
+                                   const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
+                                   const OptionalTensor& u_rows, const OptionalTensor& v_rows,
+                                   int64_t activation, double dropout_p, const OptionalTensor& seed,
+                                   bool save_hidden) {
   const int64_t batch = check_operands(u, v, weight1, weight2, u_rows, v_rows, seed, dropout_p);
   const Layer layer = layer_of(u, batch, weight1, weight2, activation, dropout_p);
   check_vector("bias1", bias1, u, layer.inner);
   check_vector("bias2", bias2, u, layer.outputs);
-  Tensor z = torch::stable::new_empty(u, {batch, layer.inner});
   Tensor y = torch::stable::new_empty(u, {batch, layer.outputs});
-  hidden_layer(z, u, v, weight1, bias1, u_rows, v_rows);
-  cpu_forward(layer, read_seed(seed), z.const_data_ptr(), weight2.const_data_ptr(), bias2.const_data_ptr(),
-              y.mutable_data_ptr());
+  const bool in_one = kCuda && u.element_size() == 2;  // the product too is a kernel of our own
+  Tensor z = torch::stable::new_empty(u, {in_one && !save_hidden ? 0 : batch, layer.inner});
+  if (batch == 0) return {y, z};
+  if (!in_one) hidden_layer(z, u, v, weight1, bias1, u_rows, v_rows);
+  if constexpr (kCuda) {
+#ifdef MTFAST_WITH_CUDA
+    check(layer.dtype != Dtype::kFloat64,
+          "concat_mlp: float64 is for the CPU; on CUDA u must be bfloat16, float16 or ", "float32");
+    const OnDeviceOf device(u);
+    if (in_one) {
+      Tensor partial =
+          scratch_like(u, (layer.inner + kSmallestTile - 1) / kSmallestTile * batch * layer.outputs);
+      const Source from_u = source_of(u, u_rows), from_v = source_of(v, v_rows);
+      check_launch("concat_mlp", mtfast_concat_mlp_forward(
+                                     &layer, &from_u, &from_v, u.size(1), weight1.const_data_ptr(),
+                                     bias1.const_data_ptr(), weight2.const_data_ptr(), bias2.const_data_ptr(),
+                                     seed_of(seed), save_hidden ? z.mutable_data_ptr() : nullptr,
+                                     static_cast<float*>(partial.mutable_data_ptr()), y.mutable_data_ptr(),
+                                     device.stream()));
+    } else {
+      check_launch("concat_mlp",
+                   mtfast_concat_mlp_output(&layer, z.const_data_ptr(), weight2.const_data_ptr(),
+                                            bias2.const_data_ptr(), seed_of(seed), y.mutable_data_ptr(),
+                                            device.stream()));
+    }
+#endif
+  } else {
+    cpu_forward(layer, read_seed(seed), z.const_data_ptr(), weight2.const_data_ptr(), bias2.const_data_ptr(),
+                y.mutable_data_ptr());
+  }
   if (!save_hidden) z = torch::stable::new_empty(u, {0, layer.inner});
   return {y, z};
 }
 
-// Gradients of u's and v's rows, weight1, bias1, weight2, bias2; those that `needs` (one bit each) does not
-// ask for come back empty, except that the last three come together.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+// Gradients of u's and v's rows, weight1, bias1, weight2, bias2; those of the first three that `needs` (one
+// bit each) does not ask for come back empty.
+template <bool kCuda>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& u, const Tensor& v, const Tensor& weight1, const Tensor& weight2,
     const Tensor& z, const OptionalTensor& u_rows, const OptionalTensor& v_rows, int64_t activation,
     double dropout_p, const OptionalTensor& seed, int64_t needs) {
@@ -202,9 +278,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   Tensor dbias1 = torch::stable::new_empty(u, {layer.inner});
   Tensor dweight2 = torch::stable::new_empty(u, {layer.outputs, layer.inner});
   Tensor dbias2 = torch::stable::new_empty(u, {layer.outputs});
-  cpu_backward(layer, read_seed(seed), dy.const_data_ptr(), z.const_data_ptr(), weight2.const_data_ptr(),
-               need_dz ? dz.mutable_data_ptr() : nullptr, dbias1.mutable_data_ptr(),
-               dweight2.mutable_data_ptr(), dbias2.mutable_data_ptr());
+  void* dz_at = need_dz ? dz.mutable_data_ptr() : nullptr;
+  if constexpr (kCuda) {
+#ifdef MTFAST_WITH_CUDA
+    const OnDeviceOf device(u);
+    Tensor partial = scratch_like(u, backward_chunks(batch) * (1 + layer.outputs) * layer.inner);
+    check_launch("concat_mlp",
+                 mtfast_concat_mlp_backward(
+                     &layer, dy.const_data_ptr(), z.const_data_ptr(), weight2.const_data_ptr(), seed_of(seed),
+                     dz_at, static_cast<float*>(partial.mutable_data_ptr()), dbias1.mutable_data_ptr(),
+                     dweight2.mutable_data_ptr(), dbias2.mutable_data_ptr(), device.stream()));
+#endif
+  } else {
+    cpu_backward(layer, read_seed(seed), dy.const_data_ptr(), z.const_data_ptr(), weight2.const_data_ptr(),
+                 dz_at, dbias1.mutable_data_ptr(), dweight2.mutable_data_ptr(), dbias2.mutable_data_ptr());
+  }
   const int64_t hidden = u.size(1);
   Tensor dweight1 = torch::stable::new_empty(u, {need_weight1 ? layer.inner : 0, 2 * hidden});
   if (need_weight1) {
@@ -221,8 +309,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mtfast, CPU, m) {
-  m.impl("concat_mlp", TORCH_BOX(&forward_cpu));
-  m.impl("concat_mlp_backward", TORCH_BOX(&backward_cpu));
+  m.impl("concat_mlp", TORCH_BOX(&forward<false>));
+  m.impl("concat_mlp_backward", TORCH_BOX(&backward<false>));
 }
+#ifdef MTFAST_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(mtfast, CUDA, m) {
+  m.impl("concat_mlp", TORCH_BOX(&forward<true>));
+  m.impl("concat_mlp_backward", TORCH_BOX(&backward<true>));
+}
+#endif
 
 }  // namespace mtfast::concat_mlp

@@ -38,4 +38,46 @@ void cpu_forward(const Layer& layer, uint64_t seed, const void* z, const void* w
 void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void* z, const void* weight2,
                   void* dz, void* dbias1, void* dweight2, void* dbias2);
 
+// ---- CUDA ----
+
+// Where the product reads one side: rows of `data`, or those that `rows` (int32 or int64, or null) names. A
+// row out of range reads as zeros and makes its output NaN.
+struct Source {
+  const void* data;
+  int64_t pitch, count;  // elements from one row to the next, rows there are
+  const void* rows;
+  int32_t wide_rows;  // int64
+};
+
+constexpr int kSmallestTile = 64;  // columns of the hidden layer that a block of the forward covers, at least
+constexpr int kChunkRows = 32;     // rows whose sums a block of the backward takes, at least
+
+inline int64_t backward_chunk_rows(int64_t batch) {
+  const int64_t rows = (batch + 63) / 64;
+  return rows < kChunkRows ? kChunkRows : (rows + 7) / 8 * 8;
+}
+inline int64_t backward_chunks(int64_t batch) {
+  return (batch + backward_chunk_rows(batch) - 1) / backward_chunk_rows(batch);
+}
+
 }  // namespace mtfast::concat_mlp
+
+// Launch functions: 0 or a cudaError_t. `seed` is read on the device; it may be null without dropout.
+extern "C" {
+
+// bfloat16 and float16: y [batch, outputs] and, unless null, z [batch, inner] in one pass of tensor cores.
+// partial: float [ceil(inner / kSmallestTile), batch, outputs] of scratch.
+int mtfast_concat_mlp_forward(const mtfast::concat_mlp::Layer* layer, const mtfast::concat_mlp::Source* u,
+                              const mtfast::concat_mlp::Source* v, int64_t hidden, const void* weight1,
+                              const void* bias1, const void* weight2, const void* bias2, const int64_t* seed,
+                              void* z, float* partial, void* y, void* stream);
+
+// float32: y from a z that is there.
+int mtfast_concat_mlp_output(const mtfast::concat_mlp::Layer* layer, const void* z, const void* weight2,
+                             const void* bias2, const int64_t* seed, void* y, void* stream);
+
+// As cpu_backward. partial: float [backward_chunks(batch), 1 + outputs, inner] of scratch.
+int mtfast_concat_mlp_backward(const mtfast::concat_mlp::Layer* layer, const void* dy, const void* z,
+                               const void* weight2, const int64_t* seed, void* dz, float* partial,
+                               void* dbias1, void* dweight2, void* dbias2, void* stream);
+}

@@ -6,6 +6,9 @@
 #if defined(__CUDACC__)
 #define MTFAST_HOST_DEVICE __host__ __device__ __forceinline__
 #define MTFAST_UNROLL _Pragma("unroll")
+#elif defined(MTFAST_CUDA_ON_CPU)  // compiled anew for each test run: as little code as will do
+#define MTFAST_HOST_DEVICE inline __attribute__((always_inline))
+#define MTFAST_UNROLL
 #else
 #define MTFAST_HOST_DEVICE inline __attribute__((always_inline))
 #define MTFAST_UNROLL _Pragma("GCC unroll 16")

@@ -56,8 +56,9 @@ def concat_mlp(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, activation or probability that does not fit.
-        RuntimeError: on the CPU, a row index out of range (on a GPU, where a check would wait for the device,
-            that row of the result is NaN); a device or dtype that has no implementation.
+        RuntimeError: on the CPU, a row index out of range; a device or dtype that has no implementation. A GPU
+            is not waited for to check indices: in 16 bits such a row of the result is NaN, and its gradient,
+            as float32's result, fails torch's own assertion on the device.
     """
     _check(u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p, seed)
     operands = [u, v, weight1, bias1, weight2, bias2]
