@@ -48,8 +48,8 @@ def local() -> RunConfig:
         heads=HeadsStageConfig(),
         finetune=TaskStageConfig(
             epochs=4,
-            batch_size=32,
-            learning_rate=2e-4,
+            batch_size=64,
+            learning_rate=3e-4,
             schedule="linear",
             warmup_fraction=0.1,
             gradient_clipping=1.0,
