@@ -18,7 +18,8 @@
 namespace mtfast::mask_tokens {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // tokens whose scratch arrays stay in the first-level cache
+constexpr int64_t kBlock = 1024;         // tokens whose scratch arrays stay in the first-level cache
+constexpr int64_t kGrain = 16 * kBlock;  // tokens below which a second thread costs more than it does
 
 // out[4 * g + w] is word w of group first_group + g.
 MTFAST_CLONES void draw_groups(uint64_t seed, Purpose purpose, uint64_t first_group, int64_t groups,
@@ -116,12 +117,12 @@ class Masking {
   int64_t run(const ParallelFor& parallel_for) {
     if (!exact_ && !batch_.subword) {  // every token for itself
       const int64_t blocks = (batch_.total + kBlock - 1) / kBlock;
-      parallel_for(blocks, 2, [this](int64_t begin, int64_t end) {
+      parallel_for(blocks, kGrain / kBlock, [this](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b)
           bernoulli_block(b * kBlock, std::min(batch_.total, (b + 1) * kBlock));
       });
     } else {
-      const int64_t grain = std::max<int64_t>(1, 2 * kBlock * batch_.sequences / batch_.total);
+      const int64_t grain = std::max<int64_t>(1, kGrain * batch_.sequences / batch_.total);
       parallel_for(batch_.sequences, grain, [this](int64_t begin, int64_t end) {
         Scratch scratch;
         for (int64_t s = begin; s < end; ++s) {
