@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def measure(
     for _ in range(runs):
         for name, call in variants.items():
             seconds[name].append(_seconds(call, repeats[name], device))
-    return {name: _summary(values) for name, values in seconds.items()}
+    return {name: summary(values) for name, values in seconds.items()}
 
 
 def _seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -78,7 +78,8 @@ def _seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> flo
     return (time.perf_counter() - started) / repeats
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Median and percentiles of measured seconds."""
     ordered = sorted(values)
     at = [ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8)]
     return Timing(statistics.median(ordered), at[0], at[1], len(ordered))

@@ -1,0 +1,123 @@
+"""The yardstick of the stage benchmarks: the same model and losses, as people write them in eager PyTorch.
+
+Hugging Face's BertModel with SDPA, each task padded to the longest sentence of its own sub-batch and encoded
+by itself, the same heads, the same weights. Of mtfast there is only the data and the weights to start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertModel
+
+from mtfast.data.cache import TokenizedTask
+from mtfast.models.multitask import MultiTaskHeads
+
+
+@dataclass(frozen=True)
+class PaddedTask:
+    """One task's part of a step: input_ids and attention_mask int64 [sequences, longest], labels [examples].
+
+    Of pairs the first sentences come first, then the second ones.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> PaddedTask:
+        """A copy on another device."""
+        return PaddedTask(*(x.to(device) for x in (self.input_ids, self.attention_mask, self.labels)))
+
+
+def pad_task(table: TokenizedTask, examples: np.ndarray) -> PaddedTask:
+    """The examples (int indices) of a task, padded to their longest sentence."""
+    per = table.sequences_per_example
+    rows = np.concatenate([examples * per + side for side in range(per)])
+    lengths = torch.from_numpy(table.sequences.lengths[rows])
+    input_ids = torch.full((len(rows), int(lengths.max())), table.special.pad, dtype=torch.int64)
+    for row, source in enumerate(rows):
+        tokens = table.tokens[table.offsets[source] : table.offsets[source + 1]]
+        input_ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+    mask = (torch.arange(input_ids.size(1)) < lengths[:, None]).long()
+    assert table.labels is not None
+    return PaddedTask(input_ids, mask, torch.from_numpy(table.labels[examples]))
+
+
+class EagerTwin(nn.Module):
+    """BertModel with a linear sentiment head and the pair MLP on concatenated [CLS] vectors."""
+
+    def __init__(self, checkpoint: str, heads: MultiTaskHeads, dropout_p: float) -> None:
+        super().__init__()
+        self.bert = BertModel.from_pretrained(
+            checkpoint,
+            attn_implementation="sdpa",
+            add_pooling_layer=False,
+            hidden_dropout_prob=dropout_p,
+            attention_probs_dropout_prob=dropout_p,
+        )
+        hidden, inner = self.bert.config.hidden_size, heads.config.inner
+        self.dropout = nn.Dropout(dropout_p)
+        self.sentiment = nn.Linear(hidden, 5)
+        self.pair_hidden = nn.Linear(2 * hidden, inner)
+        self.pair_out = nn.Linear(inner, 2)
+        weights = heads.state_dict()
+        for mine, theirs in (
+            (self.sentiment, "sentiment.classifier"),
+            (self.pair_hidden, "pair.mlp.dense"),
+            (self.pair_out, "pair.mlp.out_proj"),
+        ):
+            mine.load_state_dict({name: weights[f"{theirs}.{name}"] for name in ("weight", "bias")})
+
+    def encode(self, task: PaddedTask) -> Tensor:
+        """[CLS] states [sequences, hidden]."""
+        out = self.bert(input_ids=task.input_ids, attention_mask=task.attention_mask)
+        return out.last_hidden_state[:, 0]
+
+    def sentiment_logits(self, cls: Tensor) -> Tensor:
+        """[n, hidden] -> [n, 5]"""
+        return self.sentiment(self.dropout(cls)).float()
+
+    def pair_outputs(self, cls: Tensor) -> Tensor:
+        """[2 n, hidden], first sentences then second ones -> [n, 2]: paraphrase logit, similarity."""
+        first, second = cls.chunk(2)
+        hidden = self.dropout(torch.relu(self.pair_hidden(torch.cat([first, second], dim=1))))
+        return self.pair_out(hidden).float()
+
+    def forward(self, batch: Mapping[str, PaddedTask]) -> dict[str, Tensor]:
+        """Each task's mean loss, a float32 scalar."""
+        return self.losses({name: self.encode(task) for name, task in batch.items()}, batch)
+
+    def losses(self, cls: Mapping[str, Tensor], batch: Mapping[str, PaddedTask]) -> dict[str, Tensor]:
+        """Each task's mean loss from its [CLS] states."""
+        sentiment = self.sentiment_logits(cls["sst"])
+        paraphrase = self.pair_outputs(cls["quora"])[:, 0]
+        similarity = self.pair_outputs(cls["sts"])[:, 1]
+        return {
+            "sst": F.cross_entropy(sentiment, batch["sst"].labels),
+            "quora": F.binary_cross_entropy_with_logits(paraphrase, batch["quora"].labels),
+            "sts": F.mse_loss(similarity, batch["sts"].labels),
+        }
+
+
+class MasterAdamW:
+    """AdamW on float32 copies of a model's bf16 weights."""
+
+    def __init__(self, model: nn.Module, learning_rate: float) -> None:
+        self.weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p.detach().float().clone() for p in self.weights]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=0.01, fused=True)
+
+    def step(self) -> None:
+        """Update from the weights' gradients and clear those."""
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, self.masters)
