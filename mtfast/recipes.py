@@ -71,7 +71,7 @@ def demo() -> RunConfig:
         ),
         heads=HeadsStageConfig(epochs=12, batch_size=256),
         finetune=TaskStageConfig(
-            epochs=8,
+            epochs=12,
             batch_size=64,
             learning_rate=1e-3,
             schedule="linear",

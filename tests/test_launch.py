@@ -136,16 +136,24 @@ def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_p
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     launch(plainly("finetune", "demo", *options(corpus, whole, **more)))
     command = plainly("finetune", "demo", *options(corpus, broken, **more))
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         metrics = broken / "metrics.jsonl"
-        if metrics.exists() and (broken / "finetune/state/latest.json").exists() and len(losses_or_none(metrics)) > 9:
+        if (
+            metrics.exists()
+            and (broken / "finetune/state/latest.json").exists()
+            and len(losses_or_none(metrics)) > 9
+        ):
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(losses_or_none(broken / "metrics.jsonl")) < STEPS, "the run ended before it could be interrupted"
+    assert len(losses_or_none(broken / "metrics.jsonl")) < STEPS, (
+        "the run ended before it could be interrupted"
+    )
     again = launch(command)
     assert "continuing after step" in again.stdout
     assert losses(broken, "finetune") == losses(whole, "finetune")

@@ -7,7 +7,15 @@ import pytest
 
 from mtfast import cli
 from mtfast.recipes import RECIPES, variants
-from mtfast.train.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, from_dict, to_dict, validate
+from mtfast.train.config import (
+    ConfigError,
+    EngineConfig,
+    RunConfig,
+    TaskStageConfig,
+    from_dict,
+    to_dict,
+    validate,
+)
 from mtfast.train.deepspeed_config import deepspeed_config
 from mtfast.train.loop import learning_rate_at
 from mtfast.train.rundir import RunDirectory
@@ -39,7 +47,9 @@ def test_paper_recipe_has_the_papers_numbers():
     assert [s.epochs for s in stages] == [5, 48, 48]
     assert [s.batch_size for s in stages] == [16, 2048, 160]
     assert [s.learning_rate for s in stages] == [2e-5, 1e-3, 1e-5]
-    assert all(s.betas == (0.9, 0.999) and s.weight_decay == 0.01 and s.schedule == "constant" for s in stages)
+    assert all(
+        s.betas == (0.9, 0.999) and s.weight_decay == 0.01 and s.schedule == "constant" for s in stages
+    )
     assert config.model.dropout_p == 0.1 and config.model.checkpoint == "bert-base-uncased"
     assert config.pretrain.masking == "static" and config.pretrain.mlm_probability == 0.15
     assert config.model.pair_input == "separate" and config.model.sentiment_head == "linear"
@@ -125,7 +135,9 @@ def test_every_contradiction_is_named(tmp_path):
         assert wanted in text
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "not JSON"), ("[1]", "JSON object"), (None, "No such file")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not JSON"), ("[1]", "JSON object"), (None, "No such file")]
+)
 def test_unreadable_json(tmp_path, content, message):
     path = str(tmp_path / "absent.json") if content is None else write(tmp_path, content)
     with pytest.raises(ConfigError, match=message):
@@ -137,7 +149,9 @@ def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     RunDirectory(config)
     before = (tmp_path / "run" / "config.yaml").read_text()
     RunDirectory(config)  # the same configuration continues
-    with pytest.raises(ConfigError, match=r"belongs to a run with another.*\n  finetune\.epochs: 48 there, 3 here"):
+    with pytest.raises(
+        ConfigError, match=r"belongs to a run with another.*\n  finetune\.epochs: 48 there, 3 here"
+    ):
         RunDirectory(replace(config, finetune=TaskStageConfig(epochs=3)))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 

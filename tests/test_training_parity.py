@@ -77,7 +77,9 @@ def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, check
     weights = stage.engine.state_dict()
     plan = stage.plan(0)[:50]
 
-    bert = BertModel.from_pretrained(checkpoint_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    bert = BertModel.from_pretrained(
+        checkpoint_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     hidden = bert.config.hidden_size
     classifier, dense = torch.nn.Linear(hidden, 5), torch.nn.Linear(2 * hidden, 96)
     out = torch.nn.Linear(96, 2)
@@ -116,7 +118,9 @@ def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, check
 
 
 def test_pre_training_follows_the_eager_twin_for_20_steps(config, tmp_path):
-    config = replace(config, pretrain=PretrainConfig(epochs=4, batch_size=8, learning_rate=5e-5, max_steps=20))
+    config = replace(
+        config, pretrain=PretrainConfig(epochs=4, batch_size=8, learning_rate=5e-5, max_steps=20)
+    )
     run = RunDirectory(config)
     source = find_source(config, run)
     stage = Pretrain(config, load_reviews(config, source.tokenizer), source)
@@ -165,7 +169,9 @@ def test_pre_training_follows_the_eager_twin_for_20_steps(config, tmp_path):
 
 
 @pytest.mark.parametrize("sentiment_head", ["linear", "lstm"])
-def test_head_training_on_cached_and_live_features_is_the_same_without_dropout(config, sentiment_head, tmp_path):
+def test_head_training_on_cached_and_live_features_is_the_same_without_dropout(
+    config, sentiment_head, tmp_path
+):
     losses = {}
     for features in ("cached", "live"):
         changed = replace(

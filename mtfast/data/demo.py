@@ -24,7 +24,7 @@ SEED = 1729
 ROWS = {
     "sst": {"train": 1500, "dev": 300, "test-student": 300},
     "quora": {"train": 1500, "dev": 300, "test-student": 300},
-    "sts": {"train": 1000, "dev": 200, "test-student": 200},
+    "sts": {"train": 1500, "dev": 200, "test-student": 200},
 }
 REVIEWS = 300
 WHOLE_WORD = 8  # letters; longer words become two word pieces
@@ -102,21 +102,16 @@ CAPTION_SLOTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "who": (
         ("A young actor", "A youthful performer"),
         ("The director", "The film maker"),
-        ("A bored critic", "A weary reviewer"),
         ("A child", "A small kid"),
-        ("An old musician", "An elderly pianist"),
     ),
     "does": (
         ("rehearses a scene", "practises a scene"),
         ("eats a sandwich", "has a snack"),
         ("watches a film", "looks at a movie"),
-        ("argues on the phone", "shouts into the telephone"),
-        ("takes notes", "writes in a notebook"),
     ),
     "where": (
         ("in the studio", "on the set"),
         ("on the beach", "by the sea"),
-        ("in a dark cinema", "in a dim movie theatre"),
         ("at home", "in the living room"),
     ),
 }

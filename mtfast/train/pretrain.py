@@ -115,6 +115,4 @@ class Pretrain(Stage):
         return None
 
     def save(self, directory: Path, state: dict[str, Tensor]) -> None:
-        save_pretrained(
-            directory, state, self.source.config, self.source.tokenizer, carried=self.carried
-        )
+        save_pretrained(directory, state, self.source.config, self.source.tokenizer, carried=self.carried)

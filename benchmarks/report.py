@@ -1,0 +1,113 @@
+"""Writes the measured tables in README.md from the files in benchmarks/results/."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+README = RESULTS.parents[1] / "README.md"
+SECTION = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+    """Rewrite the tables, or with --check say whether they are those of the results files."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
+    check = parser.parse_args(argv).check
+    old = README.read_text(encoding="utf-8")
+    new = render(old)
+    if check:
+        print(
+            "README.md is up to date" if new == old else "README.md differs: run python -m benchmarks report"
+        )
+        return int(new != old)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """`text` with every section between `<!-- results: NAME -->` and `<!-- end -->` made anew."""
+    rows = [row for path in sorted(results.glob("*.csv")) for row in _read(path)]
+    runs = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))
+    }
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        body = (
+            _runs_table(runs)
+            if name == "runs"
+            else _benchmark_table([r for r in rows if r["benchmark"] == name])
+        )
+        return f"{match[1]}{body}\n{match[3]}"
+
+    return SECTION.sub(section, text)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _benchmark_table(rows: list[dict[str, str]]) -> str:
+    """The newest measurement of every case and variant on every device."""
+    newest: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        newest[row["device"], row["case"], row["variant"]] = row
+    if not newest:
+        return "not measured"
+    columns = ("case", "variant", "median", "ratio to baseline", "device", "torch", "commit")
+    body = [
+        (
+            row["case"],
+            row["variant"],
+            _time(float(row["median_us"])),
+            f"{float(row['ratio_to_baseline']):.2f}",
+            f"{row['device']}, {row['threads']} threads"
+            if not row["cuda"] or "CPU" in row["device"]
+            else row["device"],
+            row["torch"],
+            row["commit"],
+        )
+        for row in newest.values()
+    ]
+    return _markdown(columns, body)
+
+
+def _runs_table(runs: dict[str, Any]) -> str:
+    if not runs:
+        return "not measured"
+    stages = ("pretrain", "heads", "finetune")
+    columns = ("run", "SST", "Quora", "STS", *(f"{stage} s" for stage in stages), "device", "commit")
+    body = []
+    for name, run in runs.items():
+        dev, device = run["dev"], run["environment"]
+        body.append(
+            (
+                name,
+                *(f"{dev[key]:.3f}" for key in ("sst_accuracy", "quora_accuracy", "sts_pearson")),
+                *(f"{run['stages'][stage]['seconds']:.0f}" for stage in stages),
+                f"{device['device']}, {device['threads']} threads",
+                run["commit"],
+            )
+        )
+    return _markdown(columns, body)
+
+
+def _time(microseconds: float) -> str:
+    if microseconds >= 1e6:
+        return f"{microseconds / 1e6:.2f} s"
+    return f"{microseconds / 1e3:.2f} ms" if microseconds >= 1e3 else f"{microseconds:.1f} us"
+
+
+def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(columns), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
