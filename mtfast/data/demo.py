@@ -84,7 +84,6 @@ QUESTIONS = {
     "director": ("Who directed {}?", "Who is the director of {}?", "Which director made {}?"),
     "writer": ("Who wrote the script of {}?", "Who is the author of {}?", "Which writer came up with {}?"),
     "length": ("How long is {}?", "What is the running time of {}?", "How many minutes does {} last?"),
-    "year": ("When did {} come out?", "In what year was {} released?", "How old is {} by now?"),
     "place": ("Where was {} filmed?", "In which city was {} shot?", "What are the real locations of {}?"),
     "worth": ("Is {} worth watching?", "Should I go and see {}?", "Would you recommend {}?"),
     "ending": (
@@ -94,7 +93,6 @@ QUESTIONS = {
     ),
     "lead": ("Who plays the lead in {}?", "Which actor stars in {}?", "Who has the main part in {}?"),
     "music": ("Who composed the songs for {}?", "Whose music do we hear in {}?", "Who sings in {}?"),
-    "children": ("Is {} suitable for children?", "Can I take my kids to {}?", "Is {} too scary for a child?"),
 }
 
 # What a caption says, by slot; within a slot, wordings of one meaning stand together.
@@ -245,10 +243,10 @@ def _paraphrase_row(rng: random.Random) -> tuple[str, str, float]:
     kind, other_kind = rng.sample(sorted(QUESTIONS), 2)
     film, other_film = rng.sample(FILMS, 2)
     draw = rng.random()
-    if draw < 0.5:
+    if draw < 0.56:
         first, second = rng.sample(QUESTIONS[kind], 2)
         return first.format(film), second.format(film), 1.0
-    if draw < 0.95:
+    if draw < 0.96:
         return rng.choice(QUESTIONS[kind]).format(film), rng.choice(QUESTIONS[other_kind]).format(film), 0.0
     first, second = rng.sample(QUESTIONS[kind], 2)
     return first.format(film), second.format(other_film), 0.0
