@@ -15,9 +15,10 @@ mkdir -p "$copy/mtfast" "$copy/tests"
 cp "$root/mtfast/__init__.py" "$root/mtfast/_C.abi3.so" "$copy/mtfast"
 cp -r "$root/mtfast/ops" "$root/csrc" "$copy/mtfast"
 mv "$copy/mtfast/csrc" "$copy/csrc"
-cp -r "$root"/tests/conftest.py "$root"/tests/cuda_on_cpu "$root"/tests/test_mask_tokens.py \
-  "$root"/tests/test_kernels_mask_tokens.py "$root"/tests/test_packed_attention*.py \
-  "$root"/tests/test_concat_mlp*.py "$copy/tests"
+for test in conftest.py cuda_on_cpu test_mask_tokens.py test_kernels_mask_tokens.py test_packed_attention.py \
+  test_concat_mlp.py; do
+  cp -r "$root/tests/$test" "$copy/tests"
+done
 cd "$copy"
 "$folder/bin/python" -c 'import torch; print("torch", torch.__version__)'
 CUDA_VISIBLE_DEVICES= "$folder/bin/python" -m pytest -q tests
