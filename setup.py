@@ -10,6 +10,7 @@ import re
 from glob import glob
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import Extension, setup
 
@@ -48,6 +49,23 @@ else:
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 PLANNER = "csrc/planner.cpp"
+
+
+class Build(BuildExtension):
+    """torch's, but x.cpp and x.cu, which lie side by side, get object files of different names."""
+
+    def build_extensions(self) -> None:
+        plain = self.compiler.object_filenames
+
+        def object_filenames(sources, strip_dir=0, output_dir=""):
+            objects = plain(sources, strip_dir, output_dir)
+            pairs = zip(sources, objects, strict=True)
+            return [o.removesuffix(".o") + ".cu.o" if s.endswith(".cu") else o for s, o in pairs]
+
+        self.compiler.object_filenames = object_filenames
+        super().build_extensions()
+
+
 cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"]
 sources = sorted(set(glob("csrc/*.cpp")) - {PLANNER})
 ops: Extension
@@ -66,18 +84,12 @@ else:
         "mtfast._C", sources, py_limited_api=True, extra_compile_args={"cxx": [*cxx, STABLE_ABI]}
     )
 
-extensions = [ops]
-if os.path.exists(PLANNER):
-    import pybind11
+planner = Extension(
+    "mtfast._planner",
+    [PLANNER],
+    include_dirs=[pybind11.get_include()],
+    language="c++",
+    extra_compile_args={"cxx": cxx},  # the form torch's BuildExtension reads
+)
 
-    extensions.append(
-        Extension(
-            "mtfast._planner",
-            [PLANNER],
-            include_dirs=[pybind11.get_include()],
-            language="c++",
-            extra_compile_args={"cxx": cxx},  # the form torch's BuildExtension reads
-        )
-    )
-
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+setup(ext_modules=[ops, planner], cmdclass={"build_ext": Build})
