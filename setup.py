@@ -7,6 +7,7 @@ Environment: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, MTFAST_SKIP_CUDA_BUILD=1
 
 import os
 import re
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -67,6 +68,9 @@ class Build(BuildExtension):
 
 
 cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"]
+link = (
+    ["-Wl,-z,defs"] if sys.platform == "linux" else []
+)  # what is missing is told here, not when it is loaded
 sources = sorted(set(glob("csrc/*.cpp")) - {PLANNER})
 ops: Extension
 if home:
@@ -74,6 +78,7 @@ if home:
         "mtfast._C",
         sources + sorted(glob("csrc/*.cu")),
         py_limited_api=True,
+        extra_link_args=link,
         extra_compile_args={
             "cxx": [*cxx, STABLE_ABI, "-DMTFAST_WITH_CUDA", "-DUSE_CUDA"],
             "nvcc": ["-O3", "-std=c++17", "-lineinfo", "--threads=2"],
@@ -81,7 +86,11 @@ if home:
     )
 else:
     ops = CppExtension(
-        "mtfast._C", sources, py_limited_api=True, extra_compile_args={"cxx": [*cxx, STABLE_ABI]}
+        "mtfast._C",
+        sources,
+        py_limited_api=True,
+        extra_link_args=link,
+        extra_compile_args={"cxx": [*cxx, STABLE_ABI]},
     )
 
 planner = Extension(
