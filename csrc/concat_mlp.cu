@@ -54,44 +54,48 @@ __device__ __forceinline__ void copy_chunk(T* to, const T* row, int64_t column, 
   }
 }
 
-// Bias, activation and dropout on a warp's accumulators: z becomes d.
-template <Activation activation, class T, int kTiles>
+// Bias, activation and dropout on a warp's accumulators: z becomes d. z itself goes to shared memory, kPitch
+// elements from one row to the next.
+template <Activation activation, int kPitch, class T, int kTiles>
 __device__ __forceinline__ void finish(float (&acc)[kTiles][4][4], const Layer& layer, uint64_t seed,
                                        int64_t row0, int64_t column0, const T* bias1, T* z) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   float bias[4][2];
   MTFAST_UNROLL
-  for (int j = 0; j < 4; ++j) MTFAST_UNROLL
-  for (int e = 0; e < 2; ++e) {
-    const int64_t column = column0 + 8 * j + 2 * t + e;
-    bias[j][e] = column < layer.inner ? to_float(bias1[column]) : 0.f;
+  for (int j = 0; j < 4; ++j) {
+    MTFAST_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int64_t column = column0 + 8 * j + 2 * t + e;
+      bias[j][e] = column < layer.inner ? to_float(bias1[column]) : 0.f;
+    }
   }
   const float scale = static_cast<float>(layer.scale);
   MTFAST_UNROLL
-  for (int i = 0; i < kTiles; ++i) MTFAST_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    const int64_t row = row0 + 16 * i + 8 * r + g;
-    Philox4 call = {};
-    if (layer.drop_below != 0) call = dropout_call(seed, row, column0, t);
+  for (int i = 0; i < kTiles; ++i) {
     MTFAST_UNROLL
-    for (int j = 0; j < 4; ++j) MTFAST_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const int64_t column = column0 + 8 * j + 2 * t + e;
-      float& x = acc[i][j][2 * r + e];
-      x += bias[j][e];
-      if (z != nullptr && row < layer.batch && column < layer.inner)
-        round_to(z[row * layer.inner + column], x);
-      const bool kept = (call.word[j] >> 16 * e & 0xffffu) >= layer.drop_below;
-      x = kept ? activate<activation>(x) * scale : 0.f;
+    for (int r = 0; r < 2; ++r) {
+      const int row = 16 * i + 8 * r + g;
+      Philox4 call = {};
+      if (layer.drop_below != 0) call = dropout_call(seed, row0 + row, column0, t);
+      MTFAST_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        float &x0 = acc[i][j][2 * r], &x1 = acc[i][j][2 * r + 1];
+        x0 += bias[j][0];
+        x1 += bias[j][1];
+        *reinterpret_cast<uint32_t*>(z + row * kPitch + 8 * j + 2 * t) = pair<T>(x0, x1);
+        x0 = (call.word[j] & 0xffffu) >= layer.drop_below ? activate<activation>(x0) * scale : 0.f;
+        x1 = (call.word[j] >> 16) >= layer.drop_below ? activate<activation>(x1) * scale : 0.f;
+      }
     }
   }
 }
 
 template <class T, int kRows, int kColumns, bool kAligned>
-__global__ void __launch_bounds__(kColumns * 2)
+__global__ void __launch_bounds__(kColumns * 2, kColumns == 64 ? 2 : 1)
     forward_kernel(const Layer layer, const Source u, const Source v, int64_t hidden,
                    const T* __restrict__ weight1, const T* __restrict__ bias1, const T* __restrict__ weight2,
-                   const int64_t* __restrict__ seed_at, T* __restrict__ z, float* __restrict__ partial) {
+                   const int64_t* __restrict__ seed_at, T* __restrict__ z, bool z_aligned,
+                   float* __restrict__ partial) {
   constexpr int kThreads = kColumns * 2, kWarpsAcross = kColumns / 32, kTiles = kRows / 32;
   constexpr int kStep = kThreads / 8, kCopies = kRows / kStep;  // rows a thread copies, this far apart
   static_assert(kRows == kColumns, "one loop copies a row of each operand");
@@ -155,23 +159,39 @@ __global__ void __launch_bounds__(kColumns * 2)
   ptx::cp_async_wait<0>();
   __syncthreads();
 
-  // The stages are done with: their memory now holds this block's columns of weight2 and the warps' sums.
+  // The stages are done with: their memory now holds this block's columns of weight2, the warps' sums, and z.
+  constexpr int kPitch = kColumns + 8;                   // so that a warp's stores meet no bank twice
   float* weight2_at = reinterpret_cast<float*>(shared);  // [outputs, kColumns]
   float* sums = weight2_at + kMaxOutputs * kColumns;     // [kWarpsAcross, kRows, outputs]
+  T* z_at = reinterpret_cast<T*>(sums + kWarpsAcross * kRows * kMaxOutputs);
   for (int i = threadIdx.x; i < layer.outputs * kColumns; i += kThreads) {
     const int64_t column = column0 + i % kColumns;
     weight2_at[i] = column < layer.inner ? to_float(weight2[i / kColumns * layer.inner + column]) : 0.f;
   }
   const uint64_t seed = layer.drop_below != 0 ? static_cast<uint64_t>(*seed_at) : 0;
   const int64_t warp_row0 = row0 + warp_row, warp_column0 = column0 + warp_column;
+  T* warp_z = z_at + warp_row * kPitch + warp_column;
   if (layer.activation == Activation::kRelu)
-    finish<Activation::kRelu>(acc, layer, seed, warp_row0, warp_column0, bias1, z);
+    finish<Activation::kRelu, kPitch>(acc, layer, seed, warp_row0, warp_column0, bias1, warp_z);
   else if (layer.activation == Activation::kGelu)
-    finish<Activation::kGelu>(acc, layer, seed, warp_row0, warp_column0, bias1, z);
+    finish<Activation::kGelu, kPitch>(acc, layer, seed, warp_row0, warp_column0, bias1, warp_z);
   else
-    finish<Activation::kTanh>(acc, layer, seed, warp_row0, warp_column0, bias1, z);
+    finish<Activation::kTanh, kPitch>(acc, layer, seed, warp_row0, warp_column0, bias1, warp_z);
   __syncthreads();
 
+  if (z != nullptr) {
+    constexpr int kAcross = kColumns / 8;
+    for (int i = threadIdx.x; i < kRows * kAcross; i += kThreads) {
+      const int64_t row = row0 + i / kAcross, column = column0 + i % kAcross * 8;
+      if (row >= layer.batch || column >= layer.inner) continue;
+      const T* from = z_at + i / kAcross * kPitch + i % kAcross * 8;
+      T* to = z + row * layer.inner + column;
+      if (z_aligned)
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+      else
+        for (int e = 0; e < 8 && column + e < layer.inner; ++e) to[e] = from[e];
+    }
+  }
   const int g = lane >> 2, t = lane & 3;
   for (int o = 0; o < layer.outputs; ++o) {
     float weight[4][2];
@@ -261,7 +281,8 @@ int launch_tiles(const Layer& layer, const Source& u, const Source& v, int64_t h
   const auto kernel = forward_kernel<T, kTile, kTile, kAligned>;
   if (const int error = allow_shared_memory(kernel, kShared)) return error;
   return MTFAST_LAUNCH(dim3(blocks(layer.inner, kTile), blocks(layer.batch, kTile)), dim3(2 * kTile), kShared,
-                       stream, kernel, layer, u, v, hidden, weight1, bias1, weight2, seed, z, partial);
+                       stream, kernel, layer, u, v, hidden, weight1, bias1, weight2, seed, z,
+                       layer.inner % 8 == 0 && on_16_bytes(z), partial);
 }
 
 template <class T>
@@ -271,9 +292,10 @@ int launch_forward(const Layer& layer, const Source& u, const Source& v, int64_t
   const bool aligned = hidden % 8 == 0 && u.pitch % 8 == 0 && v.pitch % 8 == 0 && on_16_bytes(u.data) &&
                        on_16_bytes(v.data) && on_16_bytes(weight1);
   // Large tiles read less, small ones fill the machine when there are few.
-  const bool large = int64_t{blocks(layer.inner, 128)} * blocks(layer.batch, 128) >= 64;
-  const auto launch = large ? (aligned ? launch_tiles<T, 128, true> : launch_tiles<T, 128, false>)
-                            : (aligned ? launch_tiles<T, 64, true> : launch_tiles<T, 64, false>);
+  const bool large = aligned && int64_t{blocks(layer.inner, 128)} * blocks(layer.batch, 128) >= 64;
+  const auto launch = large     ? launch_tiles<T, 128, true>
+                      : aligned ? launch_tiles<T, 64, true>
+                                : launch_tiles<T, 64, false>;
   if (const int error =
           launch(layer, u, v, hidden, static_cast<const T*>(weight1), static_cast<const T*>(bias1),
                  static_cast<const T*>(weight2), seed, static_cast<T*>(z), partial, stream))

@@ -1,6 +1,8 @@
 // What both directions of concat_mlp do to elements of the hidden layer: loads and stores of eight,
 // activation, dropout.
 #pragma once
+#include <type_traits>
+
 #include "concat_mlp.h"
 #include "device/runtime.cuh"
 
@@ -43,22 +45,35 @@ __device__ __forceinline__ void load8(const T* row, int64_t column, int64_t inne
   for (int i = 0; i < 8; ++i) out[i] = to_float(eight.x[i]);
 }
 
+// Two elements as they lie in memory.
+template <class T>
+__device__ __forceinline__ uint32_t pair(float first, float second) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 both = __floats2half2_rn(first, second);
+    memcpy(&bits, &both, sizeof bits);
+  } else {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+    memcpy(&bits, &both, sizeof bits);
+  }
+  return bits;
+}
+
 template <class T>
 __device__ __forceinline__ void store8(T* row, int64_t column, int64_t inner, bool aligned,
                                        const float (&in)[8]) {
-  Eight<T> eight;
-  MTFAST_UNROLL
-  for (int i = 0; i < 8; ++i) round_to(eight.x[i], in[i]);
-  if (aligned) {
-    uint4 words[sizeof(Eight<T>) / 16];
-    memcpy(words, &eight, sizeof eight);
-    if (column < inner) MTFAST_UNROLL
-    for (int i = 0; i < static_cast<int>(sizeof(words) / 16); ++i)
-      reinterpret_cast<uint4*>(row + column)[i] = words[i];
-  } else {
+  if (!aligned) {
     MTFAST_UNROLL
     for (int i = 0; i < 8; ++i)
-      if (column + i < inner) row[column + i] = eight.x[i];
+      if (column + i < inner) round_to(row[column + i], in[i]);
+  } else if (column < inner) {
+    if constexpr (sizeof(T) == 2) {
+      *reinterpret_cast<uint4*>(row + column) = make_uint4(pair<T>(in[0], in[1]), pair<T>(in[2], in[3]),
+                                                           pair<T>(in[4], in[5]), pair<T>(in[6], in[7]));
+    } else {
+      *reinterpret_cast<float4*>(row + column) = make_float4(in[0], in[1], in[2], in[3]);
+      *reinterpret_cast<float4*>(row + column + 4) = make_float4(in[4], in[5], in[6], in[7]);
+    }
   }
 }
 

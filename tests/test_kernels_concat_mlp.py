@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from cuda_on_cpu.harness import CASES, Case, Kernels, load, run_sanitized
+from cuda_on_cpu.machine_code import ARCHITECTURES, compiled, disassembler
 from torch import Tensor
 
 from mtfast.ops import concat_mlp_ref
@@ -164,3 +165,22 @@ def sanitize_backward(kernels: Kernels) -> None:
 def test_sanitizers_are_silent(direction: str) -> None:
     file = "concat_mlp.cu" if direction == "forward" else "concat_mlp_backward.cu"
     run_sanitized(file, f"test_kernels_concat_mlp:sanitize_{direction}")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_machine_code_uses_tensor_cores_and_wide_loads(architecture: str) -> None:
+    if disassembler() is None:
+        pytest.skip("no nvdisasm: install nvidia-cuda-nvdisasm or the CUDA toolkit's")
+    forward = [k for k in compiled("concat_mlp.cu", architecture) if k.name.startswith("forward_kernel")]
+    assert len(forward) == 6
+    for kernel in forward:
+        assert kernel.count("HMMA") >= 4 * 4 * 2, kernel.name  # a step's k-slices, n-tiles and m-tiles
+        assert kernel.count("LDSM") >= 4 * 4, kernel.name
+        assert kernel.count(r"STG\.E\.128"), kernel.name
+    assert sum(kernel.count(r"LDGSTS\.E\.BYPASS\.128") > 0 for kernel in forward) == 4  # the aligned ones
+    backward = [
+        k for k in compiled("concat_mlp_backward.cu", architecture) if k.name.startswith("backward_kernel")
+    ]
+    assert len(backward) == 12
+    for kernel in backward:
+        assert kernel.count(r"LDG\.E\.128"), kernel.name
