@@ -108,7 +108,8 @@ void launch(const char* op, const AttentionForward& args, bool cls, const Tensor
   if constexpr (kCuda) {
 #ifdef MTFAST_WITH_CUDA
     const OnDeviceOf device(like);
-    check_launch(op, mtfast_packed_attention_forward(&args, cls, device.stream()));
+    check_launch(op, (cls ? mtfast_packed_attention_cls_forward : mtfast_packed_attention_forward)(
+                         &args, device.stream()));
 #endif
   } else {
     packed_attention_forward_cpu(args, cls, torch::stable::get_num_threads(), in_slots);
@@ -121,11 +122,11 @@ void launch(const char* op, const AttentionBackward& args, bool cls, const Tenso
   if constexpr (kCuda) {
 #ifdef MTFAST_WITH_CUDA
     const OnDeviceOf device(like);
-    // One number a row of q and head: the sum of dout * out.
-    const Tensor delta =
-        torch::stable::new_empty(like, {args.shape.heads, args.shape.total}, ScalarType::Float);
-    check_launch(op, mtfast_packed_attention_backward(
-                         &args, cls, static_cast<float*>(delta.mutable_data_ptr()), device.stream()));
+    if (cls) return check_launch(op, mtfast_packed_attention_cls_backward(&args, device.stream()));
+    const int64_t rows = args.shape.max_seqlen > 64 ? args.shape.total : 0;
+    const Tensor delta = torch::stable::new_empty(like, {args.shape.heads, rows}, ScalarType::Float);
+    check_launch(op, mtfast_packed_attention_backward(&args, static_cast<float*>(delta.mutable_data_ptr()),
+                                                      device.stream()));
 #endif
   } else {
     packed_attention_backward_cpu(args, cls, torch::stable::get_num_threads(), in_slots);

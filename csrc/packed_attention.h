@@ -59,6 +59,8 @@ const char* packed_attention_cpu_instructions();
 }  // namespace mtfast
 
 // Launch functions: 0 or a cudaError_t. delta is scratch, float [heads, total].
-extern "C" int mtfast_packed_attention_forward(const mtfast::AttentionForward* args, int cls, void* stream);
-extern "C" int mtfast_packed_attention_backward(const mtfast::AttentionBackward* args, int cls, float* delta,
+extern "C" int mtfast_packed_attention_forward(const mtfast::AttentionForward* args, void* stream);
+extern "C" int mtfast_packed_attention_backward(const mtfast::AttentionBackward* args, float* delta,
                                                 void* stream);
+extern "C" int mtfast_packed_attention_cls_forward(const mtfast::AttentionForward* args, void* stream);
+extern "C" int mtfast_packed_attention_cls_backward(const mtfast::AttentionBackward* args, void* stream);

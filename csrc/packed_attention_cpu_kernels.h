@@ -129,7 +129,7 @@ inline void tile(const C* a, int64_t lda, const C* b, int64_t ldb, C* c, int64_t
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[m][n] = accumulate ? *(const Vec<C>*)(c + m * ldc + n * N) : Vec<C>{};
+    for (int n = 0; n < NV; ++n) acc[m][n] = Vec<C>{};
   for (int64_t k = 0; k < K; ++k) {
     Vec<C> row[NV];
 #pragma GCC unroll 4
@@ -144,7 +144,10 @@ inline void tile(const C* a, int64_t lda, const C* b, int64_t ldb, C* c, int64_t
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) *(Vec<C>*)(c + m * ldc + n * N) = acc[m][n];
+    for (int n = 0; n < NV; ++n) {
+      Vec<C>& to = *(Vec<C>*)(c + m * ldc + n * N);
+      to = accumulate ? to + acc[m][n] : acc[m][n];
+    }
 }
 
 template <class C, int NV, bool Transposed>
@@ -159,11 +162,19 @@ inline void tile_column(int64_t M, const C* a, int64_t lda, const C* b, int64_t 
     tile<C, 4, NV, Transposed>(a + m * step, lda, b, ldb, c + m * ldc, ldc, K, accumulate);
 }
 
+constexpr int64_t kSummed = 128;
+
 // c [M, N] (+)= a [M, K] b [K, N], M a multiple of 4, N of the vector.
 template <class C, bool Transposed>
 void matmul(int64_t M, int64_t N, int64_t K, const C* a, int64_t lda, const C* b, int64_t ldb, C* c,
             int64_t ldc, bool accumulate) {
   constexpr int W = Simd<C>::N;
+  if (K > kSummed) {  // sums of sums: long ones would round at every step
+    for (int64_t k = 0; k < K; k += kSummed)
+      matmul<C, Transposed>(M, N, K - k < kSummed ? K - k : kSummed, a + k * (Transposed ? lda : 1), lda,
+                            b + k * ldb, ldb, c, ldc, accumulate || k > 0);
+    return;
+  }
   int64_t n = 0;
 #if MTFAST_AVX == 512
   for (; n + 4 * W <= N; n += 4 * W)
@@ -440,11 +451,11 @@ void backward_task(const AttentionBackward& args, int64_t sequence, int64_t head
     for (int64_t i = 0; i < rows; ++i) {
       C *p = b.p + i * Lp, *dp = b.dp + i * Lp;
       const uint16_t* draws = b.draws + i * ld;
-      const C lse2 = lse[r + i] * C(kLog2E);
+      const C high = lse[r + i] * C(kLog2E), low = C(lse[r + i] * kLog2E - high);  // change of base, exact
       Vec<C> dot = Vec<C>{};
       for (int64_t j = 0; j < Lp; j += W) {
         Vec<C>&x = *(Vec<C>*)(p + j), &dx = *(Vec<C>*)(dp + j);
-        x = power2(x - lse2);
+        x = power2((x - high) - low);
         if (j == Lp - W) x = last ? x : Vec<C>{};
         if (shape.threshold) dx = kept<C>(draws + j, shape.threshold) ? dx * keep_scale : Vec<C>{};
         dot += x * dx;
@@ -537,11 +548,12 @@ void backward_cls_task(const AttentionBackward& args, int64_t sequence, int64_t 
     const int64_t Lp = round_up(L, W);
     gather<T, C>(b.q, args.q, sequence, 1, 1, head, D, C(shape.softmax_scale * kLog2E));
     gather<T, C>(b.dout, args.dout, sequence, 1, 1, head, D, C(1));
-    const C lse2 = ((const C*)args.lse)[head * shape.sequences + sequence] * C(kLog2E);
+    const C natural = ((const C*)args.lse)[head * shape.sequences + sequence];
+    const C high = natural * C(kLog2E), low = C(natural * kLog2E - high);  // change of base, exact
     const C keep_scale = C(65536.0 / (65536.0 - shape.threshold));
     if (shape.threshold) draw(b.draws, shape.seed, head, begin, 1, L);
-    for (int64_t j = 0; j < Lp; ++j) b.p[j] = j < L ? dot(row_of<T>(args.k, begin + j, head), b.q, D) : lse2;
-    for (int64_t j = 0; j < Lp; j += W) *(Vec<C>*)(b.p + j) = power2(*(Vec<C>*)(b.p + j) - lse2);
+    for (int64_t j = 0; j < Lp; ++j) b.p[j] = j < L ? dot(row_of<T>(args.k, begin + j, head), b.q, D) : high;
+    for (int64_t j = 0; j < Lp; j += W) *(Vec<C>*)(b.p + j) = power2((*(Vec<C>*)(b.p + j) - high) - low);
     C delta = C(0);
     for (int64_t j = 0; j < L; ++j) {
       const bool keep = shape.threshold == 0 || b.draws[j] >= shape.threshold;
