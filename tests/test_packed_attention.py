@@ -242,7 +242,7 @@ def test_empty():
         (dict(q=torch.zeros(9, 2, 32)), ValueError, "total = 10 rows, got 9"),
         (dict(q=torch.zeros(10, 2, 32).long()), TypeError, "q must be bfloat16"),
         (dict.fromkeys("qkv", torch.zeros(10, 2, 48)), ValueError, "head_dim must be one of"),
-        (dict(v=torch.zeros(32, 2, 10).T), RuntimeError, "last dimension of v must be contiguous"),
+        (dict(v=torch.zeros(10, 32, 2).mT), RuntimeError, "last dimension of v must be contiguous"),
         (dict(cu_seqlens=torch.tensor([0, 4, 10])), TypeError, "cu_seqlens must be int32"),
         (dict(cu_seqlens=torch.tensor([1, 10]).int()), RuntimeError, "cu_seqlens must start at 0"),
         (dict(cu_seqlens=torch.tensor([0, 9]).int()), RuntimeError, "must end at the number of tokens"),
