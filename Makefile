@@ -50,5 +50,8 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+gpu:
+	$(PYTHON) -m benchmarks gpu
+
 clean:
 	rm -rf .venv build *.egg-info mtfast/*.so

@@ -1,4 +1,4 @@
-"""Imports point down: ops, then models and data, then train, then recipes and report, then the command line."""
+"""Imports point down: the command line, recipes and report, train, models and data, ops."""
 
 import ast
 from pathlib import Path

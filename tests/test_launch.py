@@ -60,8 +60,8 @@ def plainly(*arguments: str) -> list[str]:
 def deepspeed(*arguments: str) -> list[str]:
     port = 29600 + os.getpid() % 1000
     return [
-        sys.executable, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), "--module", "mtfast",
-        *arguments,
+        sys.executable, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(port),
+        "--module", "mtfast", *arguments,
     ]  # fmt: skip
 
 

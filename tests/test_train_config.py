@@ -90,7 +90,7 @@ def test_batch_is_divided_among_ranks_and_accumulation():
 
 
 def test_batch_that_does_not_divide():
-    with pytest.raises(ConfigError, match="160 does not divide into 3 rank.* multiple of 3"):
+    with pytest.raises(ConfigError, match=r"160 does not divide into 3 rank.* multiple of 3"):
         settings(EngineConfig(), world_size=3)
 
 

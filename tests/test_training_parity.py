@@ -68,7 +68,7 @@ def compare(ours: list[dict], twin: list[dict[str, float]], steps: int) -> None:
 
 
 def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, checkpoint_dir):
-    stage_config = TaskStageConfig(epochs=1, batch_size=24, learning_rate=5e-5, max_steps=50)
+    stage_config = TaskStageConfig(epochs=1, batch_size=12, learning_rate=5e-5, max_steps=50)
     config = replace(config, finetune=stage_config)
     run = RunDirectory(config)
     source = find_source(config, run)

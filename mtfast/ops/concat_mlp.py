@@ -56,7 +56,7 @@ def concat_mlp(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, activation or probability that does not fit.
-        RuntimeError: on the CPU, a row index out of range; a device or dtype that has no implementation. A GPU
+        RuntimeError: on the CPU, a row index out of range; a device or dtype without an implementation. A GPU
             is not waited for to check indices: in 16 bits such a row of the result is NaN, and its gradient,
             as float32's result, fails torch's own assertion on the device.
     """

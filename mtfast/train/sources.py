@@ -39,7 +39,7 @@ class Source:
 
 
 def find_source(config: RunConfig, run: RunDirectory) -> Source:
-    """The run's newest weights before fine-tuning: pre-trained encoder and trained heads, where there are any."""
+    """The run's newest weights before fine-tuning: pre-trained encoder and trained heads, if any."""
     name = config.model.checkpoint
     bert = load_bert_config(name)
     bert.hidden_dropout_prob = bert.attention_probs_dropout_prob = config.model.dropout_p

@@ -89,7 +89,7 @@ def sentence_bounds(batch: PackedBatch) -> Tensor | None:
 def predict_packed(
     forward: Forward, tables: Mapping[str, TokenizedTask], device: torch.device
 ) -> dict[str, np.ndarray]:
-    """Run `forward` over every example once, sharded over the ranks, and put the predictions in input order."""
+    """Run `forward` over every example once, sharded over the ranks; predictions in input order."""
     lengths = {task: table.lengths for task, table in tables.items()}
     parts: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
     plan = plan_evaluation(
