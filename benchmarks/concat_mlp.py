@@ -113,7 +113,9 @@ def compare(operands: list[Tensor], shape: str, compiled: bool) -> list[dict[str
     rows = []
     for name, first, products in (("forward", 6, 1), ("heads", 2, 2), ("full", 0, 3)):
         operands = [x.detach().requires_grad_(i >= first) for i, x in enumerate(operands)]
-        calls = {k: functools.partial(step, f, operands, operands[first:], dy) for k, f in functions.items()}
+        calls: dict[str, Callable[[], Any]] = {
+            k: functools.partial(step, f, operands, operands[first:], dy) for k, f in functions.items()
+        }
         timings = measure(calls, device)
         flop = products * 4 * batch * hidden * hidden
         rates = {variant: flop / timing.median / 1e12 for variant, timing in timings.items()}
