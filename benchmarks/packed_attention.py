@@ -3,7 +3,8 @@
     python -m benchmarks packed_attention [--device cpu] [--threads 2] [--tokens 4096] [--slow]
 
 Lengths: fixed, and drawn from gamma distributions with the means of Quora questions (14 tokens), SST
-sentences (25) and the stage-3 mixture of both with STS pairs (15). 12 heads of 64. Forward, and forward and backward.
+sentences (25) and the stage-3 mixture of both with STS pairs (15). 12 heads of 64. Forward, and forward and
+backward.
 """
 
 from __future__ import annotations
