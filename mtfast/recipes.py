@@ -9,6 +9,7 @@ from mtfast.train.config import (
     DataConfig,
     EngineConfig,
     HeadsStageConfig,
+    LossWeights,
     ModelConfig,
     PretrainConfig,
     RunConfig,
@@ -47,12 +48,14 @@ def local() -> RunConfig:
         ),
         heads=HeadsStageConfig(),
         finetune=TaskStageConfig(
-            epochs=4,
+            epochs=3,
             batch_size=64,
-            learning_rate=3e-4,
+            learning_rate=2e-4,
             schedule="linear",
             warmup_fraction=0.1,
             gradient_clipping=1.0,
+            # The squared error on a scale of 0 to 5 is the largest of the three losses by far.
+            loss_weights=LossWeights(sts=0.5),
         ),
     )
 

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Where checking values on a GPU would cost a synchronisation, ops do it only when asked to: here, always.
+os.environ.setdefault("MTFAST_CHECK_VALUES", "1")
+
 
 def _directory_from(variable: str, what: str) -> Path:
     value = os.environ.get(variable)

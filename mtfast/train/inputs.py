@@ -15,7 +15,7 @@ from mtfast.data.tasks import RowAccount, Split, read_task
 
 from . import ranks
 from .config import TASK_NAMES, RunConfig
-from .progress import say
+from .progress import say_once
 
 EVALUATION_TOKENS = 16384
 
@@ -47,7 +47,7 @@ def load_task(
 
     tokens, account = ranks.main_first(make)
     cut = f", {tokens.truncated:,} cut to {config.data.max_length} pieces" if tokens.truncated else ""
-    say(f"{task} {split}: {account.summary()}{cut}")
+    say_once(f"{task} {split}: {account.summary()}{cut}")
     return tokens, {**asdict(account), "truncated": tokens.truncated}
 
 
@@ -65,7 +65,7 @@ def load_reviews(config: RunConfig, tokenizer: Any) -> ReviewSamples:
         )
 
     samples = ranks.main_first(make)
-    say(f"reviews: {samples.summary()}")
+    say_once(f"reviews: {samples.summary()}")
     return samples
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from types import TracebackType
 
@@ -21,6 +22,12 @@ def say(text: str) -> None:
     """Print a line from rank 0."""
     if ranks.is_main():
         _console.print(text, markup=False)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line from rank 0, unless this process has printed it before."""
+    say(text)
 
 
 def peak_flops(device_name: str) -> float | None:

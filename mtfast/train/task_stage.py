@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -63,9 +64,9 @@ class TaskStage(Stage):
     def evaluate(self) -> dict[str, float] | None:
         return task_metrics(self.predict(self.dev), labels_of(self.dev))
 
+    @abstractmethod
     def predict(self, tables: dict[str, TokenizedTask]) -> dict[str, np.ndarray]:
         """Predictions of every example in the tables' order, the same on every rank."""
-        raise NotImplementedError
 
 
 def placed(batch: PackedBatch, stage: Stage) -> tuple[PackedBatch, Tensor | None]:
