@@ -72,7 +72,7 @@ def encode(
     plan = plan_evaluation(
         lengths, tokens_per_batch=EVALUATION_TOKENS, rank=ranks.rank(), world_size=ranks.world_size()
     )
-    table = FeatureTable(cls, first_row, per_example, tokens, offsets)
+    features = FeatureTable(cls, first_row, per_example, tokens, offsets)
     for examples in plan:
         batch = pack_tasks(tables, examples, {task: 0 for task in tables}).to(device)
         with torch.no_grad():
@@ -83,15 +83,15 @@ def encode(
             else states.index_select(0, first_rows(batch.cu_seqlens, len(states)))
         )
         for task, rows in batch.tasks.items():
-            places = table.rows(task, torch.from_numpy(examples[task])).reshape(-1).to(device)
+            places = features.rows(task, torch.from_numpy(examples[task])).reshape(-1).to(device)
             cls[places] = heads[rows.sequences.reshape(-1)]
             if task == token_task:
-                _copy_tokens(table, batch.cu_seqlens, rows.sequences, examples[task], states)
+                _copy_tokens(features, batch.cu_seqlens, rows.sequences, examples[task], states)
     # A row that another rank encoded is zero here, so the sum over the ranks is the table.
     ranks.sum_over_ranks(cls)
     if tokens is not None:
         ranks.sum_over_ranks(tokens)
-    return table
+    return features
 
 
 def _copy_tokens(

@@ -163,7 +163,8 @@ class _Loop:
         at, stage = self.at, self.stage
         rate = learning_rate_at(self.settings, at.step, self.total_steps)
         stage.engine.set_learning_rate(rate)
-        values, examples, tokens = 0.0, 0, 0
+        values = torch.zeros(len(stage.loss_names), device=stage.engine.device)
+        examples = tokens = 0
         for index, batch in enumerate(micro_batches):
             # Every draw of a forward pass follows from where it stands, so a continued run repeats it.
             stage_number = list(type(self.config).__dataclass_fields__).index(stage.name)

@@ -63,8 +63,9 @@ def train(config: RunConfig, name: StageName) -> None:
 def _build(config: RunConfig, run: RunDirectory, source: Source, name: StageName) -> Stage:
     if name == "pretrain":
         return Pretrain(config, load_reviews(config, source.tokenizer), source)
-    splits = [load_tasks(config, source.tokenizer, split) for split in TRAINING_SPLITS]
-    return Heads(config, *splits, source) if name == "heads" else Finetune(config, *splits, source)
+    stage = Heads if name == "heads" else Finetune
+    train, dev = (load_tasks(config, source.tokenizer, split) for split in TRAINING_SPLITS)
+    return stage(config, train, dev, source)
 
 
 def _record(config: RunConfig, run: RunDirectory) -> None:
