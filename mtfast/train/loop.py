@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ranks
-from .config import RunConfig, StageConfig, StageName
+from .config import STAGES, RunConfig, StageConfig, StageName
 from .engine import Engine
 from .progress import StageProgress, peak_flops, say
 from .rundir import RunDirectory
@@ -167,8 +167,8 @@ class _Loop:
         examples = tokens = 0
         for index, batch in enumerate(micro_batches):
             # Every draw of a forward pass follows from where it stands, so a continued run repeats it.
-            stage_number = list(type(self.config).__dataclass_fields__).index(stage.name)
-            torch.manual_seed(seed_for(self.config.seed, stage_number, at.step, index, ranks.rank()))
+            number = STAGES.index(stage.name)
+            torch.manual_seed(seed_for(self.config.seed, number, at.step, index, ranks.rank()))
             losses = stage.losses(batch.data)
             stage.engine.step(stage.total(losses))
             row = torch.stack([losses[name].detach() for name in stage.loss_names])
