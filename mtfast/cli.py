@@ -145,7 +145,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 
 def _without_launcher_flags(arguments: list[str]) -> list[str]:
-    """Drop the rank that launchers append (the environment has it) and read their config flag as ours."""
+    """Drop the rank that launchers append; the environment says it too."""
     kept = []
     skip = False
     for argument in arguments:
@@ -154,8 +154,6 @@ def _without_launcher_flags(arguments: list[str]) -> list[str]:
             skip = False
         elif flag in ("--local_rank", "--local-rank"):
             skip = not value
-        elif flag == "--deepspeed_config":
-            kept.append("--engine.deepspeed-config" + (f"={value}" if value else ""))
         else:
             kept.append(argument)
     return kept

@@ -193,9 +193,11 @@ def test_launchers_rank_flag_is_accepted(flag, capsys):
     assert "epochs: 2" in capsys.readouterr().out
 
 
-def test_deepspeed_config_flag_is_the_engines(capsys):
-    cli.main(["finetune", "paper", "--deepspeed_config", "ds.json", "--print-config"])
-    assert "deepspeed_config: ds.json" in capsys.readouterr().out
+@pytest.mark.parametrize("flag", [["--deepspeed_config", "ds.json"], ["--engine.deepspeed-config=ds.json"]])
+def test_short_flags_are_the_dotted_ones(flag, capsys):
+    cli.main(["finetune", "paper", *flag, "--strict", "--print-config"])
+    printed = capsys.readouterr().out
+    assert "deepspeed_config: ds.json" in printed and "strict: true" in printed
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 
 StageName = Literal["pretrain", "heads", "finetune"]
@@ -55,7 +56,7 @@ class DataConfig:
     """Longest sequence of the three tasks in word pieces; longer ones are cut and counted."""
     review_max_length: int = 512
     """Longest pre-training sample in word pieces."""
-    strict: bool = False
+    strict: Annotated[bool, tyro.conf.arg(aliases=["--strict"])] = False
     """Stop at the first row that cannot be used instead of counting and naming it."""
     cache_dir: str | None = None
     """Where tokenized data is kept; by default `cache/` in the run directory."""
@@ -72,7 +73,7 @@ class EngineConfig:
     """DeepSpeed ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 gradients, 3 weights)."""
     optimizer: Literal["adamw", "deepspeed-adam", "apex-adam"] = "adamw"
     """torch's fused AdamW, DeepSpeed's FusedAdam, or NVIDIA apex's FusedAdam."""
-    deepspeed_config: str | None = None
+    deepspeed_config: Annotated[str | None, tyro.conf.arg(aliases=["--deepspeed-config"])] = None
     """A DeepSpeed JSON file merged into the engine's; "auto" values are filled from this configuration."""
 
 
