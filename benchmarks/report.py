@@ -70,9 +70,7 @@ def _benchmark_table(rows: list[dict[str, str]]) -> str:
             row["variant"],
             _time(float(row["median_us"])),
             f"{float(row['ratio_to_baseline']):.2f}",
-            f"{row['device']}, {row['threads']} threads"
-            if not row["cuda"] or "CPU" in row["device"]
-            else row["device"],
+            row["device"] if row["driver"] else f"{row['device']}, {row['threads']} threads",
             row["torch"],
             row["commit"],
         )
@@ -93,8 +91,8 @@ def _runs_table(runs: dict[str, Any]) -> str:
             (
                 name,
                 *(f"{dev[key]:.3f}" for key in ("sst_accuracy", "quora_accuracy", "sts_pearson")),
-                *(f"{run['stages'][stage]['seconds']:.0f}" for stage in stages),
-                f"{device['device']}, {device['threads']} threads",
+                *(f"{run['stages'][s]['seconds']:.0f}" if s in run["stages"] else "-" for s in stages),
+                f"{device['device']}, {device['threads']} thread(s)",
                 run["commit"],
             )
         )
