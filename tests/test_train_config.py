@@ -106,10 +106,38 @@ def test_user_json_is_merged_and_auto_filled(tmp_path):
         },
     )
     made = settings(EngineConfig(zero_stage=2, deepspeed_config=path))
-    assert made["train_batch_size"] == 160 and made["bf16"] == {"enabled": True}
-    assert made["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert made["train_batch_size"] == 160 and made["bf16"]["enabled"] is True
+    assert made["zero_optimization"]["stage"] == 2 and made["zero_optimization"]["overlap_comm"] is False
     assert made["comms_logger"] == {"enabled": False}
     assert "optimizer" not in made  # it is handed over as an object
+
+
+def test_a_users_json_has_the_last_word_on_what_the_run_does_not_decide(tmp_path):
+    path = write(
+        tmp_path,
+        {
+            "timers": {"throughput": {"enabled": True}},
+            "bf16": {"check_grad_overflow": True},
+            "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+        },
+    )
+    made = settings(EngineConfig(zero_stage=2, deepspeed_config=path))
+    assert made["timers"]["throughput"]["enabled"] is True and made["bf16"]["check_grad_overflow"] is True
+    assert "compute_grad_norm" not in made["zero_optimization"]  # DeepSpeed's offload needs the norm
+
+
+def test_float32_weights_on_one_rank_run_without_zero(tmp_path):
+    def zero_of(engine: EngineConfig, world_size: int) -> int:
+        made = deepspeed_config(engine, STAGE, "heads", world_size, float32=True)
+        assert made["bf16"]["enabled"] is False
+        return made["zero_optimization"]["stage"]
+
+    assert zero_of(EngineConfig(zero_stage=2), 1) == 0
+    assert zero_of(EngineConfig(zero_stage=2), 2) == 2
+    path = write(tmp_path, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    assert zero_of(EngineConfig(zero_stage=2, deepspeed_config=path), 1) == 2  # a user's own ZeRO options
+    with pytest.raises(ConfigError, match=r"bf16\.enabled: the JSON says False, the run True"):
+        zero_of(EngineConfig(deepspeed_config=write(tmp_path, {"bf16": {"enabled": False}})), 1)
 
 
 def test_every_contradiction_is_named(tmp_path):

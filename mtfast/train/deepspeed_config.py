@@ -12,12 +12,16 @@ AUTO = "auto"
 
 
 def deepspeed_config(
-    engine: EngineConfig, stage: StageConfig, stage_name: str, world_size: int
+    engine: EngineConfig, stage: StageConfig, stage_name: str, world_size: int, *, float32: bool = False
 ) -> dict[str, Any]:
     """The DeepSpeed configuration of one stage.
 
     A user's JSON (`engine.deepspeed_config`) may set anything that the run's configuration does not
     decide; what the run decides may be left out, be "auto", or agree.
+
+    Args:
+        float32: the stage keeps its weights in float32 whatever `engine.precision` is (and computes in bf16
+            under autocast). On one rank it then runs without ZeRO, which would have nothing to shard.
 
     Raises:
         ConfigError: the batch does not divide, the JSON cannot be read, or it contradicts the run's
@@ -50,10 +54,7 @@ def deepspeed_config(
             },
         }
     }
-    defaults = {"zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
-    if engine.deepspeed_config is None:
-        return decided | defaults
-    given = _read(Path(engine.deepspeed_config))
+    given = {} if engine.deepspeed_config is None else _read(Path(engine.deepspeed_config))
     conflicts = _conflicts(decided | optimizer, given)
     if "scheduler" in given and given["scheduler"] != AUTO:
         conflicts.append(f"scheduler: the learning rate follows {stage_name}.schedule={stage.schedule!r}")
@@ -64,7 +65,30 @@ def deepspeed_config(
             + '\nChange one of the two, or write "auto" in the JSON to take the run\'s value.'
         )
     extra = {key: value for key, value in given.items() if key not in ("optimizer", "scheduler")}
-    return _merge(_merge(defaults, extra), decided)
+    if float32:
+        decided["bf16"] = {"enabled": False}
+        if world_size == 1 and set(extra.get("zero_optimization", {})) <= {"stage"}:
+            decided["zero_optimization"] = {"stage": 0}
+    elif engine.precision == "bf16" and engine.zero_stage == 0:
+        # Without ZeRO, DeepSpeed's bf16 optimizer goes through the weights one by one and reads each
+        # gradient's norm back to the host. ZeRO 1 makes the same update without that.
+        decided["zero_optimization"] = {"stage": 1}
+    return _merge(_merge(_defaults(decided, extra), extra), decided)
+
+
+def _defaults(decided: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what makes the host wait for the device in every step: timing it, looking for overflows (the
+    loop stops at a loss that is not finite), and the norm of gradients that nobody clips."""
+    defaults: dict[str, Any] = {
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
+        "bf16": {"check_grad_overflow": False},
+    }
+    zero = given.get("zero_optimization", {})
+    if decided["zero_optimization"]["stage"] in (1, 2) and "offload_optimizer" not in zero:
+        defaults["zero_optimization"] = {"compute_grad_norm": decided["gradient_clipping"] > 0}
+    return defaults
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -54,26 +54,46 @@ class Engine:
     their bf16 rounding, so a stage takes over exactly what the one before it left.
     """
 
-    def __init__(self, model: nn.Module, config: EngineConfig, stage: StageConfig, stage_name: str) -> None:
-        self._config = config
-        self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size())
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        stage: StageConfig,
+        stage_name: str,
+        *,
+        float32: bool = False,
+    ) -> None:
+        """float32: keep the weights in float32 in any precision, for a stage that computes under autocast."""
+        self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
+        self._bf16 = self._settings["bf16"]["enabled"]
+        self.capturable = self._is_capturable(config, stage)
         exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        optimizer = _optimizer(model, config, stage)
+        optimizer = _optimizer(model, config, stage, self.capturable)
         self._engine, _, _, _ = _deepspeed().initialize(
             model=model, optimizer=optimizer, config=self._settings
         )
         self._model = model
         self._parameters = dict(model.named_parameters())
-        if config.precision == "bf16":
+        self._learning_rate = torch.zeros((), device=self.device) if self.capturable else None
+        if self._bf16:
             self._set_masters(exact)
+        if self._zero_stage == 0 and ranks.world_size() == 1:
+            self._engine.enable_backward_allreduce = False  # which would copy the gradients there and back
+
+    def _is_capturable(self, config: EngineConfig, stage: StageConfig) -> bool:
+        """Whether a step, from the forward pass to the update, can be recorded as a CUDA graph."""
+        return (
+            torch.cuda.is_available()
+            and ranks.world_size() == 1
+            and self._zero_stage == 0
+            and config.optimizer == "adamw"
+            and stage.accumulation == 1
+            and stage.gradient_clipping == 0.0  # DeepSpeed's clipping copies the limit from the host
+        )
 
     @property
     def device(self) -> torch.device:
         return self._engine.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self._config.precision == "bf16" else torch.float32
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -87,8 +107,11 @@ class Engine:
         self._engine.step()
 
     def set_learning_rate(self, learning_rate: float) -> None:
+        rate: float | Tensor = learning_rate
+        if self._learning_rate is not None:  # a captured step reads it from the device
+            rate = self._learning_rate.fill_(learning_rate)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rate
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight in float32 on the host. All ranks must call it; each gets the whole."""
@@ -101,11 +124,8 @@ class Engine:
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        unfused = self._unfused_masters()
         for name, parameter in self._parameters.items():
-            if id(parameter) in unfused:
-                full = unfused[id(parameter)]
-            elif self._config.precision == "fp32" and self._zero_stage < 3:
+            if not self._bf16 and self._zero_stage < 3:
                 full = parameter.data
             else:
                 full = safe_get_full_fp32_param(parameter)
@@ -114,24 +134,8 @@ class Engine:
     def _set_masters(self, exact: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        unfused = self._unfused_masters()
         for name, parameter in self._parameters.items():
-            value = exact[name].float().to(self.device)
-            if id(parameter) in unfused:
-                unfused[id(parameter)].data.copy_(value)
-            else:
-                safe_set_full_fp32_param(parameter, value)
-        if unfused:
-            # DeepSpeed allocates these moments with a step on zero gradients, which would count as a step.
-            self._engine.optimizer.optimizer.state.clear()
-
-    def _unfused_masters(self) -> dict[int, Tensor]:
-        """Float32 weights by id of the bf16 parameter, where DeepSpeed keeps plain lists of both (ZeRO 0)."""
-        wrapper = self._engine.optimizer
-        if self._config.precision == "fp32" or self._zero_stage > 0:
-            return {}
-        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-        return {id(low): full for lows, fulls in pairs for low, full in zip(lows, fulls, strict=True)}
+            safe_set_full_fp32_param(parameter, exact[name].float().to(self.device))
 
     @property
     def _zero_stage(self) -> int:
@@ -182,7 +186,9 @@ def parameter_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _optimizer(model: nn.Module, config: EngineConfig, stage: StageConfig) -> torch.optim.Optimizer:
+def _optimizer(
+    model: nn.Module, config: EngineConfig, stage: StageConfig, capturable: bool
+) -> torch.optim.Optimizer:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if stage.decay_all:
         groups = [{"params": [p for _, p in trained], "weight_decay": stage.weight_decay}]
@@ -194,11 +200,9 @@ def _optimizer(model: nn.Module, config: EngineConfig, stage: StageConfig) -> to
         ]
     settings: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": 1e-8}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **settings)
+        return torch.optim.AdamW(groups, fused=True, capturable=capturable, **settings)
     if not torch.cuda.is_available():
         raise ConfigError(f"engine.optimizer {config.optimizer!r} needs a GPU; use 'adamw' here")
-    if config.precision == "bf16" and config.zero_stage == 0:
-        raise ConfigError(f"engine.optimizer {config.optimizer!r} in bf16 needs engine.zero_stage 1, 2 or 3")
     if config.optimizer == "deepspeed-adam":
         return _deepspeed().ops.adam.FusedAdam(groups, adam_w_mode=True, **settings)
     try:

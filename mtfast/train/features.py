@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,22 @@ from mtfast.models.bert import PackedBert, first_rows
 from . import ranks
 from .inputs import EVALUATION_TOKENS
 
+SHARED_ROWS = 65536
+
+
+@dataclass(frozen=True)
+class Features:
+    """States of some examples, as `MultiTaskHeads` takes them.
+
+    cls: [rows, hidden]. sequences: rows of each task's examples in `cls`, int64 [n], or [n, 2] for pairs.
+    tokens: [tokens, hidden] or None. token_bounds: int64 [n, 2] on the host, begin and end in `tokens`.
+    """
+
+    cls: Tensor
+    sequences: dict[str, Tensor]
+    tokens: Tensor | None
+    token_bounds: Tensor | None
+
 
 @dataclass(frozen=True)
 class FeatureTable:
@@ -26,6 +44,8 @@ class FeatureTable:
     first_row: the first row of each task in `cls`. per_example: sequences of one example of each task.
     tokens: [tokens, hidden], the states of `token_task`'s sequences back to back, or None.
     offsets: int64 [sequences + 1], where each of them begins in `tokens`, on the host.
+    token_task: the task whose token states are kept, or None.
+    device: where the heads are. `cls` and `tokens` are there too, or in a file mapped into host memory.
     """
 
     cls: Tensor
@@ -33,16 +53,48 @@ class FeatureTable:
     per_example: dict[str, int]
     tokens: Tensor | None
     offsets: Tensor | None
+    token_task: str | None
+    device: torch.device
+
+    @property
+    def resident(self) -> bool:
+        """Whether the whole table is where the heads are."""
+        return self.cls.device == self.device
 
     def rows(self, task: str, examples: Tensor) -> Tensor:
         """Rows of `cls` for these examples: int64 [n], or [n, 2] for separately encoded pairs."""
         per = self.per_example[task]
         first = self.first_row[task] + examples * per
-        return first if per == 1 else first[:, None] + torch.arange(per)
+        return first if per == 1 else first[:, None] + torch.arange(per, device=examples.device)
+
+    def select(self, examples: Mapping[str, Tensor], token_bounds: Tensor | None = None) -> Features:
+        """The states of these examples (int64 [n] by task, where the table is).
+
+        A resident table is handed on whole; of one on the host the rows that are needed are copied.
+
+        Args:
+            token_bounds: `bounds` of the token task's examples, where tokens are kept.
+        """
+        rows = {task: self.rows(task, index) for task, index in examples.items()}
+        if self.resident:
+            return Features(self.cls, rows, self.tokens, token_bounds)
+        wanted = torch.cat([index.reshape(-1) for index in rows.values()])
+        places = torch.arange(len(wanted), device=self.device).split([x.numel() for x in rows.values()])
+        sequences = {
+            task: place.view(index.shape) for (task, index), place in zip(rows.items(), places, strict=True)
+        }
+        tokens = None
+        if self.tokens is not None and token_bounds is not None:
+            lengths = token_bounds[:, 1] - token_bounds[:, 0]
+            ends = lengths.cumsum(0)
+            tokens = self.tokens[_ranges(token_bounds[:, 0], lengths)].to(self.device)
+            token_bounds = torch.stack([ends - lengths, ends], dim=1)
+        return Features(self.cls[wanted].to(self.device), sequences, tokens, token_bounds)
 
     def bounds(self, examples: Tensor) -> Tensor:
         """Begin and end of these examples in `tokens` without [CLS]: int64 [n, 2] on the host."""
         assert self.offsets is not None
+        examples = examples.cpu()
         return torch.stack([self.offsets[examples] + 1, self.offsets[examples + 1]], dim=1)
 
 
@@ -50,11 +102,13 @@ def encode(
     encoder: PackedBert,
     tables: Mapping[str, TokenizedTask],
     device: torch.device,
+    directory: Path,
     token_task: str | None = None,
 ) -> FeatureTable:
     """Encode every sequence once, in evaluation mode, sharded over the ranks and then shared.
 
     Args:
+        directory: where the table goes as a file when it is too large for half the device's memory.
         token_task: a single-sentence task whose token states are kept too.
     """
     first_row, size = {}, 0
@@ -63,16 +117,15 @@ def encode(
         size += len(table.sequences)
     per_example = {task: table.sequences_per_example for task, table in tables.items()}
     dtype, hidden = next(encoder.parameters()).dtype, encoder.config.hidden_size
-    cls = torch.zeros(size, hidden, dtype=dtype, device=device)
-    tokens = offsets = None
-    if token_task is not None:
-        offsets = torch.from_numpy(np.asarray(tables[token_task].offsets))
-        tokens = torch.zeros(int(offsets[-1]), hidden, dtype=dtype, device=device)
+    offsets = None if token_task is None else torch.tensor(tables[token_task].offsets)
+    heights = {"cls": size} | ({} if offsets is None else {"tokens": int(offsets[-1])})
+    storage = _allocate(heights, hidden, dtype, device, directory)
+    cls, tokens = storage["cls"], storage.get("tokens")
+    features = FeatureTable(cls, first_row, per_example, tokens, offsets, token_task, device)
     lengths = {task: table.lengths for task, table in tables.items()}
     plan = plan_evaluation(
         lengths, tokens_per_batch=EVALUATION_TOKENS, rank=ranks.rank(), world_size=ranks.world_size()
     )
-    features = FeatureTable(cls, first_row, per_example, tokens, offsets)
     for examples in plan:
         batch = pack_tasks(tables, examples, {task: 0 for task in tables}).to(device)
         with torch.no_grad():
@@ -83,15 +136,49 @@ def encode(
             else states.index_select(0, first_rows(batch.cu_seqlens, len(states)))
         )
         for task, rows in batch.tasks.items():
-            places = features.rows(task, torch.from_numpy(examples[task])).reshape(-1).to(device)
-            cls[places] = heads[rows.sequences.reshape(-1)]
+            places = features.rows(task, torch.from_numpy(examples[task])).reshape(-1).to(cls.device)
+            cls[places] = heads[rows.sequences.reshape(-1)].to(cls.device)
             if task == token_task:
                 _copy_tokens(features, batch.cu_seqlens, rows.sequences, examples[task], states)
     # A row that another rank encoded is zero here, so the sum over the ranks is the table.
-    ranks.sum_over_ranks(cls)
-    if tokens is not None:
-        ranks.sum_over_ranks(tokens)
+    for table_part in storage.values():
+        for block in table_part.split(SHARED_ROWS) if ranks.world_size() > 1 else ():
+            shared = block.to(device)
+            ranks.sum_over_ranks(shared)
+            if shared is not block:
+                block.copy_(shared)
     return features
+
+
+def _allocate(
+    heights: Mapping[str, int], hidden: int, dtype: torch.dtype, device: torch.device, directory: Path
+) -> dict[str, Tensor]:
+    """Zeros [height, hidden] by name: on the device when it has room, else in files mapped into memory."""
+    needed = sum(heights.values()) * hidden * dtype.itemsize
+    if needed <= room(device):
+        return {name: torch.zeros(rows, hidden, dtype=dtype, device=device) for name, rows in heights.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    mapped = {}
+    for name, rows in heights.items():
+        path = directory / f"{name}-{ranks.rank()}.bin"
+        path.unlink(missing_ok=True)  # a new file reads as zeros
+        flat = torch.from_file(str(path), shared=True, size=rows * hidden, dtype=dtype)
+        mapped[name] = flat.view(rows, hidden)
+    return mapped
+
+
+def room(device: torch.device) -> int:
+    """Bytes that a table may take of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def _ranges(begins: Tensor, lengths: Tensor) -> Tensor:
+    """The integers of all ranges [begin, begin + length), one after the other."""
+    within = torch.arange(int(lengths.sum()), device=begins.device)
+    within -= (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return begins.repeat_interleave(lengths) + within
 
 
 def _copy_tokens(
@@ -99,11 +186,8 @@ def _copy_tokens(
 ) -> None:
     assert table.tokens is not None and table.offsets is not None
     index = torch.from_numpy(examples)
-    lengths = (table.offsets[index + 1] - table.offsets[index]).to(states.device)
-    ends = lengths.cumsum(0)
-    within = torch.arange(int(lengths.sum()), device=states.device) - (ends - lengths).repeat_interleave(
-        lengths
-    )
-    source = cu_seqlens.long()[sequences].repeat_interleave(lengths) + within
-    target = table.offsets[index].to(states.device).repeat_interleave(lengths) + within
-    table.tokens[target] = states[source]
+    begins = table.offsets[index]
+    lengths = table.offsets[index + 1] - begins
+    source = _ranges(cu_seqlens.long()[sequences], lengths.to(states.device))
+    target = _ranges(begins, lengths).to(table.tokens.device)
+    table.tokens[target] = states[source].to(table.tokens.device)

@@ -66,6 +66,13 @@ class Stage(ABC):
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The scalar to minimise."""
 
+    def step(self, data: Any) -> Tensor:
+        """Train on one micro-batch; its losses, [len(loss_names)] on the device. The next call may write over
+        them."""
+        losses = self.losses(data)
+        self.engine.step(self.total(losses))
+        return torch.stack([losses[name].detach() for name in self.loss_names])
+
     @abstractmethod
     def evaluate(self) -> dict[str, float] | None:
         """Dev metrics, the same on every rank; None for a stage that has none."""
@@ -169,10 +176,7 @@ class _Loop:
             # Every draw of a forward pass follows from where it stands, so a continued run repeats it.
             number = STAGES.index(stage.name)
             torch.manual_seed(seed_for(self.config.seed, number, at.step, index, ranks.rank()))
-            losses = stage.losses(batch.data)
-            stage.engine.step(stage.total(losses))
-            row = torch.stack([losses[name].detach() for name in stage.loss_names])
-            values = values + row / len(micro_batches)
+            values = values + stage.step(batch.data) / len(micro_batches)
             examples, tokens = examples + batch.examples, tokens + batch.tokens
         at.step, at.step_in_epoch = at.step + 1, at.step_in_epoch + 1
         self.pending.append((at.step, values, examples, tokens))
