@@ -1,22 +1,12 @@
 // concat_mlp on CUDA, forward: one pass of tensor cores over u and then v, with bias, activation, dropout and
 // the output product done on the accumulators; for float32 only what follows the product. No atomics.
 #include "concat_mlp_device.cuh"
-#include "device/ptx.cuh"
 #include "device/reduce.cuh"
 
 namespace mtfast::concat_mlp {
 namespace {
 
 // ---- forward on tensor cores ----
-
-__device__ __forceinline__ void mma(const __nv_bfloat16*, float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
-  ptx::mma_bf16(c, a, b0, b1);
-}
-__device__ __forceinline__ void mma(const __half*, float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
-  ptx::mma_fp16(c, a, b0, b1);
-}
 
 constexpr int kDepth = 64;  // elements of a row in a stage: 128 bytes, eight 16-byte chunks
 constexpr int kStages = 3;
@@ -82,7 +72,7 @@ __device__ __forceinline__ void finish(float (&acc)[kTiles][4][4], const Layer& 
         float &x0 = acc[i][j][2 * r], &x1 = acc[i][j][2 * r + 1];
         x0 += bias[j][0];
         x1 += bias[j][1];
-        *reinterpret_cast<uint32_t*>(z + row * kPitch + 8 * j + 2 * t) = pair<T>(x0, x1);
+        *reinterpret_cast<uint32_t*>(z + row * kPitch + 8 * j + 2 * t) = pair_bits<T>(x0, x1);
         x0 = (call.word[j] & 0xffffu) >= layer.drop_below ? activate<activation>(x0) * scale : 0.f;
         x1 = (call.word[j] >> 16) >= layer.drop_below ? activate<activation>(x1) * scale : 0.f;
       }
@@ -153,7 +143,7 @@ __global__ void __launch_bounds__(kColumns * 2, kColumns == 64 ? 2 : 1)
                                                   2 * k + (lane >> 3 & 1)));
       MTFAST_UNROLL
       for (int i = 0; i < kTiles; ++i) MTFAST_UNROLL
-      for (int j = 0; j < 4; ++j) mma(weight1, acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      for (int j = 0; j < 4; ++j) mma<T>(acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
   }
   ptx::cp_async_wait<0>();

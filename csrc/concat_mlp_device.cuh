@@ -1,21 +1,12 @@
 // What both directions of concat_mlp do to elements of the hidden layer: loads and stores of eight,
 // activation, dropout.
 #pragma once
-#include <type_traits>
-
 #include "concat_mlp.h"
-#include "device/runtime.cuh"
+#include "device/element.cuh"
 
 namespace mtfast::concat_mlp {
 
-// ---- storage types ----
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ void round_to(float& to, float x) { to = x; }
-__device__ __forceinline__ void round_to(__nv_bfloat16& to, float x) { to = __float2bfloat16(x); }
-__device__ __forceinline__ void round_to(__half& to, float x) { to = __float2half(x); }
+// ---- eight elements ----
 
 template <class T>
 struct alignas(16) Eight {
@@ -45,20 +36,6 @@ __device__ __forceinline__ void load8(const T* row, int64_t column, int64_t inne
   for (int i = 0; i < 8; ++i) out[i] = to_float(eight.x[i]);
 }
 
-// Two elements as they lie in memory.
-template <class T>
-__device__ __forceinline__ uint32_t pair(float first, float second) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 both = __floats2half2_rn(first, second);
-    memcpy(&bits, &both, sizeof bits);
-  } else {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
-    memcpy(&bits, &both, sizeof bits);
-  }
-  return bits;
-}
-
 template <class T>
 __device__ __forceinline__ void store8(T* row, int64_t column, int64_t inner, bool aligned,
                                        const float (&in)[8]) {
@@ -68,8 +45,9 @@ __device__ __forceinline__ void store8(T* row, int64_t column, int64_t inner, bo
       if (column + i < inner) round_to(row[column + i], in[i]);
   } else if (column < inner) {
     if constexpr (sizeof(T) == 2) {
-      *reinterpret_cast<uint4*>(row + column) = make_uint4(pair<T>(in[0], in[1]), pair<T>(in[2], in[3]),
-                                                           pair<T>(in[4], in[5]), pair<T>(in[6], in[7]));
+      *reinterpret_cast<uint4*>(row + column) =
+          make_uint4(pair_bits<T>(in[0], in[1]), pair_bits<T>(in[2], in[3]), pair_bits<T>(in[4], in[5]),
+                     pair_bits<T>(in[6], in[7]));
     } else {
       *reinterpret_cast<float4*>(row + column) = make_float4(in[0], in[1], in[2], in[3]);
       *reinterpret_cast<float4*>(row + column + 4) = make_float4(in[4], in[5], in[6], in[7]);

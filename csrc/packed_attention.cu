@@ -1,6 +1,4 @@
 // Packed attention, forward.
-#include <type_traits>
-
 #include "packed_attention.cuh"
 
 namespace mtfast::attention {
@@ -54,8 +52,20 @@ struct Softmax {
   }
 };
 
+// Blocks on an SM at a time: as many as their registers allow without a spill, since loads are what they wait
+// for.
+template <int kDim, bool kShortOnly>
+constexpr int blocks_together() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return kDim == 32 ? 5 : kDim == 64 ? (kShortOnly ? 5 : 4) : (kShortOnly ? 4 : 3);
+#else
+  return kDim == 32 ? 4 : kDim == 64 && kShortOnly ? 4 : 3;
+#endif
+}
+
 template <class T, int kDim, bool kShortOnly>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(AttentionForward args) {
+__global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kShortOnly>()))
+    forward_kernel(AttentionForward args) {
   unsigned char* shared = shared_memory<unsigned char>();
   using L = Launch<T, kDim>;
   const Tile<T, kDim> q{reinterpret_cast<T*>(shared)}, k{reinterpret_cast<T*>(shared + L::kTile)},
@@ -81,11 +91,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(AttentionForward a
     cursor = plan.next;
     const bool is_long = !kShortOnly && uniform(plan.is_long);
     const int strips = uniform(plan.strips);
-    load_strips(q, head_of<const T>(args.q, head), args.q.row_stride, plan);
-    if (!is_long) {
-      load_strips(k, head_of<const T>(args.k, head), args.k.row_stride, plan);
-      load_strips(v, head_of<const T>(args.v, head), args.v.row_stride, plan);
-    }
+    if (is_long)
+      load_strips<T, kDim>({{q, args.q, head}}, plan);
+    else
+      load_strips<T, kDim>({{q, args.q, head}, {k, args.k, head}, {v, args.v, head}}, plan);
     wait_for_loads();
     // A long piece has one strip, or none, for each warp, and all warps go through its keys together.
     for (int i = warp; i < strips || (is_long && i < kWarps); i += kWarps) {
@@ -97,8 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(AttentionForward a
       for (int from = 0; from < (is_long ? length : 1); from += kPiece) {
         if (is_long) {
           if (from > 0) __syncthreads();
-          load_piece(k, head_of<const T>(args.k, head), args.k.row_stride, strip, from);
-          load_piece(v, head_of<const T>(args.v, head), args.v.row_stride, strip, from);
+          load_piece<T, kDim>({{k, args.k, head}, {v, args.v, head}}, strip, from);
           wait_for_loads();
         }
         const int keys = min(length - from, kPiece);

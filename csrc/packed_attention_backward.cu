@@ -3,8 +3,6 @@
 // Query strips give dq, key strips dk and dv, each from recomputed scores and each written once: no atomics.
 // Where all sequences are short one block does both on the tiles it holds; else queries come first and leave
 // delta behind.
-#include <type_traits>
-
 #include "packed_attention.cuh"
 
 namespace mtfast::attention {
@@ -16,10 +14,10 @@ template <class T, int kDim>
 struct Backward {
   using L = Launch<T, kDim>;
   static constexpr int kRows = Tile<T, kDim>::kMaxRows;
-  static constexpr size_t kBytes = 4 * L::kTile + 2 * kRows * 4 + L::kPlan + L::kScratch;
+  static constexpr size_t kBytes = 5 * L::kTile + 2 * kRows * 4 + L::kPlan + L::kScratch;
 
   const AttentionBackward& args;
-  Tile<T, kDim> q, k, v, dout;
+  Tile<T, kDim> q, k, v, dout, out;
   float *lse, *delta;  // of the tile's queries
   float* global_delta;
   Plan& plan;
@@ -34,11 +32,12 @@ struct Backward {
         k{reinterpret_cast<T*>(shared + L::kTile)},
         v{reinterpret_cast<T*>(shared + 2 * L::kTile)},
         dout{reinterpret_cast<T*>(shared + 3 * L::kTile)},
-        lse(reinterpret_cast<float*>(shared + 4 * L::kTile)),
+        out{reinterpret_cast<T*>(shared + 4 * L::kTile)},
+        lse(reinterpret_cast<float*>(shared + 5 * L::kTile)),
         delta(lse + kRows),
         global_delta(global_delta),
         plan(*reinterpret_cast<Plan*>(delta + kRows)),
-        scratch(reinterpret_cast<float*>(shared + 4 * L::kTile + 2 * kRows * 4 + L::kPlan) +
+        scratch(reinterpret_cast<float*>(shared + 5 * L::kTile + 2 * kRows * 4 + L::kPlan) +
                 warp_index() * kScratchPerWarp),
         head(head),
         dropout(args.shape, head),
@@ -46,6 +45,21 @@ struct Backward {
 
   __device__ __forceinline__ int64_t row_number(const Strip& strip, int place) const {
     return head * args.shape.total + strip.begin + place;
+  }
+
+  // What the plan's strips need: of a long piece its own side, of short sequences both.
+  template <Part kPart>
+  __device__ __forceinline__ void load(bool is_long) const {
+    const Source<T, kDim> from_q(q, args.q, head), from_k(k, args.k, head), from_v(v, args.v, head),
+        from_dout(dout, args.dout, head), from_out(out, args.out, head);
+    if (is_long && kPart == Part::kQueries)
+      load_strips<T, kDim>({from_q, from_dout, from_out}, plan);
+    else if (is_long)
+      load_strips<T, kDim>({from_k, from_v}, plan);
+    else if (kPart == Part::kKeys)
+      load_strips<T, kDim>({from_q, from_k, from_v, from_dout}, plan);
+    else
+      load_strips<T, kDim>({from_q, from_k, from_v, from_dout, from_out}, plan);
   }
 
   // dq of the strip in rows [16 * i, 16 * i + 16) of the tile.
@@ -61,16 +75,7 @@ struct Backward {
       const int place = strip.offset + g + 8 * r;
       const bool inside = place < strip.length;
       row_lse[r] = inside ? static_cast<const float*>(args.lse)[row_number(strip, place)] : 0.0f;
-      const T* out =
-          head_of<const T>(args.out, head) + (strip.begin + (inside ? place : 0)) * args.out.row_stride;
-      float sum = 0.0f;
-      MTFAST_UNROLL_2
-      for (int n = 0; n < kDim / 8; ++n) {
-        const float2 o = pair_of(out + 8 * n + 2 * t),
-                     d = pair_of(dout.at(first_row + g + 8 * r, 8 * n + 2 * t));
-        sum += o.x * d.x + o.y * d.y;
-      }
-      row_delta[r] = warp_sum<4>(sum);
+      row_delta[r] = row_dot(out, dout, first_row + 8 * r);
       if (mine && t == 0) {
         lse[first_row + g + 8 * r] = row_lse[r];
         delta[first_row + g + 8 * r] = row_delta[r];
@@ -80,8 +85,7 @@ struct Backward {
     for (int from = 0; from < (is_long ? length : 1); from += kPiece) {
       if (is_long) {
         if (from > 0) __syncthreads();
-        load_piece(k, head_of<const T>(args.k, head), args.k.row_stride, strip, from);
-        load_piece(v, head_of<const T>(args.v, head), args.v.row_stride, strip, from);
+        load_piece<T, kDim>({{k, args.k, head}, {v, args.v, head}}, strip, from);
         wait_for_loads();
       }
       const int keys = min(length - from, kPiece);
@@ -112,13 +116,13 @@ struct Backward {
     const Strip strip = plan.strip[mine ? i : 0];
     const int length = uniform(strip.length);
     const int first_row = mine ? 16 * i : 0, t = lane_index() & 3;
-    Rows16<T, kDim> keys(k, first_row), values(v, first_row);
+    Rows16<T, kDim> keys(k, first_row);
+    Rows16<T, kDim, kDim <= 32> values(v, first_row);  // beside two results registers are short
     Result16<kDim> dk, dv;
     for (int from = 0; from < (is_long ? length : 1); from += kPiece) {
       if (is_long) {
         if (from > 0) __syncthreads();
-        load_piece(q, head_of<const T>(args.q, head), args.q.row_stride, strip, from);
-        load_piece(dout, head_of<const T>(args.dout, head), args.dout.row_stride, strip, from);
+        load_piece<T, kDim>({{q, args.q, head}, {dout, args.dout, head}}, strip, from);
         for (int row = threadIdx.x; row < kPiece; row += kThreads) read_statistics(strip, row, from + row);
         wait_for_loads();
       }
@@ -161,8 +165,19 @@ struct Backward {
   }
 };
 
+// Blocks on an SM at a time: as many as their registers allow without a spill.
+template <int kDim>
+constexpr int blocks_together() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return kDim == 32 ? 4 : kDim == 64 ? 3 : 2;
+#else
+  return kDim == 32 ? 3 : 2;
+#endif
+}
+
 template <class T, int kDim, Part kPart>
-__global__ void __launch_bounds__(kThreads, 1) backward_kernel(AttentionBackward args, float* global_delta) {
+__global__ void __launch_bounds__(kThreads, blocks_together<kDim>())
+    backward_kernel(AttentionBackward args, float* global_delta) {
   const AttentionShape& shape = args.shape;
   const int heads = static_cast<int>(shape.heads), head = static_cast<int>(blockIdx.x) % heads;
   const int window = static_cast<int>(blockIdx.x) / heads * kWindow;
@@ -179,14 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(AttentionBackward
     cursor = b.plan.next;
     const bool is_long = kPart != Part::kBoth && uniform(b.plan.is_long);
     const int strips = uniform(b.plan.strips);
-    if (!is_long || kPart == Part::kQueries) {
-      load_strips(b.q, head_of<const T>(args.q, head), args.q.row_stride, b.plan);
-      load_strips(b.dout, head_of<const T>(args.dout, head), args.dout.row_stride, b.plan);
-    }
-    if (!is_long || kPart == Part::kKeys) {
-      load_strips(b.k, head_of<const T>(args.k, head), args.k.row_stride, b.plan);
-      load_strips(b.v, head_of<const T>(args.v, head), args.v.row_stride, b.plan);
-    }
+    b.template load<kPart>(is_long);
     if (kPart == Part::kKeys && !is_long)
       for (int row = threadIdx.x; row < 16 * b.plan.strips; row += kThreads)
         b.read_statistics(b.plan.strip[row / 16], row, b.plan.strip[row / 16].offset + row % 16);

@@ -1,8 +1,6 @@
 // Packed attention of one query a sequence: a warp takes a sequence and a head. A row is spread over kDim / 4
 // (float) or kDim / 8 lanes, 16 bytes each, so that a warp reads several keys at once; each group of lanes
 // has its own running softmax, and they are put together in the end.
-#include <type_traits>
-
 #include "packed_attention.cuh"
 
 namespace mtfast::attention {
@@ -35,14 +33,7 @@ struct Cls {
   __device__ __forceinline__ void read(float (&to)[kEach], const AttentionTensor& x, int64_t row) const {
     const uint4 bits =
         *reinterpret_cast<const uint4*>(head_of<const T>(x, head) + row * x.row_stride + column);
-    T values[kEach];
-    memcpy(values, &bits, 16);
-    MTFAST_UNROLL
-    for (int i = 0; i < kEach; i += 2) {
-      const float2 pair = pair_of(values + i);
-      to[i] = pair.x;
-      to[i + 1] = pair.y;
-    }
+    unpack16<T>(bits, to);
   }
   __device__ __forceinline__ void write(const AttentionTensor& x, int64_t row, const float (&from)[kEach],
                                         float factor) const {
@@ -51,7 +42,7 @@ struct Cls {
     MTFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
       if constexpr (sizeof(T) == 2)
-        words[i] = pack<T>(from[2 * i] * factor, from[2 * i + 1] * factor);
+        words[i] = pair_bits<T>(from[2 * i] * factor, from[2 * i + 1] * factor);
       else
         words[i] = __float_as_uint(from[i] * factor);
     }
