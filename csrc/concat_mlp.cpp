@@ -157,18 +157,20 @@ void copy_rows(const char* name, const Tensor& from, const OptionalTensor& rows,
     copy_rows(name, from, static_cast<const int64_t*>(index), begin, end, to, pitch);
 }
 
-// The rows a product reads: `from` itself, or a copy of those `rows` names.
-Tensor rows_of(const char* name, const Tensor& from, const OptionalTensor& rows) {
-  if (!rows) return from;
+// Rows begin .. end of what a product reads: of `from` itself, or a copy of those `rows` names.
+Tensor rows_of(const char* name, const Tensor& from, const OptionalTensor& rows, int64_t begin, int64_t end) {
+  Tensor source = rows ? *rows : from;
+  const Tensor part = torch::stable::narrow(source, 0, begin, end - begin);
+  if (!rows) return part;
   if (from.is_cuda()) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(from),
                                       torch::stable::detail::from(int64_t{0}),
-                                      torch::stable::detail::from(*rows)};
+                                      torch::stable::detail::from(part)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
-  Tensor out = torch::stable::new_empty(from, {rows->size(0), from.size(1)});
-  copy_rows(name, from, rows, 0, rows->size(0), static_cast<char*>(out.mutable_data_ptr()),
+  Tensor out = torch::stable::new_empty(from, {end - begin, from.size(1)});
+  copy_rows(name, from, rows, begin, end, static_cast<char*>(out.mutable_data_ptr()),
             from.size(1) * static_cast<int64_t>(from.element_size()));
   return out;
 }
@@ -179,8 +181,9 @@ Tensor rows_of(const char* name, const Tensor& from, const OptionalTensor& rows)
 void hidden_layer(const Tensor& z, const Tensor& u, const Tensor& v, const Tensor& weight1,
                   const Tensor& bias1, const OptionalTensor& u_rows, const OptionalTensor& v_rows) {
   if (u.element_size() > 2) {
-    add_product(z, bias1, rows_of("u", u, u_rows), transposed(half(weight1, 0)));
-    add_product(z, z, rows_of("v", v, v_rows), transposed(half(weight1, 1)));
+    const int64_t batch = z.size(0);
+    add_product(z, bias1, rows_of("u", u, u_rows, 0, batch), transposed(half(weight1, 0)));
+    add_product(z, z, rows_of("v", v, v_rows, 0, batch), transposed(half(weight1, 1)));
     return;
   }
   const int64_t batch = z.size(0), block = std::min<int64_t>(512, batch), hidden = u.size(1);
@@ -274,11 +277,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check(dy.is_contiguous() && z.is_contiguous(), "concat_mlp: dy and z must be contiguous");
   const bool need_u = needs & 1, need_v = needs & 2, need_weight1 = needs & 4;
   const bool need_dz = need_u || need_v || need_weight1;
-  Tensor dz = torch::stable::new_empty(u, {need_dz ? batch : 0, layer.inner});
+  const int64_t hidden = u.size(1), block = kCuda ? batch : cpu_backward_rows(batch);
+  Tensor dz = torch::stable::new_empty(u, {need_dz ? block : 0, layer.inner});
+  Tensor du = torch::stable::new_empty(u, {need_u ? batch : 0, hidden});
+  Tensor dv = torch::stable::new_empty(u, {need_v ? batch : 0, hidden});
+  Tensor dweight1 = torch::stable::new_empty(u, {need_weight1 ? layer.inner : 0, 2 * hidden});
   Tensor dbias1 = torch::stable::new_empty(u, {layer.inner});
   Tensor dweight2 = torch::stable::new_empty(u, {layer.outputs, layer.inner});
   Tensor dbias2 = torch::stable::new_empty(u, {layer.outputs});
   void* dz_at = need_dz ? dz.mutable_data_ptr() : nullptr;
+  // What follows from the gradient of rows begin .. end of the hidden layer, which dz then holds.
+  const auto from_dz = [&](int64_t begin, int64_t end) {
+    if (!need_dz) return;
+    const Tensor part = torch::stable::narrow(dz, 0, 0, end - begin);
+    if (need_u) product(torch::stable::narrow(du, 0, begin, end - begin), part, half(weight1, 0));
+    if (need_v) product(torch::stable::narrow(dv, 0, begin, end - begin), part, half(weight1, 1));
+    if (!need_weight1) return;
+    const auto add = [&](const Tensor& out, const Tensor& rows) {
+      if (begin == 0) return product(out, transposed(part), rows);
+      add_product(out, out, transposed(part), rows);
+    };
+    add(half(dweight1, 0), rows_of("u", u, u_rows, begin, end));
+    add(half(dweight1, 1), rows_of("v", v, v_rows, begin, end));
+  };
   if constexpr (kCuda) {
 #ifdef MTFAST_WITH_CUDA
     const OnDeviceOf device(u);
@@ -288,21 +309,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                      &layer, dy.const_data_ptr(), z.const_data_ptr(), weight2.const_data_ptr(), seed_of(seed),
                      dz_at, static_cast<float*>(partial.mutable_data_ptr()), dbias1.mutable_data_ptr(),
                      dweight2.mutable_data_ptr(), dbias2.mutable_data_ptr(), device.stream()));
+    from_dz(0, batch);
 #endif
   } else {
     cpu_backward(layer, read_seed(seed), dy.const_data_ptr(), z.const_data_ptr(), weight2.const_data_ptr(),
-                 dz_at, dbias1.mutable_data_ptr(), dweight2.mutable_data_ptr(), dbias2.mutable_data_ptr());
+                 dz_at, from_dz, dbias1.mutable_data_ptr(), dweight2.mutable_data_ptr(),
+                 dbias2.mutable_data_ptr());
+    if (batch == 0) from_dz(0, 0);
   }
-  const int64_t hidden = u.size(1);
-  Tensor dweight1 = torch::stable::new_empty(u, {need_weight1 ? layer.inner : 0, 2 * hidden});
-  if (need_weight1) {
-    product(half(dweight1, 0), transposed(dz), rows_of("u", u, u_rows));
-    product(half(dweight1, 1), transposed(dz), rows_of("v", v, v_rows));
-  }
-  Tensor du = torch::stable::new_empty(u, {need_u ? batch : 0, hidden});
-  Tensor dv = torch::stable::new_empty(u, {need_v ? batch : 0, hidden});
-  if (need_u) product(du, dz, half(weight1, 0));
-  if (need_v) product(dv, dz, half(weight1, 1));
   return {du, dv, dweight1, dbias1, dweight2, dbias2};
 }
 

@@ -8,6 +8,7 @@
 // 8-wide tiles, as tensor cores lay them out, needs one call; so does the CPU for 8 columns.)
 #pragma once
 #include <cstdint>
+#include <functional>
 
 #include "device/philox.cuh"
 
@@ -33,10 +34,16 @@ struct Layer {
 void cpu_forward(const Layer& layer, uint64_t seed, const void* z, const void* weight2, const void* bias2,
                  void* y);
 
-// dz [batch, inner] (or null), dbias1 [inner], dweight2 [outputs, inner], dbias2 [outputs] from dy [batch,
-// outputs].
+// Rows whose gradient cpu_backward has in memory at a time: half of a large batch, so that weight1's
+// gradient, which is added up over the blocks, is rounded once more than necessary and no oftener.
+int64_t cpu_backward_rows(int64_t batch);
+
+// dbias1 [inner], dweight2 [outputs, inner] and dbias2 [outputs] from dy [batch, outputs]. dz
+// [cpu_backward_rows, inner] (or null) receives the hidden layer's gradient block by block; done(begin, end)
+// is called when it holds that of these rows.
 void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void* z, const void* weight2,
-                  void* dz, void* dbias1, void* dweight2, void* dbias2);
+                  void* dz, const std::function<void(int64_t begin, int64_t end)>& done, void* dbias1,
+                  void* dweight2, void* dbias2);
 
 // ---- CUDA ----
 

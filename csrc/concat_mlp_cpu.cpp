@@ -101,6 +101,9 @@ MTFAST_INLINE void activate(Activation activation, V (&x)[kStripVectors], V (&sl
   }
 }
 
+// Rows whose sums are one term of the sum over the batch.
+int64_t chunk_rows(int64_t batch) { return std::max<int64_t>(32, (batch + 63) / 64); }
+
 int64_t padded(int64_t inner) { return (inner + kStrip - 1) / kStrip * kStrip; }
 
 // The small operands in the type of the arithmetic, each row padded with zeros to whole strips.
@@ -160,7 +163,7 @@ MTFAST_INLINE void forward_rows(const Layer& layer, uint64_t seed, const Constan
   }
 }
 
-// sums: [1 + outputs, stride], db1 and then the rows of dW2, added to.
+// sums: [1 + outputs, stride], db1 and then the rows of dW2, added to. dz: of row `begin` and those after it.
 template <class T, Isa isa>
 MTFAST_INLINE void backward_rows(const Layer& layer, uint64_t seed, const Constants<T>& constants,
                                  const T* dy, const T* z, T* dz, typename Compute<T>::scalar* sums,
@@ -199,7 +202,7 @@ MTFAST_INLINE void backward_rows(const Layer& layer, uint64_t seed, const Consta
         if (column >= inner) break;
         grad[j] *= slope[j];
         pack(sums + column, unpack(sums + column) + grad[j]);
-        if (dz != nullptr) store(dz + row * inner + column, grad[j], inner - column);
+        if (dz != nullptr) store(dz + (row - begin) * inner + column, grad[j], inner - column);
       }
     }
   }
@@ -266,8 +269,14 @@ void cpu_forward(const Layer& layer, uint64_t seed, const void* z, const void* w
   });
 }
 
+int64_t cpu_backward_rows(int64_t batch) {
+  const int64_t rows = chunk_rows(batch), half = ((batch + 1) / 2 + rows - 1) / rows * rows;
+  return batch < 512 ? batch : half;
+}
+
 void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void* z, const void* weight2,
-                  void* dz, void* dbias1, void* dweight2, void* dbias2) {
+                  void* dz, const std::function<void(int64_t begin, int64_t end)>& done, void* dbias1,
+                  void* dweight2, void* dbias2) {
   for_dtype(layer.dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = typename Compute<T>::scalar;
@@ -275,23 +284,28 @@ void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void*
     const Constants<T> constants(layer, weight2, nullptr);
     // Sums over fixed chunks of rows, added in order: the same bits for every number of threads. Eight rows
     // at a time in the type of the arithmetic, beyond that in double.
-    const int64_t rows = std::max<int64_t>(32, (layer.batch + 63) / 64),
-                  chunks = (layer.batch + rows - 1) / rows;
+    const int64_t rows = chunk_rows(layer.batch), chunks = (layer.batch + rows - 1) / rows;
     const int64_t size = (1 + layer.outputs) * constants.stride;
     std::vector<double> sums(std::max<int64_t>(1, chunks) * size);
     const T* dy_rows = static_cast<const T*>(dy);
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<S> few(size);
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t last = std::min(layer.batch, (chunk + 1) * rows);
-        for (int64_t row = chunk * rows; row < last; row += kFewRows) {
-          std::fill(few.begin(), few.end(), S{0});
-          backward_rows_best<T>(layer, seed, constants, dy_rows, static_cast<const T*>(z),
-                                static_cast<T*>(dz), few.data(), row, std::min(last, row + kFewRows));
-          for (int64_t i = 0; i < size; ++i) sums[chunk * size + i] += few[i];
+    const int64_t block = cpu_backward_rows(layer.batch);
+    for (int64_t first = 0; first < layer.batch; first += block) {
+      const int64_t past = std::min(layer.batch, first + block);
+      torch::stable::parallel_for(first / rows, (past + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
+        std::vector<S> few(size);
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          const int64_t last = std::min(past, (chunk + 1) * rows);
+          for (int64_t row = chunk * rows; row < last; row += kFewRows) {
+            std::fill(few.begin(), few.end(), S{0});
+            T* dz_row = dz == nullptr ? nullptr : static_cast<T*>(dz) + (row - first) * layer.inner;
+            backward_rows_best<T>(layer, seed, constants, dy_rows, static_cast<const T*>(z), dz_row,
+                                  few.data(), row, std::min(last, row + kFewRows));
+            for (int64_t i = 0; i < size; ++i) sums[chunk * size + i] += few[i];
+          }
         }
-      }
-    });
+      });
+      done(first, past);
+    }
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       for (int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
     const auto write = [&](const double* from, void* to, int64_t offset) {
