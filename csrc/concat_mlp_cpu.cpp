@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "concat_mlp.h"
-#include "simd.h"
+#include "simd_isa.h"
 
 namespace mtfast::concat_mlp {
 namespace {
@@ -16,59 +16,18 @@ constexpr int kStrip = 128;  // columns that one vector of sixteen Philox calls 
 constexpr int kStripVectors = kStrip / kLanes;
 constexpr int64_t kFewRows = 8;  // rows summed before the sum is carried on in double
 
-// How Philox's 32 x 32 -> 64 bit products are written, so that compilers find the machine's instruction for
-// them.
-enum class Isa { kGeneric, kAvx512 };
-
-// hi and lo words of multiplier * c.
-template <Isa isa>
-MTFAST_INLINE void multiply(uint64_t multiplier, u32x16 c, u32x16& hi, u32x16& lo) {
-  if constexpr (isa == Isa::kAvx512) {
-    const u64x8 even = (reinterpret_cast<u64x8>(c) & 0xffffffffu) * multiplier;
-    const u64x8 odd = (reinterpret_cast<u64x8>(c) >> 32) * multiplier;
-    hi = reinterpret_cast<u32x16>((even >> 32) | (odd & 0xffffffff00000000u));
-    lo = reinterpret_cast<u32x16>((even & 0xffffffffu) | (odd << 32));
-  } else {
-    const u64x16 product = __builtin_convertvector(c, u64x16) * multiplier;
-    hi = __builtin_convertvector(product >> 32, u32x16);
-    lo = __builtin_convertvector(product, u32x16);
-  }
-}
-
 // The 16-bit draws of columns first .. first + 127 of a row, in column order.
 template <Isa isa>
 MTFAST_INLINE void draw_strip(uint64_t seed, int64_t row, int64_t first, uint16_t (&draws)[kStrip]) {
-  u32x16 c0 = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  c0 += static_cast<uint32_t>(first / 8);
-  u32x16 c1 = u32x16{} + static_cast<uint32_t>(row), c2 = {},
-         c3 = u32x16{} + static_cast<uint32_t>(Purpose::kConcatMlpDropout);
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    u32x16 hi0, lo0, hi1, lo1;
-    multiply<isa>(0xD2511F53u, c0, hi0, lo0);
-    multiply<isa>(0xCD9E8D57u, c2, hi1, lo1);
-    c0 = hi1 ^ c1 ^ k0;
-    c2 = hi0 ^ c3 ^ k1;
-    c1 = lo1;
-    c3 = lo0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  const u32x16 words[4] = {c0, c1, c2, c3};
+  const u32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  u32x16 words[4];
+  philox16<isa>(seed, lanes + static_cast<uint32_t>(first / 8), u32x16{} + static_cast<uint32_t>(row), 0,
+                Purpose::kConcatMlpDropout, words);
   for (int group = 0; group < 4; ++group)   // 32 columns, from four calls
     for (int tile = 0; tile < 4; ++tile) {  // 8 columns of them: word `tile` of each call
       const char* from = reinterpret_cast<const char*>(&words[tile]) + group * 16;
       std::memcpy(reinterpret_cast<char*>(draws) + (group * 4 + tile) * 16, from, 16);
     }
-}
-
-// scale where kept, 0 where dropped.
-template <class V, class M>
-MTFAST_INLINE V keep_factor(const uint16_t* draws, uint32_t drop_below, double scale) {
-  u16x16 draw;
-  std::memcpy(&draw, draws, sizeof draw);
-  const M kept = __builtin_convertvector(draw, M) >= static_cast<int>(drop_below);
-  return kept ? splat<V>(scale) : V{};
 }
 
 template <class V>
@@ -129,117 +88,89 @@ struct Constants {
   }
 };
 
-template <class T, Isa isa>
-MTFAST_INLINE void forward_rows(const Layer& layer, uint64_t seed, const Constants<T>& constants, const T* z,
-                                T* y, int64_t begin, int64_t end) {
-  using V = typename Compute<T>::vec;
-  using M = typename Compute<T>::mask;
-  const int64_t inner = layer.inner, stride = constants.stride;
-  alignas(64) uint16_t draws[kStrip];
-  for (int64_t row = begin; row < end; ++row) {
-    V total[kMaxOutputs] = {};
-    for (int64_t first = 0; first < inner; first += kStrip) {
-      V h[kStripVectors], unused[kStripVectors];
-      for (int j = 0; j < kStripVectors; ++j) {
-        const int64_t column = first + j * kLanes;
-        h[j] = column < inner ? load(z + row * inner + column, inner - column) : V{};
+template <class T>
+struct ForwardRows {
+  template <Isa isa>
+  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const Constants<T>& constants, const T* z, T* y,
+                         int64_t begin, int64_t end) {
+    using V = typename Compute<T>::vec;
+    using M = typename Compute<T>::mask;
+    const int64_t inner = layer.inner, stride = constants.stride;
+    alignas(64) uint16_t draws[kStrip];
+    for (int64_t row = begin; row < end; ++row) {
+      V total[kMaxOutputs] = {};
+      for (int64_t first = 0; first < inner; first += kStrip) {
+        V h[kStripVectors], unused[kStripVectors];
+        for (int j = 0; j < kStripVectors; ++j) {
+          const int64_t column = first + j * kLanes;
+          h[j] = column < inner ? load(z + row * inner + column, inner - column) : V{};
+        }
+        activate<false>(layer.activation, h, unused);
+        if (layer.drop_below != 0) {
+          draw_strip<isa>(seed, row, first, draws);
+          for (int j = 0; j < kStripVectors; ++j)
+            h[j] *= keep_factor<V, M>(draws + j * kLanes, layer.drop_below, splat<V>(layer.scale));
+        }
+        for (int o = 0; o < layer.outputs; ++o) {
+          const auto* weight = constants.weight2.data() + o * stride + first;
+          V partial = total[o];
+          for (int j = 0; j < kStripVectors; ++j) partial += h[j] * unpack(weight + j * kLanes);
+          total[o] = partial;
+        }
       }
-      activate<false>(layer.activation, h, unused);
-      if (layer.drop_below != 0) {
-        draw_strip<isa>(seed, row, first, draws);
-        for (int j = 0; j < kStripVectors; ++j)
-          h[j] *= keep_factor<V, M>(draws + j * kLanes, layer.drop_below, layer.scale);
-      }
-      for (int o = 0; o < layer.outputs; ++o) {
-        const auto* weight = constants.weight2.data() + o * stride + first;
-        V partial = total[o];
-        for (int j = 0; j < kStripVectors; ++j) partial += h[j] * unpack(weight + j * kLanes);
-        total[o] = partial;
-      }
+      V result = {};
+      for (int o = 0; o < layer.outputs; ++o) result[o] = sum(total[o]) + constants.bias2[o];
+      store(y + row * layer.outputs, result, layer.outputs);
     }
-    V result = {};
-    for (int o = 0; o < layer.outputs; ++o) result[o] = sum(total[o]) + constants.bias2[o];
-    store(y + row * layer.outputs, result, layer.outputs);
   }
-}
+};
 
 // sums: [1 + outputs, stride], db1 and then the rows of dW2, added to. dz: of row `begin` and those after it.
-template <class T, Isa isa>
-MTFAST_INLINE void backward_rows(const Layer& layer, uint64_t seed, const Constants<T>& constants,
-                                 const T* dy, const T* z, T* dz, typename Compute<T>::scalar* sums,
-                                 int64_t begin, int64_t end) {
-  using V = typename Compute<T>::vec;
-  using M = typename Compute<T>::mask;
-  const int64_t inner = layer.inner, stride = constants.stride;
-  alignas(64) uint16_t draws[kStrip];
-  for (int64_t row = begin; row < end; ++row) {
-    const V dy_row = load(dy + row * layer.outputs, layer.outputs);
-    for (int64_t first = 0; first < inner; first += kStrip) {
-      V h[kStripVectors], slope[kStripVectors], grad[kStripVectors] = {};
-      for (int j = 0; j < kStripVectors; ++j) {
-        const int64_t column = first + j * kLanes;
-        h[j] = column < inner ? load(z + row * inner + column, inner - column) : V{};
-      }
-      activate<true>(layer.activation, h, slope);
-      if (layer.drop_below != 0) {
-        draw_strip<isa>(seed, row, first, draws);
+template <class T>
+struct BackwardRows {
+  template <Isa isa>
+  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const Constants<T>& constants, const T* dy,
+                         const T* z, T* dz, typename Compute<T>::scalar* sums, int64_t begin, int64_t end) {
+    using V = typename Compute<T>::vec;
+    using M = typename Compute<T>::mask;
+    const int64_t inner = layer.inner, stride = constants.stride;
+    alignas(64) uint16_t draws[kStrip];
+    for (int64_t row = begin; row < end; ++row) {
+      const V dy_row = load(dy + row * layer.outputs, layer.outputs);
+      for (int64_t first = 0; first < inner; first += kStrip) {
+        V h[kStripVectors], slope[kStripVectors], grad[kStripVectors] = {};
         for (int j = 0; j < kStripVectors; ++j) {
-          const V factor = keep_factor<V, M>(draws + j * kLanes, layer.drop_below, layer.scale);
-          h[j] *= factor;
-          slope[j] *= factor;
+          const int64_t column = first + j * kLanes;
+          h[j] = column < inner ? load(z + row * inner + column, inner - column) : V{};
         }
-      }
-      for (int o = 0; o < layer.outputs; ++o) {
-        const auto* weight = constants.weight2.data() + o * stride + first;
-        auto* dweight = sums + (1 + o) * stride + first;
+        activate<true>(layer.activation, h, slope);
+        if (layer.drop_below != 0) {
+          draw_strip<isa>(seed, row, first, draws);
+          for (int j = 0; j < kStripVectors; ++j) {
+            const V factor = keep_factor<V, M>(draws + j * kLanes, layer.drop_below, splat<V>(layer.scale));
+            h[j] *= factor;
+            slope[j] *= factor;
+          }
+        }
+        for (int o = 0; o < layer.outputs; ++o) {
+          const auto* weight = constants.weight2.data() + o * stride + first;
+          auto* dweight = sums + (1 + o) * stride + first;
+          for (int j = 0; j < kStripVectors; ++j) {
+            grad[j] += dy_row[o] * unpack(weight + j * kLanes);
+            pack(dweight + j * kLanes, unpack(dweight + j * kLanes) + dy_row[o] * h[j]);
+          }
+        }
         for (int j = 0; j < kStripVectors; ++j) {
-          grad[j] += dy_row[o] * unpack(weight + j * kLanes);
-          pack(dweight + j * kLanes, unpack(dweight + j * kLanes) + dy_row[o] * h[j]);
+          const int64_t column = first + j * kLanes;
+          if (column >= inner) break;
+          grad[j] *= slope[j];
+          pack(sums + column, unpack(sums + column) + grad[j]);
+          if (dz != nullptr) store(dz + (row - begin) * inner + column, grad[j], inner - column);
         }
-      }
-      for (int j = 0; j < kStripVectors; ++j) {
-        const int64_t column = first + j * kLanes;
-        if (column >= inner) break;
-        grad[j] *= slope[j];
-        pack(sums + column, unpack(sums + column) + grad[j]);
-        if (dz != nullptr) store(dz + (row - begin) * inner + column, grad[j], inner - column);
       }
     }
   }
-}
-
-// The instruction set is chosen at run time: one build serves every x86-64 machine.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define MTFAST_BY_ISA(name)                                                           \
-  template <class T, class... Args>                                                   \
-  __attribute__((target("arch=x86-64-v4"))) void name##_avx512(const Args&... args) { \
-    name<T, Isa::kAvx512>(args...);                                                   \
-  }                                                                                   \
-  template <class T, class... Args>                                                   \
-  __attribute__((target("arch=x86-64-v3"))) void name##_avx2(const Args&... args) {   \
-    name<T, Isa::kGeneric>(args...);                                                  \
-  }                                                                                   \
-  template <class T, class... Args>                                                   \
-  void name##_best(const Args&... args) {                                             \
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&    \
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&   \
-        __builtin_cpu_supports("avx512cd"))                                           \
-      name##_avx512<T>(args...);                                                      \
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&       \
-             __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))        \
-      name##_avx2<T>(args...);                                                        \
-    else                                                                              \
-      name<T, Isa::kGeneric>(args...);                                                \
-  }
-#else
-#define MTFAST_BY_ISA(name)               \
-  template <class T, class... Args>       \
-  void name##_best(const Args&... args) { \
-    name<T, Isa::kGeneric>(args...);      \
-  }
-#endif
-MTFAST_BY_ISA(forward_rows)
-MTFAST_BY_ISA(backward_rows)
+};
 
 template <class F>
 void for_dtype(Dtype dtype, F f) {
@@ -264,7 +195,8 @@ void cpu_forward(const Layer& layer, uint64_t seed, const void* z, const void* w
     const Constants<T> constants(layer, weight2, bias2);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, layer.inner));
     torch::stable::parallel_for(0, layer.batch, grain, [&](int64_t begin, int64_t end) {
-      forward_rows_best<T>(layer, seed, constants, static_cast<const T*>(z), static_cast<T*>(y), begin, end);
+      call_best(ForwardRows<T>{}, layer, seed, constants, static_cast<const T*>(z), static_cast<T*>(y), begin,
+                end);
     });
   });
 }
@@ -298,8 +230,8 @@ void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void*
           for (int64_t row = chunk * rows; row < last; row += kFewRows) {
             std::fill(few.begin(), few.end(), S{0});
             T* dz_row = dz == nullptr ? nullptr : static_cast<T*>(dz) + (row - first) * layer.inner;
-            backward_rows_best<T>(layer, seed, constants, dy_rows, static_cast<const T*>(z), dz_row,
-                                  few.data(), row, std::min(last, row + kFewRows));
+            call_best(BackwardRows<T>{}, layer, seed, constants, dy_rows, static_cast<const T*>(z), dz_row,
+                      few.data(), row, std::min(last, row + kFewRows));
             for (int64_t i = 0; i < size; ++i) sums[chunk * size + i] += few[i];
           }
         }

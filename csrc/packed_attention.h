@@ -54,7 +54,6 @@ void packed_attention_forward_cpu(const AttentionForward& args, bool cls, int64_
                                   ParallelSlots parallel);
 void packed_attention_backward_cpu(const AttentionBackward& args, bool cls, int64_t slots,
                                    ParallelSlots parallel);
-const char* packed_attention_cpu_instructions();
 
 }  // namespace mtfast
 

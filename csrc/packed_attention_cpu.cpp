@@ -1,117 +1,283 @@
 // Packed attention on the CPU: tasks of one sequence and one head, shared out among threads as they become
-// free. A task's result does not depend on who computes it, so neither does the whole.
+// free. A task's result does not depend on who computes it, so neither does the whole. A task widens its rows
+// to float scratch, transposes keys (and, backward, values) on the way, and goes through the queries in
+// blocks.
+#include "packed_attention_cpu.h"
+
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
+#include <cmath>
 #include <memory>
 #include <new>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "packed_attention.h"
-
-// Said by GCC 12 of its own AVX-512 intrinsics, and of vector arguments of functions that are all inlined.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace mtfast {
+namespace attention {
 namespace {
 
-struct Bf16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
+constexpr int64_t kBlockRows = 64;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-[[maybe_unused]] float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
-  float magnitude;
-  if (exponent == 31) {
-    const uint32_t bits = 0x7F800000u | fraction << 13;
-    std::memcpy(&magnitude, &bits, 4);
-  } else if (exponent == 0) {
-    magnitude = float(fraction) * 5.9604644775390625e-8f;  // 2^-24
-  } else {
-    const uint32_t bits = (exponent + 112) << 23 | fraction << 13;
-    std::memcpy(&magnitude, &bits, 4);
+// Hands out aligned pieces of one buffer; with a null buffer it only measures.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class X>
+  X* take(int64_t count) {
+    X* p = reinterpret_cast<X*>(base + used);
+    used += (count * static_cast<int64_t>(sizeof(X)) + 63) / 64 * 64;
+    return p;
   }
-  return sign ? -magnitude : magnitude;
-}
-
-[[maybe_unused]] uint16_t float_to_half(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = (bits >> 16) & 0x8000;
-  bits &= 0x7FFFFFFFu;
-  if (bits > 0x7F800000u) return sign | 0x7E00;
-  if (bits >= 0x477FF000u) return sign | 0x7C00;  // rounds past the largest half
-  if (bits < 0x38800000u) {                       // subnormal: let the adder round at 2^-24
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    return sign | uint16_t(bits - 0x3F000000u);
-  }
-  return sign | uint16_t((bits - 0x38000000u + 0xFFFu + ((bits >> 13) & 1)) >> 13);
-}
-
-namespace portable {
-#define MTFAST_VECTOR_BYTES 32
-#define MTFAST_AVX 0
-#include "packed_attention_cpu_kernels.h"
-#undef MTFAST_VECTOR_BYTES
-#undef MTFAST_AVX
-}  // namespace portable
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
-namespace avx2 {
-#define MTFAST_VECTOR_BYTES 32
-#define MTFAST_AVX 2
-#include "packed_attention_cpu_kernels.h"
-#undef MTFAST_VECTOR_BYTES
-#undef MTFAST_AVX
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-namespace avx512 {
-#define MTFAST_VECTOR_BYTES 64
-#define MTFAST_AVX 512
-#include "packed_attention_cpu_kernels.h"
-#undef MTFAST_VECTOR_BYTES
-#undef MTFAST_AVX
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-struct Kernels {
-  const char* name;
-  decltype(&portable::forward) forward;
-  decltype(&portable::backward) backward;
 };
 
-const Kernels& kernels() {
-  static const Kernels chosen = [] {
-#if defined(__x86_64__)
-    const char* cap = std::getenv("MTFAST_CPU");  // "avx2" or "portable": do not use more than that
-    const bool any = cap == nullptr || *cap == 0;
-    if (any && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return Kernels{"avx512", avx512::forward, avx512::backward};
-    if ((any || !std::strcmp(cap, "avx2")) && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
-      return Kernels{"avx2", avx2::forward, avx2::backward};
-#endif
-    return Kernels{"portable", portable::forward, portable::backward};
-  }();
-  return chosen;
+// A task's scratch; L tokens, blocks of R of them. Rows beyond the sequence hold zeros.
+template <class C>
+struct Buffers {
+  C *q, *k, *kt, *v, *vt, *dout, *p, *dp, *out, *dk, *dv;
+  uint16_t* draws;
+
+  Buffers(Arena& arena, int64_t length, int64_t D, bool backward) {
+    const int64_t L = (length + kLanes - 1) / kLanes * kLanes, R = std::min(L, kBlockRows);
+    q = arena.take<C>(R * D);
+    k = arena.take<C>(L * D);
+    kt = arena.take<C>(L * D);
+    v = arena.take<C>(L * D);
+    p = arena.take<C>(R * L);
+    out = arena.take<C>(R * D);
+    draws = arena.take<uint16_t>(R * (L + 16) + 8 * kLanes);
+    if (!backward) return;
+    vt = arena.take<C>(L * D);
+    dout = arena.take<C>(R * D);
+    dp = arena.take<C>(R * L);
+    dk = arena.take<C>(L * D);
+    dv = arena.take<C>(L * D);
+  }
+};
+
+// A sequence's place, and lengths rounded up to what loops over lanes and tiles want.
+struct Extent {
+  int64_t begin, length, lanes, tiles;
+
+  Extent(const AttentionShape& shape, int64_t sequence)
+      : begin(shape.cu_seqlens[sequence]),
+        length(shape.cu_seqlens[sequence + 1] - begin),
+        lanes((length + kLanes - 1) / kLanes * kLanes),
+        tiles((length + 3) / 4 * 4) {}
+};
+
+// Which lanes of a row's last vector exist.
+template <class C>
+MTFAST_INLINE Mask<C> last_lanes(const Extent& at) {
+  Vec<C> place;
+  for (int i = 0; i < kLanes; ++i) place[i] = static_cast<C>(i);
+  return place < static_cast<C>(at.length - (at.lanes - kLanes));
 }
+
+// What weights that are kept are multiplied by.
+template <class C>
+MTFAST_INLINE C keep_scale(const AttentionShape& shape) {
+  return static_cast<C>(65536.0 / (65536.0 - shape.threshold));
+}
+
+// A log-sum-exp in powers of two, in two parts so that the change of base loses nothing.
+template <class C>
+struct Log2 {
+  C high, low;
+  MTFAST_INLINE Log2 of(C natural) {
+    const C high = natural * static_cast<C>(kLog2E);
+    return {high, static_cast<C>(natural * kLog2E - high)};
+  }
+};
+
+template <class T, class C>
+struct Forward {
+  template <Isa isa>
+  MTFAST_INLINE void run(const AttentionForward& args, int64_t sequence, int64_t head, char* scratch) {
+    const AttentionShape& shape = args.shape;
+    const int64_t D = shape.head_dim;
+    const Extent at(shape, sequence);
+    if (at.length <= 0) return;
+    Arena arena{scratch};
+    Buffers<C> b(arena, at.length, D, false);
+    gather<T, C>(b.k, args.k, at.begin, at.length, at.lanes, head, D, C{1});
+    transpose(b.kt, at.lanes, b.k, at.lanes, D);
+    gather<T, C>(b.v, args.v, at.begin, at.length, at.tiles, head, D, C{1});
+    C* lse = static_cast<C*>(args.lse) + head * shape.total + at.begin;
+    const Mask<C> last = last_lanes<C>(at);
+    for (int64_t r = 0; r < at.length; r += kBlockRows) {
+      const int64_t rows = std::min(at.length - r, kBlockRows), M = round_up(rows, 4);
+      gather<T, C>(b.q, args.q, at.begin + r, rows, M, head, D, static_cast<C>(shape.softmax_scale * kLog2E));
+      multiply<isa>(M, at.lanes, D, b.q, D, b.kt, at.lanes, b.p, at.lanes);
+      int64_t pitch = 0;
+      if (shape.threshold) pitch = draw<isa>(b.draws, shape.seed, head, at.begin + r, rows, at.length);
+      for (int64_t i = 0; i < rows; ++i)
+        lse[r + i] = softmax(b.p + i * at.lanes, at.lanes, last, b.draws + i * pitch, shape);
+      multiply<isa>(M, D, at.length, b.p, at.lanes, b.v, D, b.out, D);
+      scatter<T, C>(args.out, b.out, at.begin + r, rows, head, D, C{1});
+    }
+  }
+
+  // Of a row of scores in powers of two, in place and dropped out; returns its log-sum-exp.
+  MTFAST_INLINE C softmax(C* row, int64_t lanes, Mask<C> last, const uint16_t* draws,
+                          const AttentionShape& shape) {
+    C* end = row + lanes - kLanes;
+    pack(end, last ? unpack(end) : Vec<C>{} - static_cast<C>(INFINITY));
+    Vec<C> top = unpack(end);
+    for (C* x = row; x < end; x += kLanes) top = unpack(x) > top ? unpack(x) : top;
+    const C most = maximum(top);
+    Vec<C> total = {};
+    for (C* x = row; x < end; x += kLanes) {
+      const Vec<C> weight = exp2(unpack(x) - most);
+      total += weight;
+      pack(x, weight);
+    }
+    const Vec<C> weight = last ? exp2(unpack(end) - most) : Vec<C>{};
+    pack(end, weight);
+    const C sums = sum(total + weight);
+    if (shape.threshold) {
+      const Vec<C> factor = Vec<C>{} + keep_scale<C>(shape) / sums;
+      for (int64_t j = 0; j < lanes; j += kLanes)
+        pack(row + j, unpack(row + j) * keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, factor));
+    } else {
+      for (int64_t j = 0; j < lanes; j += kLanes) pack(row + j, unpack(row + j) * (C{1} / sums));
+    }
+    return (most + std::log2(sums)) * static_cast<C>(kLn2);
+  }
+};
+
+template <class T, class C>
+struct Backward {
+  template <Isa isa>
+  MTFAST_INLINE void run(const AttentionBackward& args, int64_t sequence, int64_t head, char* scratch) {
+    const AttentionShape& shape = args.shape;
+    const int64_t D = shape.head_dim;
+    const Extent at(shape, sequence);
+    if (at.length <= 0) return;
+    Arena arena{scratch};
+    Buffers<C> b(arena, at.length, D, true);
+    gather<T, C>(b.k, args.k, at.begin, at.length, at.lanes, head, D, C{1});
+    transpose(b.kt, at.lanes, b.k, at.lanes, D);
+    gather<T, C>(b.v, args.v, at.begin, at.length, at.lanes, head, D, C{1});
+    transpose(b.vt, at.lanes, b.v, at.lanes, D);
+    const C* lse = static_cast<const C*>(args.lse) + head * shape.total + at.begin;
+    const Mask<C> last = last_lanes<C>(at);
+    for (int64_t r = 0; r < at.length; r += kBlockRows) {
+      const int64_t rows = std::min(at.length - r, kBlockRows), M = round_up(rows, 4);
+      gather<T, C>(b.q, args.q, at.begin + r, rows, M, head, D, static_cast<C>(shape.softmax_scale * kLog2E));
+      gather<T, C>(b.dout, args.dout, at.begin + r, rows, M, head, D, C{1});
+      multiply<isa>(M, at.lanes, D, b.q, D, b.kt, at.lanes, b.p, at.lanes);
+      multiply<isa>(M, at.lanes, D, b.dout, D, b.vt, at.lanes, b.dp, at.lanes);
+      int64_t pitch = 0;
+      if (shape.threshold) pitch = draw<isa>(b.draws, shape.seed, head, at.begin + r, rows, at.length);
+      for (int64_t i = 0; i < rows; ++i)
+        differentiate(b.p + i * at.lanes, b.dp + i * at.lanes, at.lanes, last, Log2<C>::of(lse[r + i]),
+                      b.draws + i * pitch, shape);
+      multiply<isa, true>(at.tiles, D, rows, b.p, at.lanes, b.dout, D, b.dv, D, r > 0);
+      multiply<isa, true>(at.tiles, D, rows, b.dp, at.lanes, b.q, D, b.dk, D, r > 0);
+      multiply<isa>(M, D, at.length, b.dp, at.lanes, b.k, D, b.out, D);
+      scatter<T, C>(args.dq, b.out, at.begin + r, rows, head, D, static_cast<C>(shape.softmax_scale));
+    }
+    scatter<T, C>(args.dk, b.dk, at.begin, at.length, head, D, static_cast<C>(kLn2));  // q carried log2(e)
+    scatter<T, C>(args.dv, b.dv, at.begin, at.length, head, D, C{1});
+  }
+
+  // Of a row: scores become the weights that were used, their gradient that of the scores.
+  MTFAST_INLINE void differentiate(C* p, C* dp, int64_t lanes, Mask<C> last, Log2<C> lse,
+                                   const uint16_t* draws, const AttentionShape& shape) {
+    const Vec<C> scale = Vec<C>{} + keep_scale<C>(shape);
+    Vec<C> dot = {};
+    for (int64_t j = 0; j < lanes; j += kLanes) {
+      Vec<C> x = exp2((unpack(p + j) - lse.high) - lse.low), dx = unpack(dp + j);
+      if (j == lanes - kLanes) x = last ? x : Vec<C>{};
+      if (shape.threshold) dx *= keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale);
+      dot += x * dx;
+      pack(p + j, x);
+      pack(dp + j, dx);
+    }
+    const C delta = sum(dot);
+    for (int64_t j = 0; j < lanes; j += kLanes) {
+      const Vec<C> x = unpack(p + j);
+      pack(dp + j, x * (unpack(dp + j) - delta));
+      if (shape.threshold) pack(p + j, x * keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale));
+    }
+  }
+};
+
+// ---- one query a sequence ----
+
+template <class T, class C>
+MTFAST_INLINE C dot(const T* x, const C* y, int64_t D) {
+  Vec<C> total = {};
+  for (int64_t d = 0; d < D; d += kLanes) total += unpack(x + d) * unpack(y + d);
+  return sum(total);
+}
+
+template <class T, class C>
+MTFAST_INLINE void add_scaled(C* y, const T* x, C factor, int64_t D) {
+  for (int64_t d = 0; d < D; d += kLanes) pack(y + d, unpack(y + d) + unpack(x + d) * factor);
+}
+
+template <class T, class C>
+MTFAST_INLINE void write_scaled(T* y, const C* x, C factor, int64_t D) {
+  for (int64_t d = 0; d < D; d += kLanes) pack(y + d, unpack(x + d) * factor);
+}
+
+template <class T, class C>
+struct ForwardCls {
+  template <Isa isa>
+  MTFAST_INLINE void run(const AttentionForward& args, int64_t sequence, int64_t head, char* scratch) {
+    const AttentionShape& shape = args.shape;
+    const int64_t D = shape.head_dim;
+    const Extent at(shape, sequence);
+    Arena arena{scratch};
+    Buffers<C> b(arena, at.length, D, false);
+    for (int64_t d = 0; d < D; d += kLanes) pack(b.out + d, Vec<C>{});
+    C& lse = static_cast<C*>(args.lse)[head * shape.sequences + sequence];
+    lse = -static_cast<C>(INFINITY);
+    if (at.length > 0) {
+      gather<T, C>(b.q, args.q, sequence, 1, 1, head, D, static_cast<C>(shape.softmax_scale * kLog2E));
+      for (int64_t j = 0; j < at.lanes; ++j)
+        b.p[j] = j < at.length ? dot(row_of<const T>(args.k, at.begin + j, head), b.q, D) : C{0};
+      if (shape.threshold) draw<isa>(b.draws, shape.seed, head, at.begin, 1, at.length);
+      lse = Forward<T, C>::softmax(b.p, at.lanes, last_lanes<C>(at), b.draws, shape);
+      for (int64_t j = 0; j < at.length; ++j)
+        add_scaled(b.out, row_of<const T>(args.v, at.begin + j, head), b.p[j], D);
+    }
+    write_scaled(row_of<T>(args.out, sequence, head), b.out, C{1}, D);
+  }
+};
+
+template <class T, class C>
+struct BackwardCls {
+  template <Isa isa>
+  MTFAST_INLINE void run(const AttentionBackward& args, int64_t sequence, int64_t head, char* scratch) {
+    const AttentionShape& shape = args.shape;
+    const int64_t D = shape.head_dim;
+    const Extent at(shape, sequence);
+    Arena arena{scratch};
+    Buffers<C> b(arena, at.length, D, true);
+    for (int64_t d = 0; d < D; d += kLanes) pack(b.out + d, Vec<C>{});
+    if (at.length > 0) {
+      gather<T, C>(b.q, args.q, sequence, 1, 1, head, D, static_cast<C>(shape.softmax_scale * kLog2E));
+      gather<T, C>(b.dout, args.dout, sequence, 1, 1, head, D, C{1});
+      for (int64_t j = 0; j < at.lanes; ++j) {
+        const bool exists = j < at.length;
+        b.p[j] = exists ? dot(row_of<const T>(args.k, at.begin + j, head), b.q, D) : C{0};
+        b.dp[j] = exists ? dot(row_of<const T>(args.v, at.begin + j, head), b.dout, D) : C{0};
+      }
+      if (shape.threshold) draw<isa>(b.draws, shape.seed, head, at.begin, 1, at.length);
+      const C lse = static_cast<const C*>(args.lse)[head * shape.sequences + sequence];
+      Backward<T, C>::differentiate(b.p, b.dp, at.lanes, last_lanes<C>(at), Log2<C>::of(lse), b.draws, shape);
+      for (int64_t j = 0; j < at.length; ++j) {
+        add_scaled(b.out, row_of<const T>(args.k, at.begin + j, head), b.dp[j], D);
+        write_scaled(row_of<T>(args.dk, at.begin + j, head), b.q, b.dp[j] * static_cast<C>(kLn2), D);
+        write_scaled(row_of<T>(args.dv, at.begin + j, head), b.dout, b.p[j], D);
+      }
+    }
+    write_scaled(row_of<T>(args.dq, sequence, head), b.out, static_cast<C>(shape.softmax_scale), D);
+  }
+};
+
+// ---- tasks and threads ----
 
 // Scratch that lives as long as its thread, so that a step does not pay for fresh pages.
 char* scratch(int64_t bytes) {
@@ -128,46 +294,64 @@ char* scratch(int64_t bytes) {
   return buffer.get();
 }
 
-template <class Args, class Kernel>
-void run(const Args& args, bool cls, bool is_backward, Kernel kernel, int64_t slots, ParallelSlots parallel) {
+// Runs the kernel on every sequence and head.
+template <class Kernel, class C, class Args>
+void run(const Args& args, bool is_backward, int64_t slots, ParallelSlots parallel) {
   const AttentionShape& shape = args.shape;
   int64_t longest = 0;
   for (int64_t s = 0; s < shape.sequences; ++s)
     longest = std::max<int64_t>(longest, shape.cu_seqlens[s + 1] - shape.cu_seqlens[s]);
+  Arena measure{nullptr};
+  Buffers<C>(measure, longest, shape.head_dim, is_backward);
   struct Context {
     const Args& args;
-    bool cls;
-    Kernel kernel;
     int64_t tasks, chunk, bytes;
     std::atomic<int64_t> next{0};
-  } context{args,   cls,
-            kernel, shape.sequences * shape.heads,
-            1,      portable::scratch_bytes(longest, shape.head_dim, is_backward)};
+  } context{args, shape.sequences * shape.heads, 1, measure.used};
   if (context.tasks == 0) return;
   context.chunk = context.tasks > 256 * slots ? 8 : 1;
-  auto body = [](int64_t, void* opaque) {
+  const auto body = [](int64_t, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
     char* mine = scratch(c.bytes);
     const int64_t heads = c.args.shape.heads;
     for (int64_t t; (t = c.next.fetch_add(c.chunk, std::memory_order_relaxed)) < c.tasks;)
       for (int64_t end = std::min(t + c.chunk, c.tasks); t < end; ++t)
-        c.kernel(c.args, c.cls, t / heads, t % heads, mine);
+        call_best(Kernel{}, c.args, t / heads, t % heads, mine);
   };
   parallel(std::min(slots, context.tasks), body, &context);
 }
 
+template <template <class, class> class All, template <class, class> class Cls, class Args>
+void run_by_dtype(const Args& args, bool cls, bool is_backward, int64_t slots, ParallelSlots parallel) {
+  const auto with = [&](auto element, auto scalar) {
+    using T = decltype(element);
+    using C = decltype(scalar);
+    cls ? run<Cls<T, C>, C>(args, is_backward, slots, parallel)
+        : run<All<T, C>, C>(args, is_backward, slots, parallel);
+  };
+  switch (args.shape.dtype) {
+    case AttentionDtype::kBFloat16:
+      return with(bf16{}, float{});
+    case AttentionDtype::kHalf:
+      return with(f16{}, float{});
+    case AttentionDtype::kFloat:
+      return with(float{}, float{});
+    case AttentionDtype::kDouble:
+      return with(double{}, double{});
+  }
+}
+
 }  // namespace
+}  // namespace attention
 
 void packed_attention_forward_cpu(const AttentionForward& args, bool cls, int64_t slots,
                                   ParallelSlots parallel) {
-  run(args, cls, false, kernels().forward, slots, parallel);
+  attention::run_by_dtype<attention::Forward, attention::ForwardCls>(args, cls, false, slots, parallel);
 }
 
 void packed_attention_backward_cpu(const AttentionBackward& args, bool cls, int64_t slots,
                                    ParallelSlots parallel) {
-  run(args, cls, true, kernels().backward, slots, parallel);
+  attention::run_by_dtype<attention::Backward, attention::BackwardCls>(args, cls, true, slots, parallel);
 }
-
-const char* packed_attention_cpu_instructions() { return kernels().name; }
 
 }  // namespace mtfast

@@ -120,14 +120,42 @@ MTFAST_INLINE void store(T* p, V x, int64_t count) {
   std::memcpy(p, tail, static_cast<size_t>(count) * sizeof(T));
 }
 
+// Over the lanes, by halves: the compiler keeps each half in registers.
 template <class V>
 MTFAST_INLINE auto sum(V x) {
-  auto total = x[0];
-  for (int i = 1; i < kLanes; ++i) total += x[i];
-  return total;
+  std::decay_t<decltype(x[0])> lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  return lanes[0];
 }
 
-// ---- exp (saturating at 88.3), erf and tanh: within 2 units in the last place of float ----
+template <class V>
+MTFAST_INLINE auto maximum(V x) {
+  std::decay_t<decltype(x[0])> lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
+  return lanes[0];
+}
+
+// ---- exp2, exp (saturating at 88.3), erf and tanh: within 2 units in the last place of float ----
+
+// For x below 126 (and 0 from -126 down, all but): x = n + f with |f| <= 1/2, Taylor series of 2^f, n into
+// the exponent.
+MTFAST_INLINE f32x16 exp2(f32x16 x) {
+  x = x < -126.0f ? f32x16{} - 126.0f : x;
+  const f32x16 shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits now hold round(x)
+  const f32x16 f = x - (shifted - 12582912.0f);
+  f32x16 y = f * 1.5252733804e-5f + 1.5403530393e-4f;
+  y = y * f + 1.3333558146e-3f;
+  y = y * f + 9.6181291076e-3f;
+  y = y * f + 5.5504108665e-2f;
+  y = y * f + 2.4022650696e-1f;
+  y = y * f + 6.9314718056e-1f;
+  y = y * f + 1.0f;
+  return reinterpret_cast<f32x16>(reinterpret_cast<i32x16>(y) + (reinterpret_cast<i32x16>(shifted) << 23));
+}
 
 MTFAST_INLINE f32x16 exp(f32x16 x) {
   const f32x16 low = splat<f32x16>(-87.3), high = splat<f32x16>(88.3);
@@ -173,6 +201,10 @@ MTFAST_INLINE f32x16 tanh(f32x16 x) {
   return (t > 0.625f) ? ((x < 0.0f) ? -far : far) : near;
 }
 
+MTFAST_INLINE f64x16 exp2(f64x16 x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
 MTFAST_INLINE f64x16 exp(f64x16 x) {
   for (int i = 0; i < kLanes; ++i) x[i] = std::exp(x[i]);
   return x;

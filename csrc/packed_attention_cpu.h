@@ -1,0 +1,198 @@
+// What a task of packed attention on the CPU is made of: rows moved to and from scratch, products of small
+// matrices, dropout draws. C is float or double, the type of scratch and arithmetic.
+#pragma once
+#include "packed_attention.h"
+#include "simd_isa.h"
+
+namespace mtfast::attention {
+
+using namespace simd;
+
+template <class C>
+using Vec = typename Compute<C>::vec;
+template <class C>
+using Mask = typename Compute<C>::mask;
+
+MTFAST_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// ---- rows ----
+
+template <class T>
+MTFAST_INLINE T* row_of(const AttentionTensor& x, int64_t row, int64_t head) {
+  return static_cast<T*>(x.data) + row * x.row_stride + head * x.head_stride;
+}
+
+// to [padded, D] = factor * x[first : first + rows, head], then zeros.
+template <class T, class C>
+MTFAST_INLINE void gather(C* to, const AttentionTensor& x, int64_t first, int64_t rows, int64_t padded,
+                          int64_t head, int64_t D, C factor) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = row_of<const T>(x, first + i, head);
+    for (int64_t d = 0; d < D; d += kLanes) pack(to + i * D + d, unpack(from + d) * factor);
+  }
+  for (int64_t i = rows * D; i < padded * D; i += kLanes) pack(to + i, Vec<C>{});
+}
+
+template <class T, class C>
+MTFAST_INLINE void scatter(const AttentionTensor& x, const C* from, int64_t first, int64_t rows, int64_t head,
+                           int64_t D, C factor) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* to = row_of<T>(x, first + i, head);
+    for (int64_t d = 0; d < D; d += kLanes) pack(to + d, unpack(from + i * D + d) * factor);
+  }
+}
+
+// One stage of a transpose in registers: exchanges the off-diagonal S x S blocks of each 2S x 2S block.
+template <int S>
+MTFAST_INLINE void exchange(f32x16 (&x)[kLanes]) {
+  i32x16 low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = (i & S) ? kLanes + i - S : i;
+    high[i] = (i & S) ? kLanes + i : i + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & S) continue;
+    const f32x16 a = x[i], b = x[i + S];
+    x[i] = __builtin_shuffle(a, b, low);
+    x[i + S] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// to [D, ld] = from [rows, D] transposed; rows a multiple of the lanes.
+MTFAST_INLINE void transpose(double* to, int64_t ld, const double* from, int64_t rows, int64_t D) {
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t r = 0; r < rows; ++r) to[d * ld + r] = from[r * D + d];
+}
+MTFAST_INLINE void transpose(float* to, int64_t ld, const float* from, int64_t rows, int64_t D) {
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t d = 0; d < D; d += kLanes) {
+      f32x16 x[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) x[i] = unpack(from + (r + i) * D + d);
+      exchange<1>(x);
+      exchange<2>(x);
+      exchange<4>(x);
+      exchange<8>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) pack(to + (d + i) * ld + r, x[i]);
+    }
+}
+
+// ---- products: broadcast an element of a, multiply a row of b ----
+
+// c [kRows, kVectors vectors] (+)= a b. a is [kRows, K] or, transposed, [K, kRows].
+template <class C, int kRows, int kVectors, bool kTransposed>
+MTFAST_INLINE void tile(const C* a, int64_t lda, const C* b, int64_t ldb, C* c, int64_t ldc, int64_t K,
+                        bool accumulate) {
+  Vec<C> sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) sums[m][n] = Vec<C>{};
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<C> row[kVectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) row[n] = unpack(b + k * ldb + n * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<C> x = (kTransposed ? a[k * lda + m] : a[m * lda + k]) - Vec<C>{};
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) sums[m][n] += x * row[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      C* to = c + m * ldc + n * kLanes;
+      pack(to, accumulate ? unpack(to) + sums[m][n] : sums[m][n]);
+    }
+}
+
+template <class C, int kTallest, int kVectors, bool kTransposed>
+MTFAST_INLINE void column_of_tiles(int64_t M, const C* a, int64_t lda, const C* b, int64_t ldb, C* c,
+                                   int64_t ldc, int64_t K, bool accumulate) {
+  const int64_t step = kTransposed ? 1 : lda;
+  int64_t m = 0;
+  for (; m + kTallest <= M; m += kTallest)
+    tile<C, kTallest, kVectors, kTransposed>(a + m * step, lda, b, ldb, c + m * ldc, ldc, K, accumulate);
+  for (; m < M; m += 4)
+    tile<C, 4, kVectors, kTransposed>(a + m * step, lda, b, ldb, c + m * ldc, ldc, K, accumulate);
+}
+
+constexpr int64_t kSummed = 128;
+
+// c [M, N] (+)= a [M, K] b [K, N]; M a multiple of 4, N of the lanes.
+template <class C, bool kTransposed>
+struct Product {
+  template <Isa isa>
+  MTFAST_INLINE void run(int64_t M, int64_t N, int64_t K, const C* a, int64_t lda, const C* b, int64_t ldb,
+                         C* c, int64_t ldc, bool accumulate) {
+    // As many sums as there are registers for: 32 of 16 floats, 16 of 8, and so on.
+    constexpr bool kMany = isa == Isa::kAvx512 && sizeof(C) == 4;
+    for (int64_t k = 0; k < K || k == 0; k += kSummed) {  // sums of sums: long ones would round at every step
+      const int64_t depth = K - k < kSummed ? K - k : kSummed;
+      const C *ak = a + k * (kTransposed ? lda : 1), *bk = b + k * ldb;
+      const bool add = accumulate || k > 0;
+      int64_t n = 0;
+      if constexpr (kMany) {
+        for (; n + 4 * kLanes <= N; n += 4 * kLanes)
+          column_of_tiles<C, 4, 4, kTransposed>(M, ak, lda, bk + n, ldb, c + n, ldc, depth, add);
+        if (n + 3 * kLanes <= N) {
+          column_of_tiles<C, 8, 3, kTransposed>(M, ak, lda, bk + n, ldb, c + n, ldc, depth, add);
+          n += 3 * kLanes;
+        }
+        if (n + 2 * kLanes <= N) {
+          column_of_tiles<C, 8, 2, kTransposed>(M, ak, lda, bk + n, ldb, c + n, ldc, depth, add);
+          n += 2 * kLanes;
+        }
+      }
+      for (; n < N; n += kLanes)
+        column_of_tiles<C, kMany ? 8 : 4, 1, kTransposed>(M, ak, lda, bk + n, ldb, c + n, ldc, depth, add);
+    }
+  }
+};
+
+template <Isa isa, bool kTransposed = false, class C>
+MTFAST_INLINE void multiply(int64_t M, int64_t N, int64_t K, const C* a, int64_t lda, const C* b, int64_t ldb,
+                            C* c, int64_t ldc, bool accumulate = false) {
+  On<isa>::call(Product<C, kTransposed>{}, M, N, K, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+// ---- dropout ----
+
+// Draws of rows [row, row + rows) of the batch and columns [0, columns) of the sequence: that of (row + i, j)
+// is draws[i * result + j].
+template <Isa isa>
+MTFAST_INLINE int64_t draw(uint16_t* draws, uint64_t seed, int64_t head, int64_t row, int64_t rows,
+                           int64_t columns) {
+  const int64_t groups = (columns + 7) / 8, calls = rows * groups;
+  uint32_t next_row = static_cast<uint32_t>(row), next_group = 0;
+  for (int64_t call = 0; call < calls; call += kLanes) {
+    alignas(64) uint32_t row_of_call[kLanes], group_of_call[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      row_of_call[i] = next_row;
+      group_of_call[i] = next_group;
+      if (++next_group == groups) next_group = 0, ++next_row;
+    }
+    u32x16 c0, c1, words[4];
+    std::memcpy(&c0, row_of_call, sizeof c0);
+    std::memcpy(&c1, group_of_call, sizeof c1);
+    philox16<isa>(seed, c0, c1, static_cast<uint32_t>(head), Purpose::kAttentionDropout, words);
+    // From word by word to call by call.
+    const u32x16 first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, second = first + 8;
+    const u64x8 even = {0, 8, 1, 9, 2, 10, 3, 11}, odd = even + 4;
+    for (int half = 0; half < 2; ++half) {
+      const u32x16 order = half ? second : first;
+      const u64x8 low = reinterpret_cast<u64x8>(__builtin_shuffle(words[0], words[1], order));
+      const u64x8 high = reinterpret_cast<u64x8>(__builtin_shuffle(words[2], words[3], order));
+      const u64x8 calls_of[2] = {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, odd)};
+      std::memcpy(draws + (call + half * 8) * 8, calls_of, sizeof calls_of);
+    }
+  }
+  return groups * 8;
+}
+
+}  // namespace mtfast::attention

@@ -1,0 +1,120 @@
+// One source for every x86-64 machine: a kernel is written once, as `template <Isa isa> static void run(...)`
+// of a struct, compiled for each instruction set, and chosen when it is called.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+
+#include "device/philox.cuh"
+#include "simd.h"
+
+namespace mtfast::simd {
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+// On<isa>::call(Kernel{}, arguments...) runs Kernel::run<isa>, compiled for that instruction set. Everything
+// that `run` calls must be MTFAST_INLINE (a lambda is not); arguments must be no vectors.
+template <Isa isa>
+struct On {
+  template <class Kernel, class... Arguments>
+  static void call(Kernel, const Arguments&... arguments) {
+    Kernel::template run<isa>(arguments...);
+  }
+};
+
+#if defined(__x86_64__) && defined(__GNUC__)
+template <>
+struct On<Isa::kAvx2> {
+  template <class Kernel, class... Arguments>
+  __attribute__((target("arch=x86-64-v3"))) static void call(Kernel, const Arguments&... arguments) {
+    Kernel::template run<Isa::kAvx2>(arguments...);
+  }
+};
+template <>
+struct On<Isa::kAvx512> {
+  template <class Kernel, class... Arguments>
+  __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) static void call(
+      Kernel, const Arguments&... arguments) {
+    Kernel::template run<Isa::kAvx512>(arguments...);
+  }
+};
+#endif
+
+// The widest set of this machine; the environment's MTFAST_CPU=avx2 or MTFAST_CPU=generic asks for less.
+inline Isa best_isa() {
+  static const Isa best = [] {
+#if defined(__x86_64__) && defined(__GNUC__)
+    const char* cap = std::getenv("MTFAST_CPU");
+    if (cap != nullptr && std::strcmp(cap, "generic") == 0) return Isa::kGeneric;
+    const bool narrow = cap != nullptr && std::strcmp(cap, "avx2") == 0;
+    if (!narrow && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      return Isa::kAvx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+        __builtin_cpu_supports("bmi2"))
+      return Isa::kAvx2;
+#endif
+    return Isa::kGeneric;
+  }();
+  return best;
+}
+
+template <class Kernel, class... Arguments>
+void call_best(Kernel kernel, const Arguments&... arguments) {
+  switch (best_isa()) {
+    case Isa::kAvx512:
+      return On<Isa::kAvx512>::call(kernel, arguments...);
+    case Isa::kAvx2:
+      return On<Isa::kAvx2>::call(kernel, arguments...);
+    case Isa::kGeneric:
+      return On<Isa::kGeneric>::call(kernel, arguments...);
+  }
+}
+
+// High and low words of multiplier * c, written so that compilers find each set's instruction for it.
+template <Isa isa>
+MTFAST_INLINE void multiply(uint64_t multiplier, u32x16 c, u32x16& high, u32x16& low) {
+  if constexpr (isa == Isa::kAvx512) {
+    const u64x8 even = (reinterpret_cast<u64x8>(c) & 0xffffffffu) * multiplier;
+    const u64x8 odd = (reinterpret_cast<u64x8>(c) >> 32) * multiplier;
+    high = reinterpret_cast<u32x16>((even >> 32) | (odd & 0xffffffff00000000u));
+    low = reinterpret_cast<u32x16>((even & 0xffffffffu) | (odd << 32));
+  } else {
+    const u64x16 product = __builtin_convertvector(c, u64x16) * multiplier;
+    high = __builtin_convertvector(product >> 32, u32x16);
+    low = __builtin_convertvector(product, u32x16);
+  }
+}
+
+// Sixteen Philox calls at once: counters (c0, c1, c2, purpose) by lane become the four words of each.
+template <Isa isa>
+MTFAST_INLINE void philox16(uint64_t seed, u32x16 c0, u32x16 c1, uint32_t c2_all, Purpose purpose,
+                            u32x16 (&words)[4]) {
+  u32x16 c2 = u32x16{} + c2_all, c3 = u32x16{} + static_cast<uint32_t>(purpose);
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    u32x16 high0, low0, high1, low1;
+    multiply<isa>(0xD2511F53u, c0, high0, low0);
+    multiply<isa>(0xCD9E8D57u, c2, high1, low1);
+    c0 = high1 ^ c1 ^ k0;
+    c2 = high0 ^ c3 ^ k1;
+    c1 = low1;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// Of sixteen 16-bit draws: `scale` where kept, 0 where the draw is below the threshold.
+template <class V, class Mask>
+MTFAST_INLINE V keep_factor(const uint16_t* draws, uint32_t threshold, V scale) {
+  u16x16 draw;
+  std::memcpy(&draw, draws, sizeof draw);
+  return __builtin_convertvector(draw, Mask) >= static_cast<int>(threshold) ? scale : V{};
+}
+
+}  // namespace mtfast::simd
