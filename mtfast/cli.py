@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from mtfast.recipes import RECIPES, variants
+from mtfast.recipes import DEMO_CORPUS, RECIPES, variants
 from mtfast.train import ranks
 from mtfast.train.config import ConfigError, RunConfig, to_yaml, validate
 
@@ -30,11 +30,15 @@ def _each(config: RunConfig, action: Callable[[RunConfig], Any]) -> None:
 def _prepare(config: RunConfig) -> None:
     from mtfast.train import run
 
-    if config.data.tasks == RECIPES["demo"]().data.tasks:
-        from mtfast.data.demo import write_demo_corpus
-
-        ranks.main_first(lambda: write_demo_corpus(config.data.tasks))
     _each(config, run.prepare)
+
+
+def _write_demo_corpus() -> None:
+    from mtfast.data.demo import write_demo_corpus
+    from mtfast.train.engine import start
+
+    start()
+    ranks.on_main(lambda: write_demo_corpus(DEMO_CORPUS))
 
 
 def _train(stage: Any) -> Callable[[RunConfig], None]:
@@ -129,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         if print_config:
             print(to_yaml(config), end="")
             return
+        if recipe == "demo" and name != "report":
+            _write_demo_corpus()
         COMMANDS[name].run(config)
     except errors as error:
         _fail(str(error))

@@ -16,6 +16,8 @@ from mtfast.train.config import (
     TaskStageConfig,
 )
 
+DEMO_CORPUS = "runs/demo-corpus"
+
 
 def paper() -> RunConfig:
     """The paper's recipe to the letter, on bert-base-uncased."""
@@ -64,9 +66,9 @@ def demo() -> RunConfig:
     """A tiny BERT from scratch on a small corpus of invented films: two minutes on two cores."""
     return RunConfig(
         run_dir="runs/demo",
-        model=ModelConfig(checkpoint="runs/demo-corpus/bert", from_scratch=True, pair_inner=128),
+        model=ModelConfig(checkpoint=f"{DEMO_CORPUS}/bert", from_scratch=True, pair_inner=128),
         data=DataConfig(
-            tasks="runs/demo-corpus", reviews="runs/demo-corpus/imdb", max_length=64, review_max_length=128
+            tasks=DEMO_CORPUS, reviews=f"{DEMO_CORPUS}/imdb", max_length=64, review_max_length=128
         ),
         engine=EngineConfig(precision="fp32", zero_stage=0),
         pretrain=PretrainConfig(

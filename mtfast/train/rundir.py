@@ -25,9 +25,7 @@ class RunDirectory:
 
     def __init__(self, config: RunConfig) -> None:
         self.path = config.path
-        if ranks.is_main():
-            self._claim(config)
-        ranks.barrier()
+        ranks.on_main(lambda: self._claim(config))
 
     def _claim(self, config: RunConfig) -> None:
         existing = self.path / CONFIG
