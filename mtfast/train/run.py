@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from mtfast import __version__
 from mtfast.data.cache import TokenizedTask
 from mtfast.data.records import MissingDataError
 from mtfast.data.tasks import Split
+from mtfast.machine import device_name, version_of
 
 from . import ranks
 from .config import TASK_NAMES, ConfigError, RunConfig, StageName
@@ -69,12 +70,14 @@ def _build(config: RunConfig, run: RunDirectory, source: Source, name: StageName
 
 
 def _record(config: RunConfig, run: RunDirectory) -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     run.summarize(
         checkpoint=config.model.checkpoint,
         environment={
+            "mtfast": __version__,
             "torch": torch.__version__,
-            "device": device,
+            "deepspeed": version_of("deepspeed"),
+            "transformers": version_of("transformers"),
+            "device": device_name(),
             "ranks": ranks.world_size(),
             "threads": torch.get_num_threads(),
             "precision": config.engine.precision,
