@@ -45,7 +45,11 @@ def _train(stage: Any) -> Callable[[RunConfig], None]:
     def action(config: RunConfig) -> None:
         from mtfast.train import run
 
-        _each(config, lambda variant: run.train(variant, stage))
+        having_it = [variant for variant in variants(config).values() if stage in variant.stages]
+        if not having_it:
+            raise ConfigError(f"{stage} is not among the run's stages, {' '.join(config.stages)}")
+        for variant in having_it:
+            run.train(variant, stage)
 
     return action
 

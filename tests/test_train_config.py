@@ -1,12 +1,15 @@
 """The configuration, the DeepSpeed JSON made from it, and the run directory's ownership."""
 
 import json
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mtfast import cli
 from mtfast.recipes import RECIPES, variants
+from mtfast.train import run
 from mtfast.train.config import (
     ConfigError,
     EngineConfig,
@@ -70,16 +73,67 @@ def test_unknown_field_is_named():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("path", "value"),
     [
-        ({"finetune": TaskStageConfig(epochs=0)}, r"finetune\.epochs is 0"),
-        ({"finetune": TaskStageConfig(learning_rate=0.0)}, r"finetune\.learning_rate is 0"),
-        ({"stages": ("heads", "polish")}, "stages names 'polish'"),
+        ("seed", -1),
+        ("log_every", 0),
+        ("model.dropout_p", 1.0),
+        ("model.dropout_p", float("nan")),
+        ("model.pair_inner", 0),
+        ("data.max_reviews", 0),
+        ("data.max_length", 7),
+        ("data.review_max_length", 7),
+        ("pretrain.mlm_probability", 0.0),
+        ("pretrain.max_steps", 0),
+        ("finetune.epochs", 0),
+        ("heads.batch_size", 0),
+        ("finetune.accumulation", 0),
+        ("finetune.learning_rate", 0.0),
+        ("finetune.learning_rate", float("nan")),
+        ("pretrain.learning_rate", float("inf")),
+        ("finetune.warmup_fraction", 1.5),
+        ("finetune.betas", (0.9, 1.0)),
+        ("heads.betas", (-0.1, 0.9)),
+        ("finetune.weight_decay", -0.01),
+        ("finetune.gradient_clipping", -1.0),
+        ("finetune.bucket_tokens", 0),
+        ("finetune.checkpoint_every", -1),
+        ("finetune.temperature", 0.0),
+        ("heads.temperature", float("nan")),
+        ("finetune.loss_weights.sts", -1.0),
+        ("finetune.patience", 0),
     ],
 )
-def test_impossible_values_are_named(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        validate(replace(RunConfig(), **changes))
+def test_impossible_values_are_named(path, value):
+    config = RunConfig()
+    parts = path.split(".")
+    holders = [config]
+    for part in parts[:-1]:
+        holders.append(getattr(holders[-1], part))
+    changed: Any = value
+    for holder, part in zip(reversed(holders), reversed(parts), strict=True):
+        changed = replace(holder, **{part: changed})
+    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{path} is {value}; it must ')}\w"):
+        validate(changed)
+
+
+@pytest.mark.parametrize(
+    "stages", [(), ("heads", "polish"), ("finetune", "heads"), ("heads", "heads", "finetune")]
+)
+def test_stages_are_named_once_and_in_order(stages):
+    with pytest.raises(ConfigError, match="pretrain heads finetune, each once and in this order"):
+        validate(replace(RunConfig(), stages=stages))
+    validate(replace(RunConfig(), stages=("pretrain", "finetune")))
+
+
+def test_a_stage_is_run_only_for_the_variants_that_have_it(monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(run, "train", lambda config, stage: trained.append((config.path.name, stage)))
+    cli.main(["pretrain", "exp1"])
+    assert trained == [("with-pretraining", "pretrain")]
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "paper", "--stages", "heads", "finetune"])
+    assert len(trained) == 1 and "not among the run's stages, heads finetune" in capsys.readouterr().err
 
 
 def test_batch_is_divided_among_ranks_and_accumulation():
