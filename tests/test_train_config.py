@@ -200,7 +200,7 @@ def test_unreadable_json(tmp_path, content, message):
 
 def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     config = RunConfig(run_dir=str(tmp_path / "run"))
-    RunDirectory(config)
+    RunDirectory(config).append([{"stage": "heads", "step": 1}])
     before = (tmp_path / "run" / "config.yaml").read_text()
     RunDirectory(config)  # the same configuration continues
     with pytest.raises(
@@ -208,6 +208,26 @@ def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     ):
         RunDirectory(replace(config, finetune=TaskStageConfig(epochs=3)))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_false_start_does_not_keep_the_directory(tmp_path):
+    wrong = RunConfig(run_dir=str(tmp_path / "run"), seed=1)
+    RunDirectory(wrong).summarize(data={"sst-train": {"read": 1}})
+    right = replace(wrong, seed=2)
+    with pytest.raises(ConfigError, match="holds no run with this configuration"):
+        RunDirectory(right, create=False)
+    assert RunDirectory(right).summarize() == {}
+    RunDirectory(right, create=False)
+    with pytest.raises(ConfigError, match="nowhere holds no run"):
+        RunDirectory(replace(right, run_dir=str(tmp_path / "nowhere")), create=False)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("text", ["a: [", "3", "\xff"])
+def test_a_directory_whose_config_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.yaml (cannot be read|is not a run's configuration)"):
+        RunDirectory(RunConfig(run_dir=str(tmp_path)))
 
 
 def test_directory_with_foreign_metrics_is_refused(tmp_path):
