@@ -262,13 +262,23 @@ def _write_heads(directory: Path, tensors: Mapping[str, Tensor], config: HeadsCo
 
 @contextmanager
 def _replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of `directory` where filling it raises nothing."""
+    """An empty directory to fill, which takes the place of `directory` where filling it raises nothing.
+
+    Raises:
+        CheckpointError: the disk is full, or may not be written to; nothing of the attempt stays.
+    """
     target = Path(directory).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming = target.with_name(f".{target.name}.incoming")
     shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir()
-    yield incoming
+    try:
+        incoming.mkdir()
+        yield incoming
+    except BaseException as error:
+        shutil.rmtree(incoming, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
+        raise
     _restore(target)
     outgoing = _outgoing(target)
     shutil.rmtree(outgoing, ignore_errors=True)
