@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from mtfast import cli
 from mtfast.data.demo import write_demo_corpus
 from mtfast.models.checkpoint import load_bert_config
 from mtfast.recipes import RECIPES
@@ -104,3 +105,10 @@ def test_nothing_to_evaluate(config, command):
     run.prepare(config)
     with pytest.raises(ConfigError, match="holds no finished heads or finetune stage"):
         command(config)
+
+
+def test_report_of_an_experiment_of_which_one_run_is_there(tmp_path, capsys):
+    (tmp_path / "exp1" / "with-pretraining").mkdir(parents=True)
+    cli.main(["report", "exp1", "--run-dir", str(tmp_path / "exp1")])
+    assert capsys.readouterr().out.count("wrote ") == 2
+    assert "Not run: `without pre-training`." in (tmp_path / "exp1" / "report.md").read_text()

@@ -1,5 +1,6 @@
 """The configuration, the DeepSpeed JSON made from it, and the run directory's ownership."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -278,7 +279,14 @@ def test_short_flags_are_the_dotted_ones(flag, capsys):
     ("arguments", "message"),
     [
         (["fly", "paper"], "no command 'fly'"),
-        (["run", "papier"], "no recipe 'papier'"),
+        (["run", "papier"], "no recipe 'papier'; the recipes are demo, local, paper"),
+        (["finetune"], "finetune needs a recipe; the recipes are demo, local, paper"),
+        (["doctor", "demo"], "doctor takes no options, found 'demo'"),
+        (["report", "demo", "--run-dir", "no/such/run"], "no/such/run holds no run to report on"),
+        (
+            ["heads", "paper", "--run-dir", f"{__file__}/run"],
+            "test_train_config.py/run: Not a directory",
+        ),
         (["run", "paper", "--model.dropout-p", "1.5"], r"model.dropout_p is 1.5"),
     ],
 )
@@ -287,6 +295,28 @@ def test_command_line_errors_are_plain_sentences(arguments, message, capsys):
         cli.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_other_ranks_say_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (
+        ["--help"],
+        ["fly"],
+        ["run", "demo", "--print-config"],
+        ["run", "demo", "--epoch", "3"],
+    ):
+        with contextlib.suppress(SystemExit):
+            cli.main(arguments)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["finetune", "-h"], ["doctor", "--help"]])
+def test_help_without_a_recipe_lists_commands_and_recipes(arguments, capsys):
+    cli.main(arguments)
+    text = capsys.readouterr().out
+    for name in (*cli.COMMANDS, "doctor", *RECIPES):
+        assert re.search(rf"^  {name} +\w", text, re.MULTILINE)
 
 
 def test_help_explains_every_field(capsys):

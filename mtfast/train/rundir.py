@@ -45,8 +45,8 @@ class RunDirectory:
             )
         if not create:
             raise ConfigError(f"{self.path} holds no run with this configuration; train one first")
-        (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
         write_text(owned, to_yaml(config))
+        (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
 
     def stage(self, name: str) -> Path:
         return self.path / name
