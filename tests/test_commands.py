@@ -4,10 +4,16 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import scipy.stats
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertModel
 
-from mtfast import cli
+from mtfast import cli, machine
 from mtfast.data.demo import write_demo_corpus
+from mtfast.data.tasks import read_task
 from mtfast.models.checkpoint import load_bert_config
 from mtfast.recipes import RECIPES
 from mtfast.train import run
@@ -105,6 +111,82 @@ def test_nothing_to_evaluate(config, command):
     run.prepare(config)
     with pytest.raises(ConfigError, match="holds no finished heads or finetune stage"):
         command(config)
+
+
+def oracle(directory, tasks: dict[str, list[list[str]]]) -> dict[str, torch.Tensor]:
+    """Predictions of a fine-tuned checkpoint, sentence by sentence through Hugging Face's BertModel."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    bert = BertModel.from_pretrained(directory).eval()
+    heads = load_file(directory / "heads.safetensors")
+
+    def linear(x, name):
+        return x @ heads[f"heads.{name}.weight"].T + heads[f"heads.{name}.bias"]
+
+    def cls(texts):
+        with torch.no_grad():
+            return torch.cat(
+                [bert(**tokenizer(t, return_tensors="pt")).last_hidden_state[:, 0] for t in texts]
+            )
+
+    found = {"sst": linear(cls(tasks["sst"][0]), "sentiment.classifier").argmax(1)}
+    for output, task in enumerate(("quora", "sts")):
+        pair = torch.cat([cls(column) for column in tasks[task]], dim=1)
+        found[task] = linear(linear(pair, "pair.mlp.dense").relu(), "pair.mlp.out_proj")[:, output]
+    return found | {"quora": (found["quora"] > 0).double()}
+
+
+def test_a_short_run_predicts_evaluates_and_summarises(config, corpus):
+    config = replace(
+        config,
+        stages=("heads", "finetune"),
+        heads=replace(config.heads, epochs=1),
+        finetune=replace(config.finetune, epochs=1, max_steps=60),
+    )
+    for stage in config.stages:
+        run.train(config, stage)
+    metrics = run.evaluate(config)
+    assert [path.name for path in run.predict(config)] == [
+        f"{stem}-{split}-output.csv" for split in ("dev", "test") for stem in ("sst", "para", "sts")
+    ]
+
+    columns = {"sst": "Predicted_Sentiment", "quora": "Predicted_Is_Paraphrase", "sts": "Predicted_Similiary"}
+    tables = {task: read_task(task, corpus.tasks, "test") for task in columns}
+    expected = oracle(config.path / "finetune/best-mean", {task: t.texts for task, t in tables.items()})
+    dev = {}
+    for task, column in columns.items():
+        for split in ("dev", "test"):
+            name = f"{'para' if task == 'quora' else task}-{split}-output.csv"
+            header, *rows = (config.path / "predictions" / name).read_text().split("\n")[:-1]
+            assert header == f"id \t {column} " and all(row.endswith(" ") for row in rows)
+            ids, values = zip(*(row.split(" , ") for row in rows), strict=True)
+            table = read_task(task, corpus.tasks, split)
+            assert list(ids) == table.ids
+            if split == "test":
+                assert list(map(float, values)) == pytest.approx(expected[task].tolist(), rel=1e-4, abs=1e-4)
+            else:
+                dev[task] = np.array(values, dtype=float), table.labels
+    sst, quora = ((dev[task][0] == dev[task][1]).mean() for task in ("sst", "quora"))
+    pearson = scipy.stats.pearsonr(*dev["sts"]).statistic
+    assert metrics == pytest.approx(
+        {
+            "sst_accuracy": sst,
+            "quora_accuracy": quora,
+            "sts_pearson": pearson,
+            "mean": (sst + quora + pearson) / 3,
+            "cs224n_overall": (sst + quora + (pearson + 1) / 2) / 3,
+        },
+        rel=1e-5,
+    )
+
+    summary = json.loads((config.path / "summary.json").read_text())
+    assert summary["dev"] == metrics
+    assert set(summary["stages"]) == {"heads", "finetune"}
+    facts = {"seconds", "steps", "examples_per_s", "tokens_per_s", "first_loss", "last_loss"}
+    assert all(set(stage) == facts for stage in summary["stages"].values())
+    assert summary["stages"]["finetune"]["steps"] == 60
+    assert {"sst-test", "quora-train"} < set(summary["data"])
+    assert summary["environment"]["device"] == machine.device_name()
+    assert {"mtfast", "torch", "deepspeed", "transformers", "ranks", "threads"} < set(summary["environment"])
 
 
 def test_report_of_an_experiment_of_which_one_run_is_there(tmp_path, capsys):

@@ -56,13 +56,12 @@ class ReviewAccount(RowAccount):
     long_sentences: int
 
     def summary(self, *facts: str, at_most: int = 10) -> str:
-        return super().summary(
-            f"{self.samples:,} samples",
-            f"{self.single_sentence_reviews:,} reviews of one sentence",
-            f"{self.long_sentences:,} long sentences cut into runs",
-            *facts,
-            at_most=at_most,
-        )
+        odd = {
+            "reviews of one sentence": self.single_sentence_reviews,
+            "long sentences cut into runs": self.long_sentences,
+        }
+        counted = [f"{count:,} {what}" for what, count in odd.items() if count]
+        return super().summary(f"{self.samples:,} samples", *counted, *facts, at_most=at_most)
 
 
 @dataclass(frozen=True)

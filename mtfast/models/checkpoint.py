@@ -72,7 +72,9 @@ class LoadReport:
         """One line for people."""
 
         def parts(names: Any) -> str:
-            return ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+            split = (name.split(".") for name in names)
+            short = (".".join(part[: 3 if part[0] == "encoder" else 2]) for part in split)
+            return ", ".join(dict.fromkeys(short))
 
         text = f"loaded {self.source}"
         if self.initialised:

@@ -77,7 +77,8 @@ def load_reviews(config: RunConfig, tokenizer: Any) -> ReviewSamples:
 
 
 def _summary(table: TokenizedTask | ReviewSamples) -> str:
-    return table.account.summary(f"{table.truncated:,} sequences cut to {table.max_length} word pieces")
+    cut = f"{table.truncated:,} sequences cut to {table.max_length} word pieces"
+    return table.account.summary(*([cut] if table.truncated else []))
 
 
 def account_of(table: TokenizedTask | ReviewSamples) -> dict[str, Any]:

@@ -172,6 +172,7 @@ def predict(config: RunConfig) -> list[Path]:
             except MissingDataError as error:
                 say(f"{task} {split}: nothing to predict ({error})")
                 continue
+            predictor.run.summarize(data={f"{task}-{split}": account_of(table)})
             values = predictor.predict({task: table})[task]
             stem, column = PREDICTION_FILES[task]
             path = predictor.run.path / "predictions" / f"{stem}-{split}-output.csv"
