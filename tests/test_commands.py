@@ -97,6 +97,13 @@ def test_one_file_for_every_split_is_refused(config, corpus):
     run.prepare(change_data(config, sts=str(path).replace("train", "{split}")))
 
 
+@pytest.mark.parametrize("tasks", ["data/nowhere", "sts-{split}.csv"])
+def test_a_missing_directory_of_the_tasks_is_not_asked_of_the_hub(config, tasks, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", None)
+    with pytest.raises(ConfigError, match=rf"data\.tasks is {tasks}, which is no directory here"):
+        run.prepare(change_data(config, tasks=tasks))
+
+
 def test_a_stage_does_not_come_after_one_that_builds_on_it(config):
     (RunDirectory(config).stage("heads") / "state").mkdir(parents=True)
     with pytest.raises(ConfigError, match="heads has begun without pretrain"):

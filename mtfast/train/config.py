@@ -179,7 +179,7 @@ class RunConfig:
 
     @property
     def path(self) -> Path:
-        return Path(self.run_dir)
+        return Path(self.run_dir).expanduser()
 
     def stage(self, name: StageName) -> StageConfig:
         return getattr(self, name)

@@ -22,7 +22,8 @@ EVALUATION_TOKENS = 16384
 
 
 def cache_directory(config: RunConfig) -> Path:
-    return Path(config.data.cache_dir) if config.data.cache_dir else config.path / "cache"
+    given = config.data.cache_dir
+    return Path(given).expanduser() if given else config.path / "cache"
 
 
 def load_tasks(config: RunConfig, tokenizer: Any, split: Split) -> dict[str, TokenizedTask]:
@@ -34,9 +35,15 @@ def load_task(config: RunConfig, tokenizer: Any, task: str, split: Split) -> Tok
     """One task's examples of one split, tokenized. Says what was read, skipped and cut.
 
     Raises:
-        ConfigError: the source is one file, which would serve as train, dev and test data alike.
+        ConfigError: there is no such directory, or the source is one file, which would serve as train, dev
+            and test data alike.
     """
     source = config.data.source(task)
+    if source == config.data.tasks and not Path(source).expanduser().is_dir():
+        raise ConfigError(
+            f"data.tasks is {source}, which is no directory here; it should hold the CS 224N files, or "
+            f"data.{task} name another source of {task}"
+        )
     if is_one_file(source):
         raise ConfigError(
             f"data.{task} is one file, {source}, which would be training and dev data at once; name a "
