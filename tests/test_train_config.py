@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
 
 from mtfast import cli
 from mtfast.recipes import RECIPES, variants
@@ -16,8 +17,8 @@ from mtfast.train.config import (
     EngineConfig,
     RunConfig,
     TaskStageConfig,
-    from_dict,
     to_dict,
+    to_yaml,
     validate,
 )
 from mtfast.train.deepspeed_config import deepspeed_config
@@ -38,10 +39,10 @@ def write(tmp_path, values) -> str:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_valid_and_survives_yaml_values(name):
+def test_recipe_is_valid_and_written_whole(name):
     config = RECIPES[name]()
     validate(config)
-    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert yaml.safe_load(to_yaml(config)) == to_dict(config)
     assert RECIPES[name].__doc__
 
 
@@ -66,11 +67,6 @@ def test_experiments_differ_in_one_thing():
     linear, lstm = variants(RECIPES["exp2"]()).values()
     assert (linear.model.sentiment_head, lstm.model.sentiment_head) == ("linear", "lstm")
     assert replace(linear, model=lstm.model, run_dir=lstm.run_dir) == lstm
-
-
-def test_unknown_field_is_named():
-    with pytest.raises(ConfigError, match=r"config\.finetune: unknown field 'epoch'"):
-        from_dict({"finetune": {"epoch": 3}})
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,10 @@ def _delimited_records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]
         except csv.Error as error:
             # An unclosed quote swallows every row that follows, so it must not pass as one bad row.
             if "unexpected end of data" in str(error) or "field larger" in str(error):
-                raise DataError(f"{path}:{line}: a quoted field begins here and is not closed") from None
+                limit = f"within {csv.field_size_limit():,} characters"
+                raise DataError(
+                    f"{path}:{line}: a quoted field begins here and is not closed {limit}"
+                ) from None
             yield line, f"bad quoting: {error}"
             continue
         if fields:

@@ -202,26 +202,6 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def from_dict(values: dict[str, Any]) -> RunConfig:
-    """Inverse of `to_dict`. Raises ConfigError for an unknown field."""
-    return _build(RunConfig, values, "config")
-
-
-def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := set(values) - known:
-        raise ConfigError(f"{where}: unknown field {sorted(unknown)[0]!r}; it has {', '.join(sorted(known))}")
-    built = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = _build(hints[name], value, f"{where}.{name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return cls(**built)
-
-
 Rule = tuple[str, Callable[[Any], bool]]
 
 
