@@ -172,7 +172,7 @@ def test_a_missing_column_is_named_with_the_columns_found(tmp_path):
 
 
 def test_columns_are_found_by_name_in_any_order(tmp_path):
-    write_sst(tmp_path, "4\tA good film .\tnoise\tx9", header="sentiment\tsentence\tother\tid\n")
+    write_sst(tmp_path, "4\tA good film .\tnoise\tx9", header=" Sentiment\tsentence \tother\tID\n")
     table = read_task("sst", tmp_path)
     assert (table.ids, table.texts, table.labels.tolist()) == (["x9"], [["A good film ."]], [4])
 

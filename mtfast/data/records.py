@@ -73,8 +73,8 @@ class Records:
     rows: list[Record]
 
     def find(self, names: tuple[str, ...]) -> str | None:
-        """The column that goes by the first of ``names`` there is, upper or lower case, or None."""
-        by_lower = {column.lower(): column for column in self.columns}
+        """The column that goes by the first of ``names`` there is, whatever its case and spaces, or None."""
+        by_lower = {column.strip().lower(): column for column in self.columns}
         return next((by_lower[name] for name in names if name in by_lower), None)
 
     def require(self, names: tuple[str, ...]) -> str:
@@ -130,7 +130,7 @@ def read_split(source: str | Path, split: str) -> Records:
     available = _load_splits(kind, source)
     for candidate in (*names, ""):
         if candidate in available:
-            return available[candidate]
+            return _from_data_set(source, candidate, available[candidate])
     raise MissingDataError(
         f"{source}: no {split} split; wanted {' or '.join(names)}, found {', '.join(available)}"
     )
@@ -149,7 +149,7 @@ def read_every_split(source: str | Path) -> list[Records]:
                 f"the directory holds {_listing(path)}"
             )
         return [read_file(file) for file in files]
-    return list(_load_splits(kind, source).values())
+    return [_from_data_set(source, split, data) for split, data in _load_splits(kind, source).items()]
 
 
 def is_one_file(source: str | Path) -> bool:
@@ -206,8 +206,8 @@ def _joined(origin: str, shards: list[Path]) -> Records:
     return Records(origin, parts[0].columns, [row for part in parts for row in part.rows])
 
 
-def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str, Records]:
-    """Every split by name; a saved data set without splits has the one name ""."""
+def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str, Any]:
+    """Every split of a data set by name; a saved one without splits has the one name ""."""
     import datasets
 
     name, _, config = str(source).partition(":")
@@ -225,14 +225,12 @@ def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str,
         )
         raise DataError(f"{source}: {what} ({type(error).__name__}: {error})") from error
     if isinstance(loaded, datasets.Dataset):
-        loaded = {"": loaded}
-    return {
-        str(split): _from_columns(
-            f"{source} ({split})" if split else str(source),
-            {column: list(data[column]) for column in data.column_names},
-        )
-        for split, data in loaded.items()
-    }
+        return {"": loaded}
+    return {str(split): data for split, data in loaded.items()}
+
+
+def _from_data_set(source: str | Path, split: str, data: Any) -> Records:
+    return _from_columns(f"{source} ({split})" if split else str(source), data.to_dict())
 
 
 def decode_utf8(path: Path) -> str:
