@@ -41,6 +41,10 @@ def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
         "finetune.max-steps": STEPS,
         **more,
     }
+    return flags(values)
+
+
+def flags(values: dict[str, object]) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
@@ -100,16 +104,8 @@ def test_two_ranks_follow_one_under_every_zero_stage(zero_stage, corpus, one_ran
 
 
 def test_the_demo_on_two_ranks_says_and_writes_what_one_rank_does(tmp_path):
-    short = (
-        "--pretrain.max-steps",
-        "2",
-        "--heads.epochs",
-        "1",
-        "--finetune.epochs",
-        "1",
-        "--log-every",
-        "100",
-    )
+    stages = {"pretrain.max-steps": 2, "heads.epochs": 1, "finetune.epochs": 1, "log-every": 100}
+    short = flags(stages | {"engine.zero-stage": 2, "engine.precision": "bf16"})
     said = {}
     for name, command in (("one", plainly), ("two", deepspeed)):
         (tmp_path / name).mkdir()
