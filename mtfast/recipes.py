@@ -92,11 +92,15 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """The runs of an experiment by name, each in a directory of its own below the config's; else one."""
+    """The runs of an experiment by name, each in a directory of its own below the config's; else one.
+
+    The runs of an experiment share the cache of tokenized data.
+    """
+    data = replace(config.data, cache_dir=config.data.cache_dir or str(config.path / "cache"))
 
     def at(name: str, **changes: object) -> RunConfig:
         run_dir = str(config.path / name)
-        return replace(config, run_dir=run_dir, experiment="none", **changes)  # type: ignore[arg-type]
+        return replace(config, run_dir=run_dir, experiment="none", data=data, **changes)  # type: ignore[arg-type]
 
     if config.experiment == "exp1":
         without = tuple(stage for stage in config.stages if stage != "pretrain")

@@ -67,6 +67,7 @@ def test_experiments_differ_in_one_thing():
     linear, lstm = variants(RECIPES["exp2"]()).values()
     assert (linear.model.sentiment_head, lstm.model.sentiment_head) == ("linear", "lstm")
     assert replace(linear, model=lstm.model, run_dir=lstm.run_dir) == lstm
+    assert linear.data.cache_dir == "runs/exp2/cache" and with_.data.cache_dir == "runs/exp1/cache"
 
 
 @pytest.mark.parametrize(

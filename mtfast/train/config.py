@@ -45,13 +45,13 @@ class DataConfig:
     tasks: str = "data/cs224n"
     """Directory with the CS 224N files of all three tasks."""
     sst: str | None = None
-    """Another source for sentiment: a directory, a Hugging Face data set, or a Parquet, CSV or JSONL file."""
+    """Another source for sentiment: a directory, a Hugging Face data set, or files with {split} in the name."""
     quora: str | None = None
     """Another source for paraphrase detection."""
     sts: str | None = None
     """Another source for semantic similarity."""
     reviews: str = "stanfordnlp/imdb"
-    """Movie reviews for further pre-training: a Hugging Face data set, a directory or a Parquet file."""
+    """Movie reviews for further pre-training: a Hugging Face data set, a directory or one file."""
     max_reviews: int | None = None
     """Use only this many reviews."""
     max_length: int = 128
@@ -61,7 +61,7 @@ class DataConfig:
     strict: Annotated[bool, tyro.conf.arg(aliases=["--strict"])] = False
     """Stop at the first row that cannot be used instead of counting and naming it."""
     cache_dir: str | None = None
-    """Where tokenized data is kept; by default `cache/` in the run directory."""
+    """Where tokenized data is kept; by default `cache/` in the directory of the run or the experiment."""
 
     def source(self, task: str) -> str:
         return getattr(self, task) or self.tasks
@@ -154,8 +154,7 @@ class HeadsStageConfig(TaskStageConfig):
     learning_rate: float = 1e-3
     """Peak learning rate."""
     features: Literal["cached", "live"] = "cached"
-    """Encode the data once without dropout and train on that, or run the frozen encoder in every step
-    with its dropout on."""
+    """Encode the data once, without dropout, or run the frozen encoder in every step with its dropout on."""
 
 
 @dataclass(frozen=True)
