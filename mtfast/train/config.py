@@ -45,7 +45,7 @@ class DataConfig:
     tasks: str = "data/cs224n"
     """Directory with the CS 224N files of all three tasks."""
     sst: str | None = None
-    """Another source for sentiment: a directory, a Hugging Face data set, or files with {split} in the name."""
+    """Another source for sentiment: directory, Hugging Face data set, or files with {split} in their name."""
     quora: str | None = None
     """Another source for paraphrase detection."""
     sts: str | None = None
