@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
-from mtfast.recipes import RECIPES, variants
+from mtfast.recipes import DEMO_CORPUS, RECIPES, variants
 from mtfast.train import ranks
 from mtfast.train.config import ConfigError, RunConfig, to_yaml, validate
+
+# Failures of the system that its user can do something about; any other keeps its traceback.
+FIXABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,26 @@ def _each(config: RunConfig, action: Callable[[RunConfig], Any]) -> None:
 def _prepare(config: RunConfig) -> None:
     from mtfast.train import run
 
-    if config.data.tasks == RECIPES["demo"]().data.tasks:
-        from mtfast.data.demo import write_demo_corpus
-
-        ranks.main_first(lambda: write_demo_corpus(config.data.tasks))
     _each(config, run.prepare)
+
+
+def _write_demo_corpus() -> None:
+    from mtfast.data.demo import write_demo_corpus
+    from mtfast.train.engine import start
+
+    start()
+    ranks.on_main(lambda: write_demo_corpus(DEMO_CORPUS))
 
 
 def _train(stage: Any) -> Callable[[RunConfig], None]:
     def action(config: RunConfig) -> None:
         from mtfast.train import run
 
-        _each(config, lambda variant: run.train(variant, stage))
+        having_it = [variant for variant in variants(config).values() if stage in variant.stages]
+        if not having_it:
+            raise ConfigError(f"{stage} is not among the run's stages, {' '.join(config.stages)}")
+        for variant in having_it:
+            run.train(variant, stage)
 
     return action
 
@@ -62,14 +74,15 @@ def _report(config: RunConfig) -> None:
     from mtfast import report
     from mtfast.train.progress import say
 
-    runs = variants(config)
+    runs = {name: variant.path for name, variant in variants(config).items() if variant.path.is_dir()}
+    if not runs:
+        raise ConfigError(f"{config.path} holds no run to report on")
     if not ranks.is_main():
         return
-    for variant in runs.values():
-        say(f"wrote {report.write_report(variant.path)}")
+    for path in runs.values():
+        say(f"wrote {report.write_report(path)}")
     if config.experiment != "none":
-        paths = {name: variant.path for name, variant in runs.items()}
-        say(f"wrote {report.write_comparison(paths, config.path, experiment=config.experiment)}")
+        say(f"wrote {report.write_comparison(runs, config.path, experiment=config.experiment)}")
 
 
 def _run(config: RunConfig) -> None:
@@ -97,41 +110,47 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mtfast` and `python -m mtfast`."""
     arguments = _without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help") or rest[:1] in (["-h"], ["--help"]):
+        _print(_usage())
         return
-    name, *rest = arguments
     if name == "doctor":
+        if rest:
+            _fail(f"doctor takes no options, found {rest[0]!r}")
         from mtfast import doctor
 
-        print(doctor.render())
+        _print(doctor.render())
         return
     if name not in COMMANDS:
         _fail(f"there is no command {name!r}\n\n{_usage()}")
-    if not rest or rest[0] in ("-h", "--help"):
-        print(_usage())
-        return
+    if not rest or rest[0] not in RECIPES:
+        found = f"there is no recipe {rest[0]!r}" if rest else f"{name} needs a recipe"
+        _fail(f"{found}; the recipes are {', '.join(RECIPES)}")
     recipe, *options = rest
-    if recipe not in RECIPES:
-        _fail(f"there is no recipe {recipe!r}; the recipes are {', '.join(RECIPES)}")
     print_config = "--print-config" in options
-    options = [option for option in options if option != "--print-config"]
     config = tyro.cli(
         RunConfig,
         default=RECIPES[recipe](),
-        args=options,
+        args=[option for option in options if option != "--print-config"],
         prog=f"mtfast {name} {recipe}",
         description=f"{COMMANDS[name].summary}. {RECIPES[recipe].__doc__} --print-config shows the result.",
+        console_outputs=ranks.is_main(),
     )
     errors = _expected_errors()
     try:
         validate(config)
         if print_config:
-            print(to_yaml(config), end="")
+            _print(to_yaml(config))
             return
+        if recipe == "demo" and name != "report":
+            _write_demo_corpus()
         COMMANDS[name].run(config)
     except errors as error:
         _fail(str(error))
+    except OSError as error:
+        if error.errno not in FIXABLE:
+            raise
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues the run", code=130)
 
@@ -176,7 +195,12 @@ def _usage() -> str:
     return "\n".join(lines)
 
 
-def _fail(message: str, code: int = 2) -> None:
+def _print(text: str) -> None:
+    if ranks.is_main():
+        print(text.rstrip("\n"))
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
     if ranks.is_main():
         print(f"mtfast: {message}", file=sys.stderr)
     raise SystemExit(code)

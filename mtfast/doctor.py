@@ -7,14 +7,13 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
+
+from mtfast.machine import cpu_name, version_of
 
 # Asked of the package metadata, not imported: importing DeepSpeed alone takes seconds.
 PACKAGES = (
@@ -43,10 +42,10 @@ def collect() -> dict[str, Any]:
         problems.append({"problem": problem, "remedy": remedy})
 
     versions: dict[str, str | None] = {
-        "mtfast": _version("mtfast") or "run from its source directory",
+        "mtfast": version_of("mtfast") or "run from its source directory",
         "python": platform.python_version(),
     }
-    versions |= {name: _version(name) for name in PACKAGES}
+    versions |= {name: version_of(name) for name in PACKAGES}
     for name, version in versions.items():
         if version is None:
             missing(f"the package {name} is not installed", f"python -m pip install {name}")
@@ -90,13 +89,6 @@ def render() -> str:
     return "\n".join(lines if found["problems"] else [*lines, "  nothing"])
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _compiler() -> str:
     return os.environ.get("CXX", "c++")
 
@@ -112,11 +104,8 @@ def _first_line(command: list[str]) -> str | None:
 
 def _nvcc() -> str | None:
     """Release and place of the CUDA compiler that a build would use."""
-    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda", cpp_extension.CUDA_HOME)
-    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
-    for path in [*candidates, shutil.which("nvcc") or ""]:
-        if not Path(path).is_file():
-            continue
+    for home in filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda")):  # as setup.py looks for it
+        path = str(Path(home) / "bin" / "nvcc")
         try:
             output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
         except (OSError, subprocess.SubprocessError):
@@ -127,7 +116,7 @@ def _nvcc() -> str | None:
 
 
 def _devices() -> list[str]:
-    lines = [f"CPU: {_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"]
+    lines = [f"CPU: {cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) in torch"]
     fast = (
         "bfloat16 in hardware"
         if _cpu_has_bfloat16()
@@ -139,14 +128,6 @@ def _devices() -> list[str]:
         memory = gpu.total_memory / 2**30
         lines.append(f"GPU {index}: {gpu.name}, {memory:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     return lines if len(lines) > 1 else [*lines, "no GPU that torch can use: everything runs on the CPU"]
-
-
-def _cpu_name() -> str:
-    try:
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -16,6 +16,8 @@ from mtfast.train.config import (
     TaskStageConfig,
 )
 
+DEMO_CORPUS = "runs/demo-corpus"
+
 
 def paper() -> RunConfig:
     """The paper's recipe to the letter, on bert-base-uncased."""
@@ -64,9 +66,9 @@ def demo() -> RunConfig:
     """A tiny BERT from scratch on a small corpus of invented films: two minutes on two cores."""
     return RunConfig(
         run_dir="runs/demo",
-        model=ModelConfig(checkpoint="runs/demo-corpus/bert", from_scratch=True, pair_inner=128),
+        model=ModelConfig(checkpoint=f"{DEMO_CORPUS}/bert", from_scratch=True, pair_inner=128),
         data=DataConfig(
-            tasks="runs/demo-corpus", reviews="runs/demo-corpus/imdb", max_length=64, review_max_length=128
+            tasks=DEMO_CORPUS, reviews=f"{DEMO_CORPUS}/imdb", max_length=64, review_max_length=128
         ),
         engine=EngineConfig(precision="fp32", zero_stage=0),
         pretrain=PretrainConfig(
@@ -90,11 +92,15 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """The runs of an experiment by name, each in a directory of its own below the config's; else one."""
+    """The runs of an experiment by name, each in a directory of its own below the config's; else one.
+
+    The runs of an experiment share the cache of tokenized data.
+    """
+    data = replace(config.data, cache_dir=config.data.cache_dir or str(config.path / "cache"))
 
     def at(name: str, **changes: object) -> RunConfig:
         run_dir = str(config.path / name)
-        return replace(config, run_dir=run_dir, experiment="none", **changes)  # type: ignore[arg-type]
+        return replace(config, run_dir=run_dir, experiment="none", data=data, **changes)  # type: ignore[arg-type]
 
     if config.experiment == "exp1":
         without = tuple(stage for stage in config.stages if stage != "pretrain")

@@ -53,8 +53,6 @@ PAPER_NOTE = (
     "The paper's figures are on the test sets, whose labels are not public; ours are on dev. "
     "They are comparable only for the paper's recipe on the paper's data and checkpoint."
 )
-
-
 SKIPPED_SHOWN = 10
 
 
@@ -71,7 +69,7 @@ class RunRecord:
 
     @property
     def title(self) -> str:
-        return str(self.summary.get("recipe") or self.directory.resolve().name)
+        return self.directory.resolve().name
 
     def best_evaluation(self, stage: str) -> dict[str, Any] | None:
         """The stage's evaluation with the best mean, the first of equals."""

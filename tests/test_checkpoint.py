@@ -1,6 +1,7 @@
 """Checkpoints against Hugging Face's own reading and writing of them."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -281,13 +282,30 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(target, second.state_dict(), config, None)
-    assert is_first()
+    assert is_first() and [path.name for path in tmp_path.iterdir()] == ["saved"]
     monkeypatch.undo()
     # Between the two renames that replace a directory the old one lies beside it.
     shutil.move(target, tmp_path / ".saved.outgoing")
     assert is_first()
     save_pretrained(target, second.state_dict(), config, None)
     assert not is_first()
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path):
+    config, target = small_config(), tmp_path / "saved"
+    model = build_pretrain_model(config)
+    save_pretrained(target, model.state_dict(), config, None)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    changed = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # writing more fails as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"saved cannot be written: .*File too large"):
+            save_pretrained(target, changed, config, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from small_tokenizer import small_tokenizer
 from transformers import AutoTokenizer
 
+from mtfast.data import arrow_cache
 from mtfast.data.cache import TokenizedTask, tokenize_task
 from mtfast.data.tasks import TASKS, RowAccount, TaskTable, read_task
 from mtfast.data.tokens import longest_first
@@ -137,13 +139,13 @@ def test_the_cache_is_used_for_the_same_tokenizer_data_and_settings_only(tmp_pat
     for name in ("tokens", "offsets", "segment_b_start", "labels"):
         np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
     assert not again.tokens.flags.owndata and not again.tokens.flags.writeable  # a view of the mapped file
+    relabelled, built = made(table_of("sst", ["a good film .", "a film"], labels=[0, 1]))
+    assert not built and relabelled.labels.tolist() == [0, 1]  # labels are not in the cache
     assert made(max_length=8)[1]
     assert made(tokenizer=small_tokenizer(("good film",)))[1]
     assert made(table_of("sst", ["a good film .", "a films"], labels=[4, 2]))[1]
     assert made(table_of("sst", ["a good film .a", " film"], labels=[4, 2]))[1]
-    relabelled, built = made(table_of("sst", ["a good film .", "a film"], labels=[0, 1]))
-    assert not built and relabelled.labels.tolist() == [0, 1]  # labels are not in the cache
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".arrow", ".lock"}
     assert not caplog.records
 
 
@@ -180,6 +182,33 @@ def test_a_stale_or_torn_cache_file_is_rebuilt_with_a_log_line(tmp_path, monkeyp
         tokenize_task(table, small_tokenizer(), max_length=200, cache_dir=tmp_path).tokens, expected
     )
     assert len(calls) == 1
+
+
+def test_the_files_used_last_stay_and_older_ones_go(tmp_path, monkeypatch):
+    calls = count_calls(monkeypatch)
+
+    def load(max_length):
+        before = len(calls)
+        tokens = tokenize_task(
+            table_of("sst", ["a good film ."]), small_tokenizer(), max_length=max_length, cache_dir=tmp_path
+        ).tokens
+        time.sleep(0.01)  # file times are that coarse
+        return tokens, len(calls) > before
+
+    other = tokenize_task(
+        table_of("quora", ["a"], ["b"]), small_tokenizer(), max_length=8, cache_dir=tmp_path
+    )
+    first, _ = load(8)
+    for max_length in range(9, 8 + arrow_cache.KEPT):
+        load(max_length)
+    assert not load(8)[1]  # used again: now 9 is the one not used for longest
+    assert load(100)[1] and not load(8)[1] and load(9)[1]
+    assert first.tolist() == load(8)[0].tolist()
+    assert sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.glob("*.arrow")) == [
+        "quora-train", *["sst-train"] * arrow_cache.KEPT
+    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.glob("*.lock")) == ["quora-train.lock", "sst-train.lock"]
+    assert other.tokens.tolist()  # nobody touched it
 
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ CLS, SEP = 2, 3
 
 
 def table_of(*texts: str) -> ReviewTable:
-    return ReviewTable("here", list(texts), RowAccount(len(texts), len(texts)))
+    places = [("here", line) for line in range(1, len(texts) + 1)]
+    return ReviewTable("here", list(texts), places, RowAccount(len(texts), len(texts)))
 
 
 def numbered_reviews(count: int, sentences: int = 6) -> ReviewTable:
@@ -71,10 +72,8 @@ def test_every_sentence_is_used_exactly_once(sentences):
     found = [piece for i in range(len(samples)) for part in segments(samples, i) for piece in part]
     expected = [piece for text in reviews.texts for piece in pieces(tokenizer, text)]
     lost = len(expected) - len(found)
-    assert (
-        sorted(found) == sorted(expected) if samples.account.truncated == 0 else 0 < lost < len(expected) / 10
-    )
-    assert sentences == 60 or samples.account.truncated == 0
+    assert sorted(found) == sorted(expected) if samples.truncated == 0 else 0 < lost < len(expected) / 10
+    assert sentences == 60 or samples.truncated == 0
 
 
 def test_a_run_does_not_end_in_a_single_sentence_if_the_one_before_can_spare_one():
@@ -83,7 +82,7 @@ def test_a_run_does_not_end_in_a_single_sentence_if_the_one_before_can_spare_one
         *(" ".join(f"{'Good ' * 18}{word}." for word in ("film", "play", "is", "bad")) for _ in range(10))
     )
     samples = build_samples(reviews, tokenizer, max_length=3 + 3 * 20, seed=0)
-    assert len(samples) == 20 and samples.account.truncated == 0
+    assert len(samples) == 20 and samples.truncated == 0
     assert {len(part) for index in range(20) for part in segments(samples, index)} == {20}  # 2 + 2, not 3 + 1
     assert samples.nsp_labels.sum() == 10
 
@@ -105,16 +104,18 @@ def test_reviews_of_one_sentence_and_of_none_are_handled_and_counted():
     samples = build_samples(table_of(*texts), tokenizer, max_length=256, seed=0)
     account = samples.account
     assert account.single_sentence_reviews == 2
-    assert (account.rows.read, account.rows.used, len(account.rows.skipped)) == (13, 12, 1)
-    assert (account.rows.skipped[0].line, account.rows.skipped[0].reason) == (13, "no word pieces in it")
+    assert (account.read, account.used, len(account.skipped)) == (13, 12, 1)
+    assert (account.skipped[0].line, account.skipped[0].reason) == (13, "no word pieces in it")
     assert set(samples.reviews.tolist()) == set(range(12))
     for review in (10, 11):
         [index] = np.flatnonzero(samples.reviews == review)
         a, _ = segments(samples, index)
         assert a == pieces(tokenizer, texts[review]) and samples.nsp_labels[index] == 1
     assert samples.nsp_labels.sum() == len(samples) // 2
-    assert "2 reviews of one sentence" in samples.summary()
-    assert "here:13: no word pieces in it" in samples.summary()
+    assert "2 reviews of one sentence" in account.summary()
+    assert "here:13: no word pieces in it" in account.summary()
+    with pytest.raises(DataError, match=r"here:13: no word pieces in it \(strict"):
+        build_samples(table_of(*texts), tokenizer, max_length=256, seed=0, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_a_sentence_of_5000_words_is_cut_into_runs_and_none_of_it_is_lost():
     assert samples.lengths.max() <= 128
     # No run is longer than half of what fits, so no sample has to lose any of it.
     [play] = pieces(tokenizer, "play")
-    assert np.count_nonzero(samples.tokens == play) >= 5000 - samples.account.truncated * 64
+    assert np.count_nonzero(samples.tokens == play) >= 5000 - samples.truncated * 64
     assert np.count_nonzero(samples.reviews == 0) >= 5000 / 125
 
 
@@ -203,6 +204,25 @@ def test_line_break_tags_are_cleaned_and_empty_reviews_counted(tmp_path):
     assert [(row.file, row.line, row.reason) for row in reviews.account.skipped] == [
         (str(path), line, "empty text") for line in (3, 4, 5)
     ]
+
+
+def test_a_review_without_word_pieces_is_named_where_it_stands(tmp_path):
+    path = tmp_path / "reviews.jsonl"
+    path.write_text('{"text": ""}\n\n{"text": "One. Two."}\n{"text": "\\u0007"}\n{"text": "Three. Four."}\n')
+    account = build_samples(read_reviews(path), small_tokenizer(), max_length=64, seed=0).account
+    assert [(row.file, row.line) for row in account.skipped] == [(str(path), 1), (str(path), 4)]
+    assert (account.read, account.used) == (4, 2)
+
+
+def test_the_layout_of_the_hubs_imdb_is_read(tmp_path):
+    (tmp_path / "README.md").write_text("---\n")
+    folder = tmp_path / "plain_text"
+    folder.mkdir()
+    for split in ("train", "test", "unsupervised"):
+        rows = {"text": [f"{split}. One."], "label": [-1]}
+        pyarrow.parquet.write_table(pyarrow.table(rows), folder / f"{split}-00000-of-00001.parquet")
+    assert read_reviews(tmp_path).texts == ["test. One.", "train. One.", "unsupervised. One."]
+    assert read_reviews(folder).texts == read_reviews(tmp_path).texts
 
 
 def test_every_file_or_split_of_a_source_is_read_and_a_limit_is_spread_over_it(tmp_path):

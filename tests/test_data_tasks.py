@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mtfast.data.records import DataError, MissingDataError
+from mtfast.data.records import DataError, MissingDataError, is_one_file
 from mtfast.data.tasks import TASKS, read_task
 
 SST_HEADER = "\tid\tsentence\tsentiment\n"
@@ -172,7 +172,7 @@ def test_a_missing_column_is_named_with_the_columns_found(tmp_path):
 
 
 def test_columns_are_found_by_name_in_any_order(tmp_path):
-    write_sst(tmp_path, "4\tA good film .\tnoise\tx9", header="sentiment\tsentence\tother\tid\n")
+    write_sst(tmp_path, "4\tA good film .\tnoise\tx9", header=" Sentiment\tsentence \tother\tID\n")
     table = read_task("sst", tmp_path)
     assert (table.ids, table.texts, table.labels.tolist()) == (["x9"], [["A good film ."]], [4])
 
@@ -294,6 +294,82 @@ def test_json_lines_that_are_not_json_are_named(tmp_path):
     assert [(row.line, row.reason.split(":")[0]) for row in table.account.skipped] == [
         (2, "not JSON"), (3, "not a JSON object; one object on each line is expected"), (5, "empty sentence"),
     ]  # fmt: skip
+
+
+def test_what_json_and_parquet_hold_besides_plain_values(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [
+        '{"id": null, "sentence": "a", "sentiment": "4"}',
+        '{"id": 0, "sentence": "b", "sentiment": 1.0}',
+        '{"id": "x", "sentence": "c \\ud800", "sentiment": 1}',
+        '{"id": "x", "sentence": "d", "sentiment": NaN}',
+        '{"id": "x", "sentence": NaN, "sentiment": 1}',
+        '{"id": "x", "sentence": 5, "sentiment": 1}',
+        '{"id": "same", "sentence": "e", "sentiment": true}',
+        '{"id": "same", "sentence": "f", "sentiment": 0}',
+    ]
+    path.write_text("\n".join(rows))
+    table = read_task("sst", path)
+    assert table.texts == [["a", "b", "e", "f"]] and table.labels.tolist() == [4, 1, 1, 0]
+    assert table.ids == ["0", "0", "same", "same"]  # the first is the row's number; two rows may share an id
+    assert [(row.line, row.reason) for row in table.account.skipped] == [
+        (3, "sentence holds half of a surrogate pair, which is no character"),
+        (4, "sentiment is nan, out of range: sst takes whole numbers from 0 to 4"),
+        (5, "empty sentence"),
+        (6, "sentence is 5, not text"),
+    ]
+    columns = {"sentence": ["a", "b", None], "label": ["3", "nan", "1"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "dev.parquet")
+    table = read_task("sst", tmp_path, "dev")
+    assert table.labels.tolist() == [3]
+    assert [row.reason.split(",")[0] for row in table.account.skipped] == ["label is 'nan'", "empty sentence"]
+
+
+def test_a_parquet_file_cut_short_is_named(tmp_path):
+    path, _ = tmp_path / "train.parquet", pyarrow.parquet.write_table(pyarrow.table(ROWS), tmp_path / "a")
+    path.write_bytes((tmp_path / "a").read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"train\.parquet: not a readable Parquet file"):
+        read_task("sst", tmp_path)
+
+
+def write_lines(path, *sentences):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"sentence": text, "label": 1}) + "\n" for text in sentences))
+
+
+def test_a_name_with_split_in_it_stands_for_one_file_a_split(tmp_path):
+    write_lines(tmp_path / "sst-train.jsonl", "a", "b")
+    write_lines(tmp_path / "sst-validation.jsonl", "c")
+    source = f"{tmp_path}/sst-{{split}}.jsonl"
+    assert len(read_task("sst", source)) == 2
+    assert read_task("sst", source, "dev").texts == [["c"]]
+    with pytest.raises(MissingDataError, match=r"sst-test\.jsonl: no such file"):
+        read_task("sst", source, "test")
+    assert not is_one_file(source) and not is_one_file(tmp_path) and not is_one_file("nyu-mll/glue:stsb")
+    assert is_one_file(tmp_path / "sst-train.jsonl") and is_one_file("nowhere.csv")
+
+
+def test_which_files_of_a_directory_are_a_split(tmp_path):
+    write_lines(tmp_path / "train-00000-of-00002.jsonl", "a")
+    write_lines(tmp_path / "train-00001-of-00002.jsonl", "b")
+    write_lines(tmp_path / "trainer_state.json", "not this")
+    write_lines(tmp_path / "validation.jsonl", "c")
+    assert read_task("sst", tmp_path).texts == [["a", "b"]]
+    assert read_task("sst", tmp_path, "dev").texts == [["c"]]
+    write_lines(tmp_path / "dev.jsonl", "d")
+    assert read_task("sst", tmp_path, "dev").texts == [["d"]]
+    (tmp_path / "train.csv").write_text("sentence,label\na,1\n")
+    with pytest.raises(DataError, match=r"train\): files of several kinds, .*train\.csv; keep one kind"):
+        read_task("sst", tmp_path)
+
+
+def test_the_only_folder_with_data_is_that_of_the_hubs_configuration(tmp_path):
+    write_lines(tmp_path / "default" / "train.jsonl", "a")
+    (tmp_path / "images").mkdir()
+    assert read_task("sst", tmp_path).texts == [["a"]]
+    write_lines(tmp_path / "other" / "train.jsonl", "b")
+    with pytest.raises(DataError, match="several folders with data, default, other; name one of them"):
+        read_task("sst", tmp_path)
 
 
 def test_a_file_that_is_not_parquet_is_named(tmp_path):

@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from mtfast import doctor
+from mtfast import doctor, machine
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,18 @@ def test_a_gpu_that_cannot_be_used_is_reported(monkeypatch):
     doctor._check_cuda("13.0 (/cuda/bin/nvcc)", ops, lambda *entry: reported.append(entry))
     assert "torch has CUDA 13.0, the toolkit is 12.8" in reported[0][0] and "CUDA_HOME" in reported[0][1]
     assert "MTFAST_FORCE_CUDA_BUILD=1" in reported[1][1]
+
+
+def test_a_runs_summary_names_the_processor_as_doctor_does(found):
+    (line,) = [line for line in found["devices"] if line.startswith("CPU: ")]
+    assert line.startswith(f"CPU: {machine.cpu_name()}, ")
+    assert machine.device_name() == (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else machine.cpu_name()
+    )
+
+
+def test_nothing_but_the_answer_is_printed():
+    done = subprocess.run(
+        [sys.executable, "-m", "mtfast", "doctor"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("Versions\n") and done.stderr == ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import mtfast
 from mtfast.data.demo import write_demo_corpus
 
 BIN = Path(sys.executable).parent
@@ -39,16 +41,21 @@ def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
         "finetune.max-steps": STEPS,
         **more,
     }
+    return flags(values)
+
+
+def flags(values: dict[str, object]) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 def environment(**more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS}
-    return {**kept, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
+    here = {"PYTHONPATH": str(Path(mtfast.__file__).parents[1])}  # some runs start in another directory
+    return {**kept, **here, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+def launch(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -94,6 +101,27 @@ def test_two_ranks_follow_one_under_every_zero_stage(zero_stage, corpus, one_ran
     for command in ("heads", "finetune"):
         launch(deepspeed(command, "demo", *options(corpus, run_dir, **{"engine.zero-stage": zero_stage})))
     assert_follow(run_dir, one_rank)
+
+
+def test_the_demo_on_two_ranks_says_and_writes_what_one_rank_does(tmp_path):
+    stages = {"pretrain.max-steps": 2, "heads.epochs": 1, "finetune.epochs": 1, "log-every": 100}
+    short = flags(stages | {"engine.zero-stage": 2, "engine.precision": "bf16"})
+    said = {}
+    for name, command in (("one", plainly), ("two", deepspeed)):
+        (tmp_path / name).mkdir()
+        done = launch(command("run", "demo", *short), tmp_path / name)
+        lines = [line for line in done.stdout.splitlines() if not line.startswith("[")]  # the launcher's
+        said[name] = [re.sub(r"-?\d[\d,.:]*", "#", line) for line in lines]
+        assert done.stderr == ""
+    assert said["two"] == said["one"] and len(set(said["one"])) > 20
+    files = {
+        name: sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")) for name in said
+    }
+    assert files["two"] == files["one"]
+    records = [
+        json.loads(line) for line in (tmp_path / "two/runs/demo/metrics.jsonl").read_text().splitlines()
+    ]
+    assert len({(r["kind"], r["stage"], r["step"]) for r in records}) == len(records)
 
 
 def test_two_nodes_follow_one_rank(corpus, one_rank, tmp_path):

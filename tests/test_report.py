@@ -63,7 +63,6 @@ def full_run(tmp_path):
     skipped = [{"file": "quora-train.csv", "line": line, "reason": "empty label"} for line in range(1, 13)]
     data = {"quora-train": {"read": 16000, "used": 15988, "skipped": skipped, "truncated": 3}}
     summary = {
-        "recipe": "local",
         "dev": dev,
         "stages": stages,
         "data": data,
@@ -153,10 +152,15 @@ def test_a_step_recorded_twice_counts_once(tmp_path):
 
 
 def test_recorded_text_is_not_markup(tmp_path):
-    run = write_run(tmp_path, [], {"recipe": "<b>my_own_recipe</b>", "environment": {"note": "a | b <i>"}})
-    page = write_report(run).read_text()
-    assert "<b>" not in page and "<i>" not in page
-    assert "my_own_recipe" in page and "a | b" in page
+    skipped = [{"file": "a_b*.csv", "line": 3, "reason": "empty <b>my_own_column</b>"}]
+    summary = {
+        "environment": {"note": "a | b <i>"},
+        "data": {"sst-train": {"read": 1, "used": 0, "skipped": skipped}},
+    }
+    page = write_report(write_run(tmp_path / "my_own_run", [], summary)).read_text()
+    assert "<b>" not in page and "<i>" not in page and "<em>" not in page
+    for text in ("my_own_run", "my_own_column", "a | b", "a_b*.csv:3"):
+        assert text in page
 
 
 def test_no_such_run_directory(tmp_path):

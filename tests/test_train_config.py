@@ -1,19 +1,24 @@
 """The configuration, the DeepSpeed JSON made from it, and the run directory's ownership."""
 
+import contextlib
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import pytest
+import yaml
 
 from mtfast import cli
 from mtfast.recipes import RECIPES, variants
+from mtfast.train import run
 from mtfast.train.config import (
     ConfigError,
     EngineConfig,
     RunConfig,
     TaskStageConfig,
-    from_dict,
     to_dict,
+    to_yaml,
     validate,
 )
 from mtfast.train.deepspeed_config import deepspeed_config
@@ -34,10 +39,10 @@ def write(tmp_path, values) -> str:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_valid_and_survives_yaml_values(name):
+def test_recipe_is_valid_and_written_whole(name):
     config = RECIPES[name]()
     validate(config)
-    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert yaml.safe_load(to_yaml(config)) == to_dict(config)
     assert RECIPES[name].__doc__
 
 
@@ -62,24 +67,71 @@ def test_experiments_differ_in_one_thing():
     linear, lstm = variants(RECIPES["exp2"]()).values()
     assert (linear.model.sentiment_head, lstm.model.sentiment_head) == ("linear", "lstm")
     assert replace(linear, model=lstm.model, run_dir=lstm.run_dir) == lstm
-
-
-def test_unknown_field_is_named():
-    with pytest.raises(ConfigError, match=r"config\.finetune: unknown field 'epoch'"):
-        from_dict({"finetune": {"epoch": 3}})
+    assert linear.data.cache_dir == "runs/exp2/cache" and with_.data.cache_dir == "runs/exp1/cache"
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("path", "value"),
     [
-        ({"finetune": TaskStageConfig(epochs=0)}, r"finetune\.epochs is 0"),
-        ({"finetune": TaskStageConfig(learning_rate=0.0)}, r"finetune\.learning_rate is 0"),
-        ({"stages": ("heads", "polish")}, "stages names 'polish'"),
+        ("seed", -1),
+        ("log_every", 0),
+        ("model.dropout_p", 1.0),
+        ("model.dropout_p", float("nan")),
+        ("model.pair_inner", 0),
+        ("data.max_reviews", 0),
+        ("data.max_length", 7),
+        ("data.review_max_length", 7),
+        ("pretrain.mlm_probability", 0.0),
+        ("pretrain.max_steps", 0),
+        ("finetune.epochs", 0),
+        ("heads.batch_size", 0),
+        ("finetune.accumulation", 0),
+        ("finetune.learning_rate", 0.0),
+        ("finetune.learning_rate", float("nan")),
+        ("pretrain.learning_rate", float("inf")),
+        ("finetune.warmup_fraction", 1.5),
+        ("finetune.betas", (0.9, 1.0)),
+        ("heads.betas", (-0.1, 0.9)),
+        ("finetune.weight_decay", -0.01),
+        ("finetune.gradient_clipping", -1.0),
+        ("finetune.bucket_tokens", 0),
+        ("finetune.checkpoint_every", -1),
+        ("finetune.temperature", 0.0),
+        ("heads.temperature", float("nan")),
+        ("finetune.loss_weights.sts", -1.0),
+        ("finetune.patience", 0),
     ],
 )
-def test_impossible_values_are_named(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        validate(replace(RunConfig(), **changes))
+def test_impossible_values_are_named(path, value):
+    config = RunConfig()
+    parts = path.split(".")
+    holders = [config]
+    for part in parts[:-1]:
+        holders.append(getattr(holders[-1], part))
+    changed: Any = value
+    for holder, part in zip(reversed(holders), reversed(parts), strict=True):
+        changed = replace(holder, **{part: changed})
+    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{path} is {value}; it must ')}\w"):
+        validate(changed)
+
+
+@pytest.mark.parametrize(
+    "stages", [(), ("heads", "polish"), ("finetune", "heads"), ("heads", "heads", "finetune")]
+)
+def test_stages_are_named_once_and_in_order(stages):
+    with pytest.raises(ConfigError, match="pretrain heads finetune, each once and in this order"):
+        validate(replace(RunConfig(), stages=stages))
+    validate(replace(RunConfig(), stages=("pretrain", "finetune")))
+
+
+def test_a_stage_is_run_only_for_the_variants_that_have_it(monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(run, "train", lambda config, stage: trained.append((config.path.name, stage)))
+    cli.main(["pretrain", "exp1"])
+    assert trained == [("with-pretraining", "pretrain")]
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "paper", "--stages", "heads", "finetune"])
+    assert len(trained) == 1 and "not among the run's stages, heads finetune" in capsys.readouterr().err
 
 
 def test_batch_is_divided_among_ranks_and_accumulation():
@@ -174,7 +226,7 @@ def test_unreadable_json(tmp_path, content, message):
 
 def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     config = RunConfig(run_dir=str(tmp_path / "run"))
-    RunDirectory(config)
+    RunDirectory(config).append([{"stage": "heads", "step": 1}])
     before = (tmp_path / "run" / "config.yaml").read_text()
     RunDirectory(config)  # the same configuration continues
     with pytest.raises(
@@ -182,6 +234,26 @@ def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     ):
         RunDirectory(replace(config, finetune=TaskStageConfig(epochs=3)))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_false_start_does_not_keep_the_directory(tmp_path):
+    wrong = RunConfig(run_dir=str(tmp_path / "run"), seed=1)
+    RunDirectory(wrong).summarize(data={"sst-train": {"read": 1}})
+    right = replace(wrong, seed=2)
+    with pytest.raises(ConfigError, match="holds no run with this configuration"):
+        RunDirectory(right, create=False)
+    assert RunDirectory(right).summarize() == {}
+    RunDirectory(right, create=False)
+    with pytest.raises(ConfigError, match="nowhere holds no run"):
+        RunDirectory(replace(right, run_dir=str(tmp_path / "nowhere")), create=False)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("text", ["a: [", "3", "\xff"])
+def test_a_directory_whose_config_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.yaml (cannot be read|is not a run's configuration)"):
+        RunDirectory(RunConfig(run_dir=str(tmp_path)))
 
 
 def test_directory_with_foreign_metrics_is_refused(tmp_path):
@@ -232,7 +304,14 @@ def test_short_flags_are_the_dotted_ones(flag, capsys):
     ("arguments", "message"),
     [
         (["fly", "paper"], "no command 'fly'"),
-        (["run", "papier"], "no recipe 'papier'"),
+        (["run", "papier"], "no recipe 'papier'; the recipes are demo, local, paper"),
+        (["finetune"], "finetune needs a recipe; the recipes are demo, local, paper"),
+        (["doctor", "demo"], "doctor takes no options, found 'demo'"),
+        (["report", "demo", "--run-dir", "no/such/run"], "no/such/run holds no run to report on"),
+        (
+            ["heads", "paper", "--run-dir", f"{__file__}/run"],
+            "test_train_config.py/run: Not a directory",
+        ),
         (["run", "paper", "--model.dropout-p", "1.5"], r"model.dropout_p is 1.5"),
     ],
 )
@@ -243,10 +322,41 @@ def test_command_line_errors_are_plain_sentences(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_other_ranks_say_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (
+        ["--help"],
+        ["fly"],
+        ["run", "demo", "--print-config"],
+        ["run", "demo", "--epoch", "3"],
+    ):
+        with contextlib.suppress(SystemExit):
+            cli.main(arguments)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["finetune", "-h"], ["doctor", "--help"]])
+def test_help_without_a_recipe_lists_commands_and_recipes(arguments, capsys):
+    cli.main(arguments)
+    text = capsys.readouterr().out
+    for name in (*cli.COMMANDS, "doctor", *RECIPES):
+        assert re.search(rf"^  {name} +\w", text, re.MULTILINE)
+
+
+def dotted_fields(holder: Any, prefix: str = "") -> list[str]:
+    names = []
+    for field in fields(holder):
+        value, name = getattr(holder, field.name), f"{prefix}{field.name}".replace("_", "-")
+        names += dotted_fields(value, f"{name}.") if is_dataclass(value) else [name]
+    return names
+
+
 def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit):
         cli.main(["finetune", "paper", "--help"])
-    text = capsys.readouterr().out
-    for option in ("--finetune.batch-size", "--engine.zero-stage", "--heads.features", "--data.strict"):
-        assert option in text
-    assert "Largest global gradient norm" in text
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    for name in dotted_fields(RunConfig()):
+        place = next(i for i, line in enumerate(lines) if re.search(rf"--{re.escape(name)}( |,|$)", line))
+        explained = "".join(lines[place + 1 : place + 4])
+        assert re.match(r"\w.*\.", explained), f"--{name} is not explained: {explained}"

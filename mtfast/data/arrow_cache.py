@@ -17,6 +17,7 @@ import pyarrow.ipc
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
+KEPT = 4  # a run needs one; runs with other data or settings may share the directory
 Arrays = dict[str, np.ndarray]
 Notes = dict[str, Any]
 
@@ -43,23 +44,29 @@ def cached(
 
     The arrays are read-only, memory-mapped and one-dimensional. A file is written under another name and
     renamed; a lock makes one process build while others wait. A file that cannot be used is rebuilt with a
-    warning in the log.
+    warning in the log. Of the files of one name the `KEPT` that were used last stay; a process that has a
+    removed one mapped keeps its contents.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}-{key[:16]}.arrow"
-    with filelock.FileLock(f"{path}.lock"):
+    with filelock.FileLock(directory / f"{name}.lock"):
         if path.exists():
             try:
-                return _load(path, key)
+                found = _load(path, key)
+                os.utime(path)
+                return found
             except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
                 logger.warning("cache file %s is rebuilt: %s", path, error)
         arrays, notes = build()
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = directory / f"{name}.tmp"
         try:
             _store(temporary, key, arrays, notes)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        files = directory.glob(f"{name}-{'[0-9a-f]' * 16}.arrow")
+        for old in sorted(files, key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
+            old.unlink()
         return _load(path, key)
 
 

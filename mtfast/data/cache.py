@@ -7,10 +7,11 @@ from typing import Any, Literal
 import numpy as np
 
 from mtfast.data.arrow_cache import Arrays, Notes, cache_key, cached
-from mtfast.data.tasks import Task, TaskTable
+from mtfast.data.tasks import RowAccount, Task, TaskTable
 from mtfast.data.tokens import (
     Sequences,
     SpecialTokens,
+    Tokenized,
     assemble_pairs,
     assemble_singles,
     interleave,
@@ -19,43 +20,21 @@ from mtfast.data.tokens import (
 
 
 @dataclass(frozen=True)
-class TokenizedTask:
+class TokenizedTask(Tokenized):
     """The examples of a task as token sequences: 2 of them for each separately encoded pair, else 1.
 
     Sequence ``i * sequences_per_example + j`` belongs to example i. ``labels`` is int64 (sst) or float32, or
-    None without labels.
+    None without labels. ``account`` is of the rows the examples were read from.
     """
 
     task: Task
-    sequences: Sequences
     sequences_per_example: int
     labels: np.ndarray | None
     ids: list[str]
-    max_length: int
-    special: SpecialTokens
+    account: RowAccount
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """int32 [sum of lengths]"""
-        return self.sequences.tokens
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """int64 [sequences + 1]"""
-        return self.sequences.offsets
-
-    @property
-    def segment_b_start(self) -> np.ndarray:
-        """int32 [sequences]: where token type 1 begins; the length of the sequence where it does not."""
-        return self.sequences.segment_b_start
-
-    @property
-    def truncated(self) -> int:
-        """Sequences that were cut to ``max_length``."""
-        return self.sequences.truncated
 
     @property
     def lengths(self) -> np.ndarray:
@@ -108,13 +87,14 @@ def tokenize_task(
         key = cache_key(tokenizer, table.texts, settings)
         arrays, notes = cached(Path(cache_dir), f"{table.task.name}-{table.split}", key, build)
     return TokenizedTask(
-        table.task,
-        from_arrays(arrays, notes),
-        1 if joint else len(table.texts),
-        table.labels,
-        table.ids,
-        max_length,
-        special,
+        sequences=from_arrays(arrays, notes),
+        max_length=max_length,
+        special=special,
+        task=table.task,
+        sequences_per_example=1 if joint else len(table.texts),
+        labels=table.labels,
+        ids=table.ids,
+        account=table.account,
     )
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -149,18 +151,33 @@ class DemoCorpus:
     reviews: Path  # directory with train.parquet, as the hub lays out imdb
     bert: Path  # tiny BERT: config.json and tokenizer, no weights
 
+    @classmethod
+    def at(cls, directory: str | Path) -> DemoCorpus:
+        return cls(*(Path(directory) / part for part in ("", "imdb", "bert")))
+
 
 def write_demo_corpus(directory: str | Path) -> DemoCorpus:
     """Write the demo corpus into `directory`: the task files, `imdb/train.parquet` and `bert/`.
 
     The task files have the format of the CS 224N project's (tab-separated, standard csv quoting; test files
     without labels), the reviews that of the hub's imdb (`text`, `label`). `bert/` holds a tiny BERT's config
-    and a WordPiece tokenizer fitted to the corpus, to be loaded like any checkpoint's. Existing files are
-    overwritten with the same bytes.
+    and a WordPiece tokenizer fitted to the corpus, to be loaded like any checkpoint's. Every file appears
+    whole; one that is there already is replaced by the same bytes, also while another run reads it.
     """
-    corpus = DemoCorpus(*(Path(directory) / part for part in ("", "imdb", "bert")))
+    corpus = DemoCorpus.at(directory)
     for path in (corpus.tasks, corpus.reviews, corpus.bert):
         path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".incoming-", dir=directory) as staging:
+        staged = DemoCorpus.at(staging)
+        staged.reviews.mkdir()
+        staged.bert.mkdir()
+        _write(staged)
+        for file in [path for path in staged.tasks.rglob("*") if path.is_file()]:
+            os.replace(file, corpus.tasks / file.relative_to(staging))
+    return corpus
+
+
+def _write(corpus: DemoCorpus) -> None:
     rng = random.Random(SEED)
     texts: list[str] = []
     for task, (prefix, columns, make_row) in _TASK_FILES.items():
@@ -177,7 +194,6 @@ def write_demo_corpus(directory: str | Path) -> DemoCorpus:
     review_table = pyarrow.table({"text": reviews, "label": pyarrow.array(labels, pyarrow.int64())})
     pyarrow.parquet.write_table(review_table, corpus.reviews / "train.parquet")
     _write_bert(corpus.bert, [*texts, *reviews])
-    return corpus
 
 
 def _opinion(rng: random.Random, score: int) -> str:

@@ -7,6 +7,7 @@ files) or row number (Parquet, Hugging Face data sets), so that whoever rejects 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ _NOT_DATA = (".", "dataset_info")  # hidden files, and what `datasets` writes be
 SPLIT_NAMES = {
     "train": ("train",),
     "dev": ("dev", "validation", "valid", "val"),
-    "test": ("test",),
+    "test": ("test", "test-student"),
 }
 
 
@@ -27,6 +28,10 @@ class DataError(ValueError):
 
 class MissingDataError(DataError):
     """A file or split that is not there at all."""
+
+
+class UnusableRowError(Exception):
+    """Why a row is left out; whoever goes through rows catches it and keeps the account."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,25 @@ class Record:
     values: dict[str, Any]
     problem: str | None = None
 
+    def text(self, column: str) -> str:
+        """The text in a column, stripped; UnusableRowError if there is none or the row was not read."""
+        if self.problem is not None:
+            raise UnusableRowError(self.problem)
+        value = self.values.get(column)
+        if value is None or value != value:  # NaN: an empty cell to pandas
+            raise UnusableRowError(f"empty {column}")
+        if not isinstance(value, str):
+            raise UnusableRowError(f"{column} is {value!r}, not text")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON can spell one out
+            raise UnusableRowError(
+                f"{column} holds half of a surrogate pair, which is no character"
+            ) from None
+        if not (text := value.strip()):
+            raise UnusableRowError(f"empty {column}")
+        return text
+
 
 @dataclass(frozen=True)
 class Records:
@@ -49,8 +73,8 @@ class Records:
     rows: list[Record]
 
     def find(self, names: tuple[str, ...]) -> str | None:
-        """The column that goes by the first of ``names`` there is, upper or lower case, or None."""
-        by_lower = {column.lower(): column for column in self.columns}
+        """The column that goes by the first of ``names`` there is, whatever its case and spaces, or None."""
+        by_lower = {column.strip().lower(): column for column in self.columns}
         return next((by_lower[name] for name in names if name in by_lower), None)
 
     def require(self, names: tuple[str, ...]) -> str:
@@ -84,29 +108,31 @@ def read_file(path: Path, delimiter: str | None = None) -> Records:
 def read_split(source: str | Path, split: str) -> Records:
     """Reads one split ("train", "dev" or "test") of a source.
 
-    A source is one file (whatever the split); a directory with `save_to_disk` output, or with files
-    ``<split>*.<suffix>`` in it or its ``data`` folder; or the name of a Hugging Face data set, ``owner/name``
-    or ``owner/name:config``. The dev split may also be called validation, valid or val.
+    A source is one file (whatever the split) or, with ``{split}`` in its name, one for each; a directory with
+    `save_to_disk` output, or with files ``<split>*.<suffix>`` in it, its ``data`` folder or else its only
+    folder; or the name of a Hugging Face data set, ``owner/name`` or ``owner/name:config``. The dev split may
+    also be called validation, valid or val.
     """
     kind, path = _kind(source)
+    names = SPLIT_NAMES[split]
     if kind == "file":
-        return read_file(path)
+        candidates = [Path(str(path).replace("{split}", name)) for name in names]
+        return read_file(next((file for file in candidates if file.is_file()), candidates[0]))
     if kind == "files":
-        names = SPLIT_NAMES[split]
-        shards = [file for file in _data_files(path) if file.name.lower().startswith(names)]
-        if not shards:
-            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
-            raise MissingDataError(
-                f"{path}: no file for the {split} split; wanted {' or '.join(f'{name}*' for name in names)} "
-                f"with one of the suffixes {', '.join(FILE_SUFFIXES)}; the directory holds {found}"
-            )
-        return _joined(f"{path} ({split})", [read_file(shard) for shard in shards])
+        for name in names:
+            pattern = re.compile(rf"{name}([-._ \d]|$)")
+            if shards := [file for file in _data_files(path) if pattern.match(file.stem.lower())]:
+                return _joined(f"{path} ({split})", shards)
+        raise MissingDataError(
+            f"{path}: no file for the {split} split; wanted {' or '.join(f'{name}*' for name in names)} "
+            f"with one of the suffixes {', '.join(FILE_SUFFIXES)}; the directory holds {_listing(path)}"
+        )
     available = _load_splits(kind, source)
-    for candidate in (*SPLIT_NAMES[split], ""):
+    for candidate in (*names, ""):
         if candidate in available:
-            return available[candidate]
+            return _from_data_set(source, candidate, available[candidate])
     raise MissingDataError(
-        f"{source}: no {split} split; wanted {' or '.join(SPLIT_NAMES[split])}, found {', '.join(available)}"
+        f"{source}: no {split} split; wanted {' or '.join(names)}, found {', '.join(available)}"
     )
 
 
@@ -118,9 +144,17 @@ def read_every_split(source: str | Path) -> list[Records]:
     if kind == "files":
         files = _data_files(path)
         if not files:
-            raise DataError(f"{path}: no file with one of the suffixes {', '.join(FILE_SUFFIXES)}")
+            raise DataError(
+                f"{path}: no file with one of the suffixes {', '.join(FILE_SUFFIXES)}; "
+                f"the directory holds {_listing(path)}"
+            )
         return [read_file(file) for file in files]
-    return list(_load_splits(kind, source).values())
+    return [_from_data_set(source, split, data) for split, data in _load_splits(kind, source).items()]
+
+
+def is_one_file(source: str | Path) -> bool:
+    """True if `read_split` would read the same file for every split."""
+    return _kind(source)[0] == "file" and "{split}" not in str(source)
 
 
 def _kind(source: str | Path) -> tuple[Literal["file", "files", "saved", "hub"], Path]:
@@ -134,17 +168,34 @@ def _kind(source: str | Path) -> tuple[Literal["file", "files", "saved", "hub"],
 
 
 def _data_files(directory: Path) -> list[Path]:
-    return [
-        path
-        for folder in (directory, directory / "data")
-        if folder.is_dir()
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in FILE_SUFFIXES and path.is_file() and not path.name.startswith(_NOT_DATA)
-    ]
+    """Those in the directory and its `data` folder; else those in its only folder that has some, which in a
+    snapshot of the hub is called like the data set's configuration."""
+
+    def among(folder: Path) -> list[Path]:
+        return [
+            path
+            for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
+            if path.suffix.lower() in FILE_SUFFIXES and path.is_file() and not path.name.startswith(_NOT_DATA)
+        ]
+
+    if usual := [*among(directory), *among(directory / "data")]:
+        return usual
+    others = {folder.name: files for folder in sorted(directory.iterdir()) if (files := among(folder))}
+    if len(others) > 1:
+        raise DataError(f"{directory}: several folders with data, {', '.join(others)}; name one of them")
+    return next(iter(others.values()), [])
 
 
-def _joined(origin: str, parts: list[Records]) -> Records:
-    """Several shards as one; they must have the same columns."""
+def _listing(directory: Path) -> str:
+    return ", ".join(sorted(entry.name for entry in directory.iterdir())[:12]) or "nothing"
+
+
+def _joined(origin: str, shards: list[Path]) -> Records:
+    """The files of one split, which must be of one kind and have the same columns."""
+    if len({shard.suffix.lower() for shard in shards}) > 1:
+        names = ", ".join(shard.name for shard in shards)
+        raise DataError(f"{origin}: files of several kinds, {names}; keep one kind, lest rows are read twice")
+    parts = [read_file(shard) for shard in shards]
     for part in parts[1:]:
         if part.columns != parts[0].columns:
             raise DataError(
@@ -155,8 +206,8 @@ def _joined(origin: str, parts: list[Records]) -> Records:
     return Records(origin, parts[0].columns, [row for part in parts for row in part.rows])
 
 
-def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str, Records]:
-    """Every split by name; a saved data set without splits has the one name ""."""
+def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str, Any]:
+    """Every split of a data set by name; a saved one without splits has the one name ""."""
     import datasets
 
     name, _, config = str(source).partition(":")
@@ -174,14 +225,12 @@ def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str,
         )
         raise DataError(f"{source}: {what} ({type(error).__name__}: {error})") from error
     if isinstance(loaded, datasets.Dataset):
-        loaded = {"": loaded}
-    return {
-        str(split): _from_columns(
-            f"{source} ({split})" if split else str(source),
-            {column: list(data[column]) for column in data.column_names},
-        )
-        for split, data in loaded.items()
-    }
+        return {"": loaded}
+    return {str(split): data for split, data in loaded.items()}
+
+
+def _from_data_set(source: str | Path, split: str, data: Any) -> Records:
+    return _from_columns(f"{source} ({split})" if split else str(source), data.to_dict())
 
 
 def decode_utf8(path: Path) -> str:
@@ -234,7 +283,10 @@ def _delimited_records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]
         except csv.Error as error:
             # An unclosed quote swallows every row that follows, so it must not pass as one bad row.
             if "unexpected end of data" in str(error) or "field larger" in str(error):
-                raise DataError(f"{path}:{line}: a quoted field begins here and is not closed") from None
+                limit = f"within {csv.field_size_limit():,} characters"
+                raise DataError(
+                    f"{path}:{line}: a quoted field begins here and is not closed {limit}"
+                ) from None
             yield line, f"bad quoting: {error}"
             continue
         if fields:

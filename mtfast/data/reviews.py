@@ -13,12 +13,12 @@ import torch
 
 from mtfast.data.arrow_cache import Arrays, Notes, cache_key, cached
 from mtfast.data.cache import check_max_length, from_arrays, to_arrays
-from mtfast.data.records import DataError, read_every_split
+from mtfast.data.records import DataError, UnusableRowError, read_every_split
 from mtfast.data.tasks import RowAccount, SkippedRow
 from mtfast.data.tokens import (
     Pieces,
-    Sequences,
     SpecialTokens,
+    Tokenized,
     assemble_pairs,
     offsets_of,
     tokenize_texts,
@@ -31,72 +31,55 @@ _LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class ReviewTable:
-    """The usable reviews of a source, cleaned of `<br />` tags, in input order."""
+    """The usable reviews of a source, cleaned of `<br />` tags, in input order.
+
+    ``places`` has the file and the line (or row number) of each.
+    """
 
     source: str
     texts: list[str]
+    places: list[tuple[str, int]]
     account: RowAccount
 
     def __len__(self) -> int:
         return len(self.texts)
 
 
-@dataclass(frozen=True)
-class ReviewAccount:
-    """What became of the reviews: how many were read, used and skipped; samples made of them; reviews of a
-    single sentence, whose B always is from another review; sentences cut into runs because two of their
-    length do not fit; samples cut to the maximum length after B was taken from another review."""
+@dataclass(frozen=True, kw_only=True)
+class ReviewAccount(RowAccount):
+    """What became of the reviews, besides the account of their rows: how many samples were made of them;
+    reviews of a single sentence, whose B always is from another review; sentences cut into runs because two
+    of their length do not fit."""
 
-    rows: RowAccount
     samples: int
     single_sentence_reviews: int
     long_sentences: int
-    truncated: int
 
-    def summary(self) -> str:
-        """For people: one line, and one more for each skipped row."""
-        head, *skipped = self.rows.summary().split("\n")
-        head = (
-            f"{head}; {self.samples:,} samples; {self.single_sentence_reviews:,} reviews of one sentence, "
-            f"{self.long_sentences:,} long sentences cut into runs, {self.truncated:,} samples truncated"
-        )
-        return "\n".join([head, *skipped])
+    def summary(self, *facts: str, at_most: int = 10) -> str:
+        odd = {
+            "reviews of one sentence": self.single_sentence_reviews,
+            "long sentences cut into runs": self.long_sentences,
+        }
+        counted = [f"{count:,} {what}" for what, count in odd.items() if count]
+        return super().summary(f"{self.samples:,} samples", *counted, *facts, at_most=at_most)
 
 
 @dataclass(frozen=True)
-class ReviewSamples:
-    """Pre-training samples `[CLS] A [SEP] B [SEP]`.
+class ReviewSamples(Tokenized):
+    """Pre-training samples `[CLS] A [SEP] B [SEP]`; sample i is sequence i.
 
     nsp_labels: int64 [samples], 0 where B follows A, 1 where it is from another review.
     candidates: int64 [samples], tokens that may be masked (not special).
     reviews: int64 [samples], the review (index in its table) that A is from.
     """
 
-    sequences: Sequences
     nsp_labels: np.ndarray
     candidates: np.ndarray
     reviews: np.ndarray
-    max_length: int
-    special: SpecialTokens
     account: ReviewAccount
 
     def __len__(self) -> int:
         return len(self.nsp_labels)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """int32 [sum of lengths]"""
-        return self.sequences.tokens
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """int64 [samples + 1]"""
-        return self.sequences.offsets
-
-    @property
-    def segment_b_start(self) -> np.ndarray:
-        """int32 [samples]: where token type 1 begins."""
-        return self.sequences.segment_b_start
 
     @property
     def lengths(self) -> np.ndarray:
@@ -106,10 +89,6 @@ class ReviewSamples:
     def masked_counts(self, mlm_probability: float, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Tokens that mask_tokens chooses in each sample (of ``rows``) with its "exact" strategy, int64."""
         return exact_count(torch.tensor(self.candidates[rows]), mlm_probability).numpy()
-
-    def summary(self) -> str:
-        """The account, for people."""
-        return self.account.summary()
 
 
 def read_reviews(source: str | Path, limit: int | None = None, *, strict: bool = False) -> ReviewTable:
@@ -123,27 +102,31 @@ def read_reviews(source: str | Path, limit: int | None = None, *, strict: bool =
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
     texts: list[str] = []
+    places: list[tuple[str, int]] = []
     skipped: list[SkippedRow] = []
     parts = read_every_split(source)
-    rows = [(part, row) for part in parts for row in part.rows]
-    kept = (
-        rows if limit is None or limit >= len(rows) else [rows[i * len(rows) // limit] for i in range(limit)]
-    )
-    columns = {part.origin: part.require(_TEXT_COLUMNS) for part in parts}
-    for part, row in kept:
-        text = row.values.get(columns[part.origin])
-        if row.problem is not None:
-            skipped.append(SkippedRow(row.file, row.line, row.problem))
-        elif not isinstance(text, str) or not (text := _LINE_BREAK.sub("\n", text).strip()):
-            skipped.append(SkippedRow(row.file, row.line, f"empty {columns[part.origin]}"))
-        else:
-            texts.append(text)
-        if strict and skipped:
-            raise DataError(f"{skipped[0]} (strict: rows are not skipped)")
-    account = RowAccount(len(kept), len(texts), skipped)
+    rows = [(row, part.require(_TEXT_COLUMNS)) for part in parts for row in part.rows]
+    if limit is not None and limit < len(rows):
+        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+    for row, column in rows:
+        try:
+            if not (text := _LINE_BREAK.sub("\n", row.text(column)).strip()):
+                raise UnusableRowError(f"empty {column}")
+        except UnusableRowError as problem:
+            skipped.append(SkippedRow(row.file, row.line, str(problem)))
+            continue
+        texts.append(text)
+        places.append((row.file, row.line))
+    _refuse_if_strict(skipped, strict)
+    account = RowAccount(len(rows), len(texts), skipped)
     if not texts:
-        raise DataError(f"{source}: no usable review; {account.summary(3)}")
-    return ReviewTable(str(source), texts, account)
+        raise DataError(f"{source}: no usable review; {account.summary(at_most=3)}")
+    return ReviewTable(str(source), texts, places, account)
+
+
+def _refuse_if_strict(skipped: list[SkippedRow], strict: bool) -> None:
+    if strict and skipped:
+        raise DataError(f"{skipped[0]} (strict: rows are not skipped)")
 
 
 def build_samples(
@@ -153,6 +136,7 @@ def build_samples(
     max_length: int = 512,
     seed: int,
     cache_dir: str | Path | None = None,
+    strict: bool = False,
 ) -> ReviewSamples:
     """Turns reviews into samples `[CLS] A [SEP] B [SEP]` of at most ``max_length`` tokens.
 
@@ -160,8 +144,8 @@ def build_samples(
     cut at a random sentence into A and B. Then half of the samples exchange their B's among each other, so
     that each of them has B from another review while every sentence stays in use once. A run of a single
     sentence gets a copy of a random sample's B and counts among that half. Everything follows from ``seed``.
-    With ``cache_dir`` the samples are kept in the Arrow cache. Raises DataError if fewer than two reviews
-    are left.
+    With ``cache_dir`` the samples are kept in the Arrow cache. A review without a word piece is skipped and
+    listed, or with ``strict`` an error. Raises DataError if fewer than two reviews are left.
     """
     check_max_length(max_length)
     special = SpecialTokens.of(tokenizer)
@@ -175,21 +159,26 @@ def build_samples(
         settings = {"max_length": max_length, "seed": seed, "special": asdict(special)}
         key = cache_key(tokenizer, [reviews.texts], settings)
         arrays, notes = cached(Path(cache_dir), "reviews", key, build)
-    skipped = [
-        *reviews.account.skipped,
-        *(SkippedRow(reviews.source, row + 1, "no word pieces in it") for row in notes["without_pieces"]),
-    ]
-    rows = RowAccount(reviews.account.read, reviews.account.read - len(skipped), skipped)
+    places = [reviews.places[int(row)] for row in notes["without_pieces"]]
+    without_pieces = [SkippedRow(file, line, "no word pieces in it") for file, line in places]
+    _refuse_if_strict(without_pieces, strict)
+    skipped = [*reviews.account.skipped, *without_pieces]
+    account = ReviewAccount(
+        reviews.account.read,
+        reviews.account.read - len(skipped),
+        skipped,
+        samples=len(arrays["nsp_labels"]),
+        single_sentence_reviews=notes["single"],
+        long_sentences=notes["long_sentences"],
+    )
     return ReviewSamples(
-        from_arrays(arrays, notes),
-        arrays["nsp_labels"],
-        arrays["candidates"],
-        arrays["reviews"],
-        max_length,
-        special,
-        ReviewAccount(
-            rows, len(arrays["nsp_labels"]), notes["single"], notes["long_sentences"], notes["truncated"]
-        ),
+        sequences=from_arrays(arrays, notes),
+        max_length=max_length,
+        special=special,
+        nsp_labels=arrays["nsp_labels"],
+        candidates=arrays["candidates"],
+        reviews=arrays["reviews"],
+        account=account,
     )
 
 

@@ -1,6 +1,5 @@
 """The three tasks and the reading of their examples, by column name, with an account of every row."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from mtfast.data.records import (
     DataError,
     MissingDataError,
     Records,
+    UnusableRowError,
     read_file,
     read_split,
 )
@@ -83,9 +83,10 @@ class RowAccount:
     used: int
     skipped: list[SkippedRow] = field(default_factory=list)
 
-    def summary(self, at_most: int = 10) -> str:
-        """One line if every row was used, else one more line for each skipped row, up to ``at_most``."""
-        lines = [f"{self.read:,} rows read, {self.used:,} used, {len(self.skipped):,} skipped"]
+    def summary(self, *facts: str, at_most: int = 10) -> str:
+        """One line, with ``facts`` at its end, and one more for each skipped row, up to ``at_most``."""
+        counts = f"{self.read:,} rows read, {self.used:,} used, {len(self.skipped):,} skipped"
+        lines = [", ".join([counts, *facts])]
         lines += [f"  {row}" for row in self.skipped[:at_most]]
         if len(self.skipped) > at_most:
             lines.append(f"  and {len(self.skipped) - at_most:,} more")
@@ -170,55 +171,39 @@ def _build_table(task: Task, split: str, records: Records, strict: bool) -> Task
     skipped: list[SkippedRow] = []
     for number, row in enumerate(records.rows):
         try:
-            if row.problem is not None:
-                raise _UnusableRowError(row.problem)
-            sentences = [_sentence(row.values.get(name), name) for name in text_columns]
+            sentences = [row.text(name) for name in text_columns]
             label = None if label_column is None else _label(row.values.get(label_column), label_column, task)
-        except _UnusableRowError as problem:
+        except UnusableRowError as problem:
             skipped.append(SkippedRow(row.file, row.line, str(problem)))
             if strict:
                 raise DataError(f"{skipped[-1]} (strict: rows are not skipped)") from None
             continue
-        ids.append(str(row.values.get(id_column, number) if id_column else number).strip())
+        given = row.values.get(id_column) if id_column else None
+        ids.append(str(number if given is None else given).strip() or str(number))
         for column, sentence in zip(texts, sentences, strict=True):
             column.append(sentence)
         if label is not None:
             labels.append(label)
     account = RowAccount(len(records.rows), len(ids), skipped)
     if not ids:
-        raise DataError(f"{records.origin}: no usable row for {task.name}; {account.summary(3)}")
+        raise DataError(f"{records.origin}: no usable row for {task.name}; {account.summary(at_most=3)}")
     array: np.ndarray | None = None if label_column is None else np.asarray(labels, dtype=task.label_dtype)
     if array is not None:
         _check_scale(task, array, records.origin)
     return TaskTable(task, split, records.origin, ids, texts, array, account)
 
 
-class _UnusableRowError(Exception):
-    """Why a row is left out; never leaves this module."""
-
-
-def _sentence(value: Any, column: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise _UnusableRowError(f"empty {column}")
-    if not isinstance(value, str):
-        raise _UnusableRowError(f"{column} is {value!r}, not text")
-    sentence = value.strip()
-    if not sentence:
-        raise _UnusableRowError(f"empty {column}")
-    return sentence
-
-
 def _label(value: Any, column: str, task: Task) -> float:
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise _UnusableRowError(f"empty label in {column}")
+        raise UnusableRowError(f"empty label in {column}")
     try:
         label = float(value)
     except (TypeError, ValueError):
-        raise _UnusableRowError(f"{column} is {value!r}, not a number") from None
+        raise UnusableRowError(f"{column} is {value!r}, not a number") from None
     whole = "" if task.kind == "similarity" else "whole "
     in_range = task.label_low <= label <= task.label_high  # false for NaN
     if not in_range or (whole and label != int(label)):
-        raise _UnusableRowError(
+        raise UnusableRowError(
             f"{column} is {value!r}, out of range: {task.name} takes {whole}numbers from "
             f"{task.label_low} to {task.label_high}"
         )

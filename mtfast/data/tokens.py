@@ -73,6 +73,35 @@ class Sequences:
         return Sequences(tokens, offsets, self.segment_b_start[rows], self.truncated)
 
 
+@dataclass(frozen=True)
+class Tokenized:
+    """Examples as token sequences, with what packing and reports need to know of them."""
+
+    sequences: Sequences
+    max_length: int
+    special: SpecialTokens
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [sum of lengths]"""
+        return self.sequences.tokens
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """int64 [sequences + 1]"""
+        return self.sequences.offsets
+
+    @property
+    def segment_b_start(self) -> np.ndarray:
+        """int32 [sequences]: where token type 1 begins; the length of the sequence where it does not."""
+        return self.sequences.segment_b_start
+
+    @property
+    def truncated(self) -> int:
+        """Sequences that were cut to ``max_length``."""
+        return self.sequences.truncated
+
+
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
     """0 and the running sums of ``lengths`` [n]: int64 [n + 1]."""
     offsets = np.zeros(len(lengths) + 1, np.int64)

@@ -230,11 +230,6 @@ class PackedBert(nn.Module):
         return self.layers[-1](x, cu_seqlens, max_seqlen, cls_rows, rows)
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Parameters of a module; a tied one counts once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def flops_per_token(config: BertConfig, mean_seqlen: float, *, training: bool = True) -> float:
     """Floating-point operations per real token of the encoder's matrix products, for MFU.
 

@@ -72,7 +72,9 @@ class LoadReport:
         """One line for people."""
 
         def parts(names: Any) -> str:
-            return ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+            split = (name.split(".") for name in names)
+            short = (".".join(part[: 3 if part[0] == "encoder" else 2]) for part in split)
+            return ", ".join(dict.fromkeys(short))
 
         text = f"loaded {self.source}"
         if self.initialised:
@@ -262,13 +264,23 @@ def _write_heads(directory: Path, tensors: Mapping[str, Tensor], config: HeadsCo
 
 @contextmanager
 def _replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of `directory` where filling it raises nothing."""
+    """An empty directory to fill, which takes the place of `directory` where filling it raises nothing.
+
+    Raises:
+        CheckpointError: the disk is full, or may not be written to; nothing of the attempt stays.
+    """
     target = Path(directory).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming = target.with_name(f".{target.name}.incoming")
     shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir()
-    yield incoming
+    try:
+        incoming.mkdir()
+        yield incoming
+    except BaseException as error:
+        shutil.rmtree(incoming, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
+        raise
     _restore(target)
     outgoing = _outgoing(target)
     shutil.rmtree(outgoing, ignore_errors=True)

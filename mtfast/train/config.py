@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,13 +45,13 @@ class DataConfig:
     tasks: str = "data/cs224n"
     """Directory with the CS 224N files of all three tasks."""
     sst: str | None = None
-    """Another source for sentiment: a directory, a Hugging Face data set, or a Parquet, CSV or JSONL file."""
+    """Another source for sentiment: directory, Hugging Face data set, or files with {split} in their name."""
     quora: str | None = None
     """Another source for paraphrase detection."""
     sts: str | None = None
     """Another source for semantic similarity."""
     reviews: str = "stanfordnlp/imdb"
-    """Movie reviews for further pre-training: a Hugging Face data set, a directory or a Parquet file."""
+    """Movie reviews for further pre-training: a Hugging Face data set, a directory or one file."""
     max_reviews: int | None = None
     """Use only this many reviews."""
     max_length: int = 128
@@ -59,7 +61,7 @@ class DataConfig:
     strict: Annotated[bool, tyro.conf.arg(aliases=["--strict"])] = False
     """Stop at the first row that cannot be used instead of counting and naming it."""
     cache_dir: str | None = None
-    """Where tokenized data is kept; by default `cache/` in the run directory."""
+    """Where tokenized data is kept; by default `cache/` in the directory of the run or the experiment."""
 
     def source(self, task: str) -> str:
         return getattr(self, task) or self.tasks
@@ -152,8 +154,7 @@ class HeadsStageConfig(TaskStageConfig):
     learning_rate: float = 1e-3
     """Peak learning rate."""
     features: Literal["cached", "live"] = "cached"
-    """Encode the data once without dropout and train on that, or run the frozen encoder in every step
-    with its dropout on."""
+    """Encode the data once, without dropout, or run the frozen encoder in every step with its dropout on."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class RunConfig:
     experiment: Literal["none", "exp1", "exp2"] = "none"
     """Run the paper's comparison: exp1 without and with pre-training, exp2 linear and LSTM sentiment head."""
     stages: tuple[StageName, ...] = STAGES
-    """Stages that `run` goes through, in this order."""
+    """Stages that `run` goes through: some of the three, in this order."""
     seed: int = 0
     """Seed of data order, masking, initial weights and dropout."""
     log_every: int = 10
@@ -177,7 +178,7 @@ class RunConfig:
 
     @property
     def path(self) -> Path:
-        return Path(self.run_dir)
+        return Path(self.run_dir).expanduser()
 
     def stage(self, name: StageName) -> StageConfig:
         return getattr(self, name)
@@ -200,44 +201,57 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def from_dict(values: dict[str, Any]) -> RunConfig:
-    """Inverse of `to_dict`. Raises ConfigError for an unknown field."""
-    return _build(RunConfig, values, "config")
+Rule = tuple[str, Callable[[Any], bool]]
 
 
-def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := set(values) - known:
-        raise ConfigError(f"{where}: unknown field {sorted(unknown)[0]!r}; it has {', '.join(sorted(known))}")
-    built = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = _build(hints[name], value, f"{where}.{name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return cls(**built)
+def _at_least(low: int) -> Rule:
+    return f"be at least {low}", lambda value: low <= value < math.inf
+
+
+_POSITIVE: Rule = "be positive and finite", lambda value: 0.0 < value < math.inf
+_NOT_NEGATIVE: Rule = "be finite and not negative", lambda value: 0.0 <= value < math.inf
+
+_RULES: dict[str, Rule] = {
+    "seed": _at_least(0),
+    "log_every": _at_least(1),
+    "model.dropout_p": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
+    "model.pair_inner": _at_least(1),
+    "data.max_reviews": _at_least(1),
+    "data.max_length": _at_least(8),
+    "data.review_max_length": _at_least(8),
+    "pretrain.mlm_probability": ("lie in (0, 1)", lambda value: 0.0 < value < 1.0),
+}
+_STAGE_RULES: dict[str, Rule] = {
+    "epochs": _at_least(1),
+    "batch_size": _at_least(1),
+    "accumulation": _at_least(1),
+    "learning_rate": _POSITIVE,
+    "warmup_fraction": ("lie in [0, 1]", lambda value: 0.0 <= value <= 1.0),
+    "betas": ("both lie in [0, 1)", lambda values: all(0.0 <= value < 1.0 for value in values)),
+    "weight_decay": _NOT_NEGATIVE,
+    "gradient_clipping": _NOT_NEGATIVE,
+    "bucket_tokens": _at_least(1),
+    "checkpoint_every": _at_least(0),
+    "max_steps": _at_least(1),
+    "temperature": _at_least(1),
+    "loss_weights.sst": _NOT_NEGATIVE,
+    "loss_weights.quora": _NOT_NEGATIVE,
+    "loss_weights.sts": _NOT_NEGATIVE,
+    "patience": _at_least(1),
+}
 
 
 def validate(config: RunConfig) -> None:
     """Raises ConfigError for values that no run could use, naming the field."""
-    if not 0.0 <= config.model.dropout_p < 1.0:
-        raise ConfigError(f"model.dropout_p is {config.model.dropout_p}; it must lie in [0, 1)")
-    if unknown := [name for name in config.stages if name not in STAGES]:
-        raise ConfigError(f"stages names {unknown[0]!r}; the stages are {', '.join(STAGES)}")
-    for name in STAGES:
-        stage = config.stage(name)
-        for field_name in ("epochs", "batch_size", "accumulation", "bucket_tokens"):
-            if getattr(stage, field_name) < 1:
-                raise ConfigError(
-                    f"{name}.{field_name} is {getattr(stage, field_name)}; it must be at least 1"
-                )
-        if not 0.0 <= stage.warmup_fraction <= 1.0:
-            raise ConfigError(f"{name}.warmup_fraction is {stage.warmup_fraction}; it must lie in [0, 1]")
-        if stage.learning_rate <= 0.0:
-            raise ConfigError(f"{name}.learning_rate is {stage.learning_rate}; it must be positive")
-    if not 0.0 < config.pretrain.mlm_probability < 1.0:
+    if not config.stages or list(config.stages) != [name for name in STAGES if name in config.stages]:
         raise ConfigError(
-            f"pretrain.mlm_probability is {config.pretrain.mlm_probability}; it must lie in (0, 1)"
+            f"stages is {' '.join(config.stages) or 'empty'}; it must name some of {' '.join(STAGES)}, "
+            "each once and in this order"
         )
+    rules = _RULES | {f"{name}.{field}": rule for name in STAGES for field, rule in _STAGE_RULES.items()}
+    for path, (rule, holds) in rules.items():
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part, None)  # not every stage has every field
+        if value is not None and not holds(value):
+            raise ConfigError(f"{path} is {value}; it must {rule}")

@@ -60,7 +60,7 @@ def deepspeed_config(
         conflicts.append(f"scheduler: the learning rate follows {stage_name}.schedule={stage.schedule!r}")
     if conflicts:
         raise ConfigError(
-            f"{engine.deepspeed_config} contradicts the run's configuration:\n  "
+            f"{engine.deepspeed_config} contradicts the configuration of {stage_name}:\n  "
             + "\n  ".join(conflicts)
             + '\nChange one of the two, or write "auto" in the JSON to take the run\'s value.'
         )

@@ -10,63 +10,87 @@ from typing import Any
 import numpy as np
 
 from mtfast.data.cache import TokenizedTask, tokenize_task
+from mtfast.data.records import is_one_file
 from mtfast.data.reviews import ReviewSamples, build_samples, read_reviews
-from mtfast.data.tasks import RowAccount, Split, read_task
+from mtfast.data.tasks import Split, read_task
 
 from . import ranks
-from .config import TASK_NAMES, RunConfig
+from .config import TASK_NAMES, ConfigError, RunConfig
 from .progress import say_once
 
 EVALUATION_TOKENS = 16384
 
 
 def cache_directory(config: RunConfig) -> Path:
-    return Path(config.data.cache_dir) if config.data.cache_dir else config.path / "cache"
+    given = config.data.cache_dir
+    return Path(given).expanduser() if given else config.path / "cache"
 
 
 def load_tasks(config: RunConfig, tokenizer: Any, split: Split) -> dict[str, TokenizedTask]:
     """The three tasks' examples of one split, tokenized. Says what was read, skipped and cut."""
-    return {task: load_task(config, tokenizer, task, split)[0] for task in TASK_NAMES}
+    return {task: load_task(config, tokenizer, task, split) for task in TASK_NAMES}
 
 
-def load_task(
-    config: RunConfig, tokenizer: Any, task: str, split: Split
-) -> tuple[TokenizedTask, dict[str, Any]]:
-    """One task's examples of one split, and the account of its rows as plain values."""
+def load_task(config: RunConfig, tokenizer: Any, task: str, split: Split) -> TokenizedTask:
+    """One task's examples of one split, tokenized. Says what was read, skipped and cut.
 
-    def make() -> tuple[TokenizedTask, RowAccount]:
-        table = read_task(task, config.data.source(task), split, strict=config.data.strict)
-        tokens = tokenize_task(
-            table,
+    Raises:
+        ConfigError: there is no such directory, or the source is one file, which would serve as train, dev
+            and test data alike.
+    """
+    source = config.data.source(task)
+    if source == config.data.tasks and not Path(source).expanduser().is_dir():
+        raise ConfigError(
+            f"data.tasks is {source}, which is no directory here; it should hold the CS 224N files, or "
+            f"data.{task} name another source of {task}"
+        )
+    if is_one_file(source):
+        raise ConfigError(
+            f"data.{task} is one file, {source}, which would be training and dev data at once; name a "
+            "directory, or write {split} where the names of the train, dev and test files differ"
+        )
+
+    def make() -> TokenizedTask:
+        return tokenize_task(
+            read_task(task, source, split, strict=config.data.strict),
             tokenizer,
             max_length=config.data.max_length,
             pair_input=config.model.pair_input,
             cache_dir=cache_directory(config),
         )
-        return tokens, table.account
 
-    tokens, account = ranks.main_first(make)
-    cut = f", {tokens.truncated:,} cut to {config.data.max_length} pieces" if tokens.truncated else ""
-    say_once(f"{task} {split}: {account.summary()}{cut}")
-    return tokens, {**asdict(account), "truncated": tokens.truncated}
+    table = ranks.main_first(make)
+    say_once(f"{task} {split}: {_summary(table)}")
+    return table
 
 
 def load_reviews(config: RunConfig, tokenizer: Any) -> ReviewSamples:
     """The pre-training samples. Says what was read, skipped and cut."""
+    data = config.data
 
     def make() -> ReviewSamples:
-        reviews = read_reviews(config.data.reviews, limit=config.data.max_reviews, strict=config.data.strict)
         return build_samples(
-            reviews,
+            read_reviews(data.reviews, limit=data.max_reviews, strict=data.strict),
             tokenizer,
-            max_length=config.data.review_max_length,
+            max_length=data.review_max_length,
             seed=config.seed,
             cache_dir=cache_directory(config),
+            strict=data.strict,
         )
 
     samples = ranks.main_first(make)
-    say_once(f"reviews: {samples.summary()}")
+    say_once(f"reviews: {_summary(samples)}")
     return samples
+
+
+def _summary(table: TokenizedTask | ReviewSamples) -> str:
+    cut = f"{table.truncated:,} sequences cut to {table.max_length} word pieces"
+    return table.account.summary(*([cut] if table.truncated else []))
+
+
+def account_of(table: TokenizedTask | ReviewSamples) -> dict[str, Any]:
+    """What became of the rows, as plain values for the run's summary."""
+    return {**asdict(table.account), "truncated": table.truncated}
 
 
 def labels_of(tables: Mapping[str, TokenizedTask]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import time
 from types import TracebackType
@@ -12,7 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import ranks
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "B200": 2250e12,
+}
 PLAIN_LINE_SECONDS = 10.0
 
 _console = Console(highlight=False, soft_wrap=True)
@@ -73,7 +82,7 @@ class StageProgress:
         seconds = max(now - self._last_update, 1e-9)
         note = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         note += f" | {examples / seconds:,.0f} examples/s {tokens / seconds:,.0f} tokens/s"
-        if self._peak:
+        if self._peak and self._flops_per_token:
             mfu = tokens / seconds * self._flops_per_token / (self._peak * ranks.world_size())
             note += f" MFU {mfu:.1%}"
         self._last_update, self._step = now, step
@@ -81,14 +90,10 @@ class StageProgress:
             self._bar.update(self._row, completed=step, note=note)
         elif now - self._last_line >= PLAIN_LINE_SECONDS or step == self._total:
             self._last_line = now
-            left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
-            say(f"{self._stage} {step}/{self._total} {note} | {_minutes(left)} left")
+            seconds_left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
+            left = datetime.timedelta(seconds=round(seconds_left))
+            say(f"{self._stage} {step}/{self._total} {note} | {left} left")
 
     def rest(self) -> None:
         """Leave the time since the last update out of the next rates (an evaluation, a checkpoint)."""
         self._last_update = time.perf_counter()
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

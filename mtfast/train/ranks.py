@@ -80,8 +80,8 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def main_first(make: Any) -> Any:
-    """Call `make()` on rank 0 before the others, so that only one process fills a cache.
+def on_main(make: Any) -> Any:
+    """Call `make()` on rank 0 alone; its result there, None on the others, which wait for it.
 
     A failure on rank 0 is raised on every rank instead of leaving the others waiting.
     """
@@ -94,4 +94,10 @@ def main_first(make: Any) -> Any:
     failure = broadcast(failure)
     if failure is not None:
         raise failure
+    return result
+
+
+def main_first(make: Any) -> Any:
+    """Call `make()` on rank 0 as `on_main` does and then on the others, so that one process fills a cache."""
+    result = on_main(make)
     return result if is_main() else make()

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mtfast import __version__
 from mtfast.data.cache import TokenizedTask
 from mtfast.data.records import MissingDataError
+from mtfast.data.reviews import ReviewSamples
 from mtfast.data.tasks import Split
+from mtfast.machine import device_name, version_of
 
 from . import ranks
-from .config import TASK_NAMES, ConfigError, RunConfig, StageName
+from .config import STAGES, TASK_NAMES, ConfigError, RunConfig, StageName
+from .deepspeed_config import deepspeed_config
 from .engine import start
 from .finetune import Finetune
 from .heads import Heads
-from .inputs import labels_of, load_reviews, load_task, load_tasks
+from .inputs import account_of, labels_of, load_reviews, load_task, load_tasks
 from .loop import Stage, run_stage
 from .losses import task_metrics
 from .pretrain import Pretrain
 from .progress import say
 from .rundir import RunDirectory, write_text
-from .sources import Source, build_multitask, find_source, finished_source
+from .sources import Source, build_multitask, check_fit, find_source, finished_source
 from .task_stage import predict_packed
 
 TRAINING_SPLITS: tuple[Split, ...] = ("train", "dev")
@@ -34,47 +36,70 @@ PREDICTION_SPLITS: tuple[Split, ...] = ("dev", "test")
 
 def prepare(config: RunConfig) -> None:
     """Read, account for and tokenize all data of the run into its cache."""
-    start()
-    run = RunDirectory(config)
-    source = find_source(config, run)
-    accounts: dict[str, Any] = {}
-    for task in TASK_NAMES:
-        for split in TRAINING_SPLITS:
-            _, accounts[f"{task}-{split}"] = load_task(config, source.tokenizer, task, split)
+    run, source = _open(config, config.stages)
+    for split in TRAINING_SPLITS:
+        _load_tasks(config, run, source, split)
     if "pretrain" in config.stages:
-        account = asdict(load_reviews(config, source.tokenizer).account)
-        accounts["reviews"] = {**account.pop("rows"), **account}
-    run.summarize(data=accounts)
+        _load_reviews(config, run, source)
 
 
 def train(config: RunConfig, name: StageName) -> None:
     """Run one stage, from where the run stands; a finished one is left as it is."""
-    start()
-    run = RunDirectory(config)
+    run, source = _open(config, (name,))
     if run.result(name) is not None:
         say(f"{name}: already finished in {run.stage(name)}")
         return
+    for later in STAGES[STAGES.index(name) + 1 :]:
+        if run.stage(later).exists():
+            raise ConfigError(f"{run.path}: {later} has begun without {name}; choose another --run-dir")
     _record(config, run)
-    stage = _build(config, run, find_source(config, run), name)
+    stage = _build(config, run, source, name)
     run_stage(stage, config, run)
     stage.engine.close()
 
 
+def _open(config: RunConfig, stages: tuple[StageName, ...]) -> tuple[RunDirectory, Source]:
+    """Join the process group; the run's directory and weights. Tells what keeps `stages` from running."""
+    start()
+    for name in stages:
+        deepspeed_config(config.engine, config.stage(name), name, ranks.world_size())
+    run = RunDirectory(config)
+    source = find_source(config, run)
+    check_fit(config, source, stages)
+    return run, source
+
+
 def _build(config: RunConfig, run: RunDirectory, source: Source, name: StageName) -> Stage:
     if name == "pretrain":
-        return Pretrain(config, load_reviews(config, source.tokenizer), source)
+        return Pretrain(config, _load_reviews(config, run, source), source)
     stage = Heads if name == "heads" else Finetune
-    train, dev = (load_tasks(config, source.tokenizer, split) for split in TRAINING_SPLITS)
+    train, dev = (_load_tasks(config, run, source, split) for split in TRAINING_SPLITS)
     return stage(config, train, dev, source)
 
 
+def _load_tasks(
+    config: RunConfig, run: RunDirectory, source: Source, split: Split
+) -> dict[str, TokenizedTask]:
+    tables = load_tasks(config, source.tokenizer, split)
+    run.summarize(data={f"{task}-{split}": account_of(table) for task, table in tables.items()})
+    return tables
+
+
+def _load_reviews(config: RunConfig, run: RunDirectory, source: Source) -> ReviewSamples:
+    samples = load_reviews(config, source.tokenizer)
+    run.summarize(data={"reviews": account_of(samples)})
+    return samples
+
+
 def _record(config: RunConfig, run: RunDirectory) -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     run.summarize(
         checkpoint=config.model.checkpoint,
         environment={
+            "mtfast": __version__,
             "torch": torch.__version__,
-            "device": device,
+            "deepspeed": version_of("deepspeed"),
+            "transformers": version_of("transformers"),
+            "device": device_name(),
             "ranks": ranks.world_size(),
             "threads": torch.get_num_threads(),
             "precision": config.engine.precision,
@@ -89,7 +114,7 @@ class Predictor:
     def __init__(self, config: RunConfig) -> None:
         self.device = start()
         self.config = config
-        self.run = RunDirectory(config)
+        self.run = RunDirectory(config, create=False)
         self.source = self._source()
         model, _ = build_multitask(config, self.source)
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -143,10 +168,11 @@ def predict(config: RunConfig) -> list[Path]:
     for split in PREDICTION_SPLITS:
         for task in TASK_NAMES:
             try:
-                table, _ = load_task(config, predictor.source.tokenizer, task, split)
+                table = load_task(config, predictor.source.tokenizer, task, split)
             except MissingDataError as error:
                 say(f"{task} {split}: nothing to predict ({error})")
                 continue
+            predictor.run.summarize(data={f"{task}-{split}": account_of(table)})
             values = predictor.predict({task: table})[task]
             stem, column = PREDICTION_FILES[task]
             path = predictor.run.path / "predictions" / f"{stem}-{split}-output.csv"

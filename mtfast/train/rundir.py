@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from . import ranks
-from .config import ConfigError, RunConfig, to_dict, to_yaml
+from .config import STAGES, ConfigError, RunConfig, to_dict, to_yaml
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -23,32 +23,30 @@ SUMMARY = "summary.json"
 class RunDirectory:
     """Files of one run. Only rank 0 writes; what it writes appears whole or not at all."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, create: bool = True) -> None:
         self.path = config.path
-        if ranks.is_main():
-            self._claim(config)
-        ranks.barrier()
+        ranks.on_main(lambda: self._claim(config, create))
 
-    def _claim(self, config: RunConfig) -> None:
-        existing = self.path / CONFIG
-        if existing.exists():
-            try:
-                owner = yaml.safe_load(existing.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{existing} cannot be read: {error}") from error
-            if differences := list(_differences(owner or {}, to_dict(config))):
+    def _claim(self, config: RunConfig, create: bool) -> None:
+        owned = self.path / CONFIG
+        if owned.exists():
+            differences = list(_differences(_read_yaml(owned), to_dict(config)))
+            if not differences:
+                return
+            if any((self.path / name).exists() for name in (METRICS, *STAGES)):
                 raise ConfigError(
                     f"{self.path} belongs to a run with another configuration:\n  "
                     + "\n  ".join(differences)
                     + "\nChoose another --run-dir, or remove that directory."
                 )
-            return
-        if self.path.is_dir() and any((self.path / name).exists() for name in (METRICS, SUMMARY)):
+        elif any((self.path / name).exists() for name in (METRICS, SUMMARY)):
             raise ConfigError(
                 f"{self.path} holds another run's files but no {CONFIG}; choose another --run-dir"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(existing, to_yaml(config))
+        if not create:
+            raise ConfigError(f"{self.path} holds no run with this configuration; train one first")
+        write_text(owned, to_yaml(config))
+        (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
 
     def stage(self, name: str) -> Path:
         return self.path / name
@@ -106,6 +104,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a run's configuration")
+    return values
 
 
 def _differences(owner: Any, config: Any, prefix: str = "") -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig
 
-from mtfast.models.checkpoint import load_bert_config, load_pretrained, load_tokenizer
+from mtfast.models.checkpoint import LoadReport, load_bert_config, load_pretrained, load_tokenizer
 from mtfast.models.multitask import (
     HeadsConfig,
     MultiTaskModel,
@@ -19,9 +19,9 @@ from mtfast.models.multitask import (
     build_pretrain_model,
 )
 
-from .config import RunConfig
+from .config import ConfigError, RunConfig, StageName
 from .loop import seed_for
-from .progress import say
+from .progress import say_once
 from .rundir import RunDirectory
 
 
@@ -29,7 +29,8 @@ from .rundir import RunDirectory
 class Source:
     """Where a model's weights come from.
 
-    encoder: checkpoint to read, None for random weights. heads: directory with heads, None for fresh ones.
+    encoder: checkpoint to read, None for random weights. heads: directory with heads, None for those of the
+    encoder's checkpoint, where it has some, or fresh ones.
     """
 
     config: BertConfig
@@ -50,10 +51,32 @@ def find_source(config: RunConfig, run: RunDirectory) -> Source:
     return Source(bert, load_tokenizer(name), encoder, heads)
 
 
+def check_fit(config: RunConfig, source: Source, stages: tuple[StageName, ...]) -> None:
+    """Raises ConfigError if the checkpoint is too small for what these stages feed it."""
+    bert, name = source.config, config.model.checkpoint
+    lengths = {"data.max_length": config.data.max_length}
+    if "pretrain" in stages:
+        lengths["data.review_max_length"] = config.data.review_max_length
+    for field, length in lengths.items():
+        if length > bert.max_position_embeddings:
+            raise ConfigError(
+                f"{field} is {length}, but {name} has positions for {bert.max_position_embeddings} tokens"
+            )
+    pieces = max(source.tokenizer.get_vocab().values()) + 1
+    if pieces > bert.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {name} has {pieces} word pieces, its model embeds {bert.vocab_size}"
+        )
+    if bert.type_vocab_size < 2 and ("pretrain" in stages or config.model.pair_input == "joint"):
+        raise ConfigError(
+            f"{name} has {bert.type_vocab_size} token type; two sentences in one sequence need 2"
+        )
+
+
 def finished_source(config: RunConfig, directory: Path) -> Source:
     """The weights of a checkpoint that holds encoder and heads."""
     bert = load_bert_config(str(directory))
-    return Source(bert, load_tokenizer(str(directory)), str(directory), str(directory))
+    return Source(bert, load_tokenizer(str(directory)), str(directory))
 
 
 def heads_config(config: RunConfig) -> HeadsConfig:
@@ -70,7 +93,7 @@ def heads_config(config: RunConfig) -> HeadsConfig:
 def build_pretrain(config: RunConfig, source: Source) -> tuple[PretrainModel, dict[str, Tensor]]:
     """BERT with its pre-training heads, and the tensors of the checkpoint it has no place for.
 
-    Heads that the checkpoint lacks are fresh, and it says so.
+    Heads that the checkpoint lacks are fresh.
     """
     torch.manual_seed(seed_for(config.seed))
     model = build_pretrain_model(source.config)
@@ -80,19 +103,22 @@ def build_pretrain(config: RunConfig, source: Source) -> tuple[PretrainModel, di
 def build_multitask(config: RunConfig, source: Source) -> tuple[MultiTaskModel, dict[str, Tensor]]:
     """BERT with the task heads, and the tensors of the checkpoint it has no place for.
 
-    The heads are fresh unless a finished stage left some.
+    The heads are those that a finished stage left, else fresh.
     """
     torch.manual_seed(seed_for(config.seed))
     model = build_multitask_model(source.config, heads_config(config))
-    carried = _load(source.encoder, model)
-    if source.heads is not None:
-        load_pretrained(source.heads, model.heads)
-    return model, carried
+    return model, _load(source.encoder, model, source.heads)
 
 
-def _load(checkpoint: str | None, model: PretrainModel | MultiTaskModel) -> dict[str, Tensor]:
-    if checkpoint is None:
-        return {}
-    report = load_pretrained(checkpoint, model)
-    say(report.summary())
+def _load(
+    checkpoint: str | None, model: PretrainModel | MultiTaskModel, heads: str | None = None
+) -> dict[str, Tensor]:
+    """Fill the model with what there is, say so, and return the checkpoint's other tensors."""
+    report = LoadReport("", (), {}, ()) if checkpoint is None else load_pretrained(checkpoint, model)
+    said = "the encoder starts from random weights" if checkpoint is None else report.summary()
+    if heads is not None and isinstance(model, MultiTaskModel):
+        load_pretrained(heads, model.heads)
+        fresh = tuple(name for name in report.initialised if not name.startswith("heads."))
+        said = f"{replace(report, initialised=fresh).summary() if checkpoint else said}; heads from {heads}"
+    say_once(said)
     return report.carried
