@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def main() -> int:
     if name not in names:
         print(f"no benchmark is called {name!r}; there are {', '.join(names)}", file=sys.stderr)
         return 2
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "5"
+    )  # torch's profiler, which measures memory, tells every start
     result = importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
     return result if isinstance(result, int) else 0
 
