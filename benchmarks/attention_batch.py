@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.common import WrongResultError
+from benchmarks.common import WrongResultError, reason_of
 from mtfast.ops import packed_attention_ref
 
 HEADS, HEAD_DIM = 12, 64
@@ -152,5 +152,4 @@ def check(kind: type[Peer], batch: Batch) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:240]
-    return text if isinstance(error, UnsuitableError) else f"{type(error).__name__}: {text}"
+    return str(error) if isinstance(error, UnsuitableError) else reason_of(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import os
 import platform
 import re
@@ -99,7 +100,7 @@ def peak_mib(call: Call, device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         call()
     alive = most = 0
     for event in sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -109,8 +110,41 @@ def peak_mib(call: Call, device: torch.device) -> float:
     return most / 2**20
 
 
-def graphed(call: Call) -> Call:
-    """The call captured in a CUDA graph; calling it replays that."""
+@functools.cache
+def say_once(text: str) -> None:
+    """Print what holds for many cases."""
+    print(text, flush=True)
+
+
+def running(calls: Mapping[str, Call]) -> dict[str, Call]:
+    """The calls that run; why another one is left out is told."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = call
+        except Exception as error:
+            say_once(f"left out: {name}: {reason_of(error)}")
+    return found
+
+
+def graphs(calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Each call as a replay of a CUDA graph of it, called "NAME, graph"; why one is left out is told."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[f"{name}, graph"] = _graphed(call)
+        except Exception as error:
+            say_once(f"left out: {name}, graph: {reason_of(error)}")
+    return found
+
+
+def reason_of(error: Exception) -> str:
+    """The error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+
+
+def _graphed(call: Call) -> Call:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -234,9 +268,7 @@ def write_results(rows: Sequence[Row], device: torch.device, directory: Path = R
     A row takes the place of an earlier one of the same benchmark, case and variant, so that runs over
     different cases add up.
     """
-    machine = environment(device)
-    stem = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    path = directory / f"{stem}-{machine['date']}.csv"
+    path, machine = results_path(device, directory), environment(device)
     new = {_key(row) for row in rows}
     kept = []
     if path.exists():
@@ -250,6 +282,13 @@ def write_results(rows: Sequence[Row], device: torch.device, directory: Path = R
         writer.writerows([*kept, *({**row, **machine} for row in rows)])
     partial.replace(path)
     return path
+
+
+def results_path(device: torch.device, directory: Path = RESULTS) -> Path:
+    """Today's results file of the machine."""
+    machine = environment(device)
+    stem = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    return directory / f"{stem}-{machine['date']}.csv"
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -31,12 +31,13 @@ from benchmarks.common import (
     Case,
     Row,
     copy_bandwidth,
-    graphed,
+    graphs,
     measure,
     op_parser,
     peak_mib,
     rows_of,
     run_cases,
+    say_once,
 )
 from benchmarks.lengths import DISTRIBUTIONS, MIXTURES, STEP, draw_examples, draw_tokens
 
@@ -89,13 +90,11 @@ def main(argv: list[str]) -> int:
     dtypes = options.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
     bandwidth = copy_bandwidth(options.device)
     print(f"copying moves {bandwidth / 1e9:.1f} GB/s", flush=True)
-    told: set[str] = set()
-    cases = []
-    for problem in problems(
-        options.distributions, tokens, [getattr(torch, name) for name in dtypes], not gpu
-    ):
-        run = partial(compare, problem, options.device, bandwidth, options.budget, told)
-        cases.append(Case(problem.name, run))
+    kinds = [getattr(torch, name) for name in dtypes]
+    cases = [
+        Case(problem.name, partial(compare, problem, options.device, bandwidth, options.budget))
+        for problem in problems(options.distributions, tokens, kinds, steps=not gpu)
+    ]
     return run_cases(cases, options)
 
 
@@ -116,10 +115,8 @@ def problems(
     return sorted(every, key=lambda problem: problem.urgency)
 
 
-def compare(
-    problem: Problem, device: torch.device, bandwidth: float, budget_s: float, told: set[str]
-) -> list[Row]:
-    """The rows of one case. Why a peer is left out is printed unless `told` has it already."""
+def compare(problem: Problem, device: torch.device, bandwidth: float, budget_s: float) -> list[Row]:
+    """The rows of one case; why a peer is left out is told once."""
     batch = Batch.random(problem.lengths, problem.dtype, device, problem.dropout_p)
     check(PackedAttention, Batch.random((1, 30, 9, 64, 5), problem.dtype, device, 0.0))
     check(PackedAttention, Batch.random((7, 130, 64), problem.dtype, device, 0.0))
@@ -127,19 +124,14 @@ def compare(
     for kind in PEERS[device.type]:
         peer = suitable(kind, batch, problem.backward)
         if isinstance(peer, str):
-            if (reason := f"{kind.name}: {peer}") not in told:
-                told.add(reason)
-                print(f"left out of {problem.name} and cases like it: {reason}", flush=True)
+            say_once(f"left out: {kind.name}: {peer}")
         else:
             calls[kind.name] = partial(peer.run, problem.backward)
     peaks = {name: peak_mib(call, device) for name, call in calls.items()}
     if device.type == "cuda" and len(batch.qkv) <= GRAPH_TOKENS:
-        seed = torch.zeros(1, dtype=torch.int64, device=device)
-        calls[f"{PackedAttention.name}, graph"] = graphed(
-            partial(PackedAttention(batch, seed).run, problem.backward)
-        )
-        if FlashAttention2.name in calls:
-            calls[f"{FlashAttention2.name}, graph"] = graphed(calls[FlashAttention2.name])
+        seeded = PackedAttention(batch, torch.zeros(1, dtype=torch.int64, device=device))
+        again = {PackedAttention.name: partial(seeded.run, problem.backward)}
+        calls |= graphs(again | {name: calls[name] for name in calls if name == FlashAttention2.name})
     timings = measure(calls, device, budget_s=budget_s)
     tensors, products = (12, 14) if problem.backward else (4, 4)
     moved = tensors * batch.dout.nbytes
