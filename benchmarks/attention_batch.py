@@ -123,12 +123,11 @@ def refusal(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            check(kind, Batch.random(SMALL[shape], dtype, device, 0.0))
-            if dropout_p:
-                batch = Batch.random(SMALL[shape], dtype, device, dropout_p)
-                outs = [kind(b).run(False)[0] for b in (batch, replace(batch, dropout_p=0.0))]
-                if torch.equal(*outs):
-                    raise UnsuitableError("dropout changes nothing")
+            batch = Batch.random(SMALL[shape], dtype, device, dropout_p)
+            peer, whole = kind(batch), replace(batch, dropout_p=0.0)
+            check(kind, whole)
+            if dropout_p and torch.equal(peer.run(False)[0], kind(whole).run(False)[0]):
+                raise UnsuitableError("dropout changes nothing")
         except Exception as error:
             # torch warns of each backend's reasons; those that it was told to leave out are disabled.
             causes = [str(w.message).split(" (Triggered")[0] for w in told]

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-RESULTS = Path(__file__).parent / "results"
+SOURCES = Path(__file__).parents[1]
+RESULTS = SOURCES / "benchmarks" / "results"
 COLUMNS = (
     "benchmark", "case", "variant", "median_us", "p20_us", "p80_us", "runs", "ratio_to_baseline",
     "gb_per_s", "copy_gb_per_s", "share_of_copy", "tflop_per_s", "peak_mib",
@@ -171,10 +172,7 @@ def copy_bandwidth(device: torch.device, bytes_each_way: int = 2**28) -> float:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """The device, the versions and the commit, as columns of the results file.
-
-    The commit is git's word; where the sources are a copy without it, that of MTFAST_COMMIT.
-    """
+    """The device, the versions and the commit, as columns of the results file."""
     driver = ""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -188,7 +186,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
-        "commit": git("describe", "--always", "--dirty") or os.environ.get("MTFAST_COMMIT", "unknown"),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -203,9 +201,27 @@ def cpu_name() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def commit() -> str:
+    """git's name of the sources, "-dirty" when they differ from it; results files are no sources.
+
+    Where the sources are a copy without a repository it is what MTFAST_COMMIT says.
+    """
+    name = git("describe", "--always")
+    if not name:
+        return os.environ.get("MTFAST_COMMIT", "unknown")
+    return f"{name}-dirty" if changes() else name
+
+
+def changes() -> str:
+    """The tracked files, but results, that differ from the commit, as git status lists them."""
+    return git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"
+    )
+
+
 def git(*arguments: str) -> str:
     """What git prints of these sources; nothing where they are no repository."""
-    return _output(["git", "-C", str(Path(__file__).parent), *arguments])
+    return _output(["git", "-C", str(SOURCES), *arguments])
 
 
 def _output(command: list[str]) -> str:
@@ -322,7 +338,7 @@ def op_parser(name: str, module_doc: str | None) -> argparse.ArgumentParser:
 
 
 def run_cases(cases: Sequence[Case], options: argparse.Namespace) -> int:
-    """Measure the cases in their order; print and write each one's rows before the next. The exit status.
+    """Measure the cases in their order; write and print each one's rows before the next. The exit status.
 
     A case that fails is told and does not take the others with it. When `options.seconds` are over, the
     cases that are left are told and left out, which is no failure.
@@ -335,8 +351,8 @@ def run_cases(cases: Sequence[Case], options: argparse.Namespace) -> int:
             break
         try:
             rows = case.measure()
-            print_rows(rows)
             path = write_results(rows, options.device, options.results)
+            print_rows(rows)
         except Exception:
             failed.append(case.name)
             print(f"case {case.name!r} failed:\n{traceback.format_exc()}", flush=True)

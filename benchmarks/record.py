@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.common import RESULTS, default_device, environment, git
+from benchmarks.common import RESULTS, changes, default_device, environment, git
 
 CODE = ("mtfast", "csrc", "setup.py", "pyproject.toml")
 
@@ -89,9 +89,8 @@ def check_sources(run_dir: Path) -> None:
     """RecordError unless the sources here are a commit's, and were when the run began."""
     if not git("rev-parse", "HEAD"):
         raise RecordError("the sources are no git repository, so no commit can be named")
-    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
-    if changed:
-        raise RecordError(f"the sources differ from the commit; commit or remove these:\n{changed}")
+    if changed := changes():
+        raise RecordError(f"the sources differ from the commit; commit or undo these:\n{changed}")
     newest = git("log", "-1", "--format=%ct %h", "--", *(f":/{path}" for path in CODE))
     seconds, commit = newest.split()
     if int(seconds) > (run_dir / "config.yaml").stat().st_mtime:
