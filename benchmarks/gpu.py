@@ -10,7 +10,8 @@ CUDA toolkit.
 
 A step that fails does not stop the others, but is told at the end and in the exit status; without a build
 that succeeds there are no others. Each step may take its share of the time that is left when it begins, and
-is ended after that; benchmarks end by themselves before.
+is ended after that; benchmarks end by themselves before. Where the sources are a copy without a repository,
+MTFAST_COMMIT should say which commit they are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, results_path
+from benchmarks.common import RESULTS, environment, results_path
 
 ROOT = Path(__file__).parents[1]
 OPS = ("packed_attention", "concat_mlp", "mask_tokens")
@@ -69,10 +70,7 @@ def main(argv: list[str]) -> int:
     if options.small_shapes:
         small_shapes(device)
         return 0
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, python {sys.version.split()[0]}",
-        flush=True,
-    )
+    print(", ".join(f"{key} {value}" for key, value in environment(device).items()), flush=True)
     wanted = ("pytest",) if options.prebuilt else ("pytest", *BUILD_TOOLS)
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
         print(f"not installed: {', '.join(missing)}; python -m pip install {' '.join(missing)}", flush=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -126,10 +127,18 @@ class Options(argparse.Namespace):
 
 
 def test_a_benchmark_out_of_time_keeps_what_it_has(tmp_path, monkeypatch, capsys):
-    now = iter(range(0, 1000, 10))
-    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    cases = [common.Case(name, lambda name=name: [row(name, "x", 1)]) for name in "abcd"]
-    assert common.run_cases(cases, Options(tmp_path, seconds=25)) == 0
+    clock = [0.0]
+    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def takes(name, seconds):
+        clock[0] += seconds
+        return [row(name, "x", 1)]
+
+    cases = [
+        common.Case(name, partial(takes, name, s)) for name, s in zip("abcd", (14, 8, 1, 1), strict=True)
+    ]
+    # After a and b 22 s are gone, and another case like a would end after 36.
+    assert common.run_cases(cases, Options(tmp_path, seconds=35)) == 0
     assert set(medians(common.results_path(CPU, tmp_path))) == {("op", "a", "x"), ("op", "b", "x")}
     assert "out of time: 2 of 4 cases left out, from 'c' on" in capsys.readouterr().out
 
