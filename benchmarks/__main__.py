@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def main() -> int:
     if name not in names:
         print(f"no benchmark is called {name!r}; there are {', '.join(names)}", file=sys.stderr)
         return 2
+    # torch's profiler, which measures memory on the CPU, tells its every start and stop otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     result = importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
     return result if isinstance(result, int) else 0
 

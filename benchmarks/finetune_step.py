@@ -12,11 +12,12 @@ both. Before that, both must give the same losses in float32 without dropout. Ba
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import default_device, rows_of, summary, write_results
+from benchmarks.common import RESULTS, default_device, rows_of, summary, write_results
 from benchmarks.eager_twin import MasterAdamW, PaddedTask, pad_task
 from benchmarks.stage_setup import (
     Clock,
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
     """Run the benchmark, print its result and write it to benchmarks/results/."""
     parser = parser_of("finetune_step", "fine-tuning steps, packed against eager PyTorch")
     parser.add_argument("--steps", type=int, default=10, help="steps measured of each (default: 10)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results file")
     arguments = parser.parse_args(argv)
     result = compare(arguments.data, arguments.checkpoint, arguments.steps)
     print(describe(result))
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> None:
     case = f"{result['examples_per_step']} examples, {real} real tokens, {padded} padded"
     timings = {name: summary(result[name]["seconds"]) for name in ("eager", "mtfast")}
     rows = rows_of("finetune_step", case, timings, "eager")
-    print(f"written to {write_results(rows, default_device())}")
+    print(f"written to {write_results(rows, default_device(), arguments.results)}")
 
 
 def compare(data: str, checkpoint: str, steps: int) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import default_device, rows_of, summary, write_results
+from benchmarks.common import RESULTS, default_device, rows_of, summary, write_results
 from benchmarks.eager_twin import MasterAdamW, pad_task
 from benchmarks.stage_setup import (
     Clock,
@@ -56,12 +57,13 @@ def main(argv: list[str]) -> None:
     parser = parser_of("head_stage", "head training with cached features, live features and eager PyTorch")
     text = "steps measured of live and eager, from which an epoch is worked out (default: a whole epoch)"
     parser.add_argument("--steps", type=int, help=text)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results file")
     arguments = parser.parse_args(argv)
     result = compare(arguments.data, arguments.checkpoint, arguments.steps)
     print(describe(result))
     timings = {name: summary([result[name]["stage_s"]]) for name in ("cached", "live", "eager")}
     rows = rows_of("head_stage", f"{result['epochs']} epochs", timings, "live")
-    print(f"written to {write_results(rows, default_device())}")
+    print(f"written to {write_results(rows, default_device(), arguments.results)}")
 
 
 def compare(data: str, checkpoint: str, steps: int | None) -> dict[str, Any]:

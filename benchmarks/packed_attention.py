@@ -1,155 +1,148 @@
-"""packed_attention against padded attention, per-sequence attention and FlashAttention-2 on packed sequences.
+"""packed_attention against padded, per-sequence, nested and packed attention of torch and others.
 
-    python -m benchmarks packed_attention [--device cpu] [--threads 2] [--tokens 4096] [--slow]
+    python -m benchmarks packed_attention [--device cpu] [--threads 2] [--seconds 300]
+        [--distributions quora 512 ...] [--tokens 4096 ...] [--dtypes bfloat16]
 
-Lengths: fixed, and drawn from gamma distributions with the means of Quora questions (14 tokens), SST
-sentences (25) and the stage-3 mixture of both with STS pairs (15). 12 heads of 64. Forward, and forward and
-backward.
+12 heads of 64, forward ("fwd") and forward with backward ("fwd+bwd"), with dropout 0.1 and without. The
+lengths are drawn from those of real data (benchmarks/lengths.py): Quora questions, SST sentences, STS
+sentences, pre-training samples of IMDb of at most 512; or all are equal. "mixture" is fine-tuning on the full
+data: examples in proportion to its 141,506 Quora pairs, 8,544 SST sentences and 6,040 STS pairs, a pair being
+two sequences. On the CPU it is measured at one step of 160 examples too, as is "mixture-16k", the same with
+16,000 Quora pairs.
+
+Each peer works on the layout that suits it best, made beforehand, and is compared with the float64 reference
+first. GB/s and TFLOP/s count what the packed problem needs, whatever a variant does: q, k and v read and out
+written once; with the backward those, dout and out read again and three gradients written. "graph" replays a
+CUDA graph, as a training step of fixed size does: for the sizes at which launching is what costs.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.common import copy_bandwidth, default_device, measure, print_rows, rows_of, write_results
-from mtfast.ops import packed_attention_qkv, packed_attention_ref
+from benchmarks.attention_batch import HEAD_DIM, HEADS, Batch, check, suitable
+from benchmarks.attention_peers import PEERS, FlashAttention2, PackedAttention
+from benchmarks.common import (
+    Call,
+    Case,
+    Row,
+    copy_bandwidth,
+    graphs,
+    measure,
+    op_parser,
+    peak_mib,
+    rows_of,
+    run_cases,
+    say_once,
+)
+from benchmarks.lengths import DISTRIBUTIONS, MIXTURES, STEP, draw_examples, draw_tokens
 
-HEADS, HEAD_DIM = 12, 64
-FIXED = (32, 64, 128, 256, 512)
-MEANS = {"quora": ((14, 1.0),), "sst": ((25, 1.0),), "mixture": ((25, 0.23), (14, 0.62), (15, 0.15))}
-
-
-def lengths_of(case: str, tokens: int) -> list[int]:
-    """About `tokens` tokens in sequences: `case` is a length or a name in MEANS (gamma, 4 to 80 tokens)."""
-    if case.isdigit():
-        return [int(case)] * max(1, tokens // int(case))
-    random = np.random.default_rng(0)
-    means, shares = zip(*MEANS[case], strict=True)
-    lengths: list[int] = []
-    while sum(lengths) < tokens:
-        mean = random.choice(means, p=np.array(shares) / sum(shares))
-        lengths.append(int(np.clip(random.gamma(4, mean / 4), 4, 80)))
-    return lengths
+BASELINES = (FlashAttention2.name, "padded sdpa", PackedAttention.name)  # the first that was measured
+GRAPH_TOKENS = 16384  # above, launches hide behind the kernels
 
 
-def step(call: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor | None) -> None:
-    """The forward, and the backward when there is a dout for it."""
-    if dout is None:
-        with torch.no_grad():
-            call()
-    else:
-        torch.autograd.grad(call(), inputs, dout)
+@dataclass(frozen=True)
+class Problem:
+    """What one case measures; `size` is tokens, or examples where `by_examples`."""
+
+    distribution: str
+    size: int
+    by_examples: bool
+    dtype: torch.dtype
+    dropout_p: float
+    backward: bool
+
+    @property
+    def name(self) -> str:
+        size = f"{self.size} examples" if self.by_examples else str(self.size)
+        what = "fwd+bwd" if self.backward else "fwd"
+        return f"{self.distribution} {size} {str(self.dtype)[6:]} p={self.dropout_p} {what}"
+
+    @property
+    def lengths(self) -> list[int]:
+        draw = draw_examples if self.by_examples else draw_tokens
+        return draw(self.distribution, self.size)
+
+    @property
+    def urgency(self) -> int:
+        """What training does comes first, then what shows the bandwidth, then the rest."""
+        typical = self.by_examples or (self.distribution in ("quora", "mixture", "512") and self.size > 4096)
+        if typical and self.dropout_p and self.backward:
+            return 0
+        return 1 if self.distribution == "quora" and self.size > GRAPH_TOKENS and not self.backward else 2
 
 
-def variants_of(
-    lengths: list[int], dtype: torch.dtype, dropout_p: float, backward: bool, device: torch.device, slow: bool
-) -> dict[str, Callable[[], None]]:
-    """Ours first; each works on the layout that suits it best, made beforehand."""
-    total, longest, sequences = sum(lengths), max(lengths), len(lengths)
-    cu = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    bounds = cu.tolist()
-    qkv = torch.randn(total, 3, HEADS, HEAD_DIM, device=device, dtype=dtype, requires_grad=True)
-    dout = torch.randn(total, HEADS, HEAD_DIM, device=device, dtype=dtype)
-
-    def ours() -> Tensor:
-        out = packed_attention_qkv(qkv, cu, longest, dropout_p=dropout_p)
-        assert isinstance(out, Tensor)
-        return out
-
-    places = torch.arange(longest, device=device)
-    inside = places[None] < torch.tensor(lengths, device=device)[:, None]
-    shape = (sequences, HEADS, longest, HEAD_DIM)
-    pq, pk, pv = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    padded_dout = torch.randn(shape, device=device, dtype=dtype)
-    mask = None if inside.all() else inside[:, None, None, :]
-
-    def padded_sdpa() -> Tensor:
-        return scaled_dot_product_attention(pq, pk, pv, attn_mask=mask, dropout_p=dropout_p)
-
-    def per_sequence() -> Tensor:
-        outs = []
-        for begin, end in pairwise(bounds):
-            q, k, v = (x.transpose(0, 1)[None] for x in qkv[begin:end].unbind(1))
-            outs.append(scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)[0].transpose(0, 1))
-        return torch.cat(outs)
-
-    with torch.no_grad():
-        q64, k64, v64 = qkv.double().unbind(1)
-        exact = packed_attention_ref(q64, k64, v64, cu, longest)[0] if total <= 2**14 else None
-        out = packed_attention_qkv(qkv, cu, longest)
-        assert isinstance(out, Tensor)
-        if exact is not None and (out - exact).abs().max() > 0.05:
-            raise SystemExit(f"packed_attention: wrong by {float((out - exact).abs().max()):.3g}")
-    variants: dict[str, Callable[[], None]] = {
-        "padded sdpa": partial(step, padded_sdpa, [pq, pk, pv], padded_dout if backward else None),
-        "mtfast": partial(step, ours, [qkv], dout if backward else None),
-    }
-    if device.type == "cpu":
-        if sequences <= 512 and (slow or dtype != torch.bfloat16 or sequences <= 64):  # seconds a call
-            variants["per sequence"] = partial(step, per_sequence, [qkv], dout if backward else None)
-    elif dtype != torch.float32:
-        variants["flash-2 varlen"] = partial(flash2, qkv, cu, longest, dropout_p, dout if backward else None)
-    return variants
-
-
-def flash2(qkv: Tensor, cu: Tensor, longest: int, dropout_p: float, dout: Tensor | None) -> None:
-    """FlashAttention-2 as torch ships it, on the packed tensors."""
-    with torch.no_grad():
-        q, k, v = qkv.unbind(1)
-        lengths = (longest, longest, dropout_p, False, False)
-        out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, *lengths)
-        if dout is not None:
-            torch.ops.aten._flash_attention_backward(
-                dout, q, k, v, out, lse, cu, cu, longest, longest, dropout_p, False, state, unused
-            )
-
-
-def main(argv: list[str]) -> None:
-    """Run the benchmark, print its table and write it to benchmarks/results/."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks packed_attention")
-    parser.add_argument("--device", type=torch.device, default=default_device())
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+def main(argv: list[str]) -> int:
+    """Run the benchmark, print its table and write it to the results file; 0 when no case failed."""
+    parser = op_parser("packed_attention", __doc__)
     parser.add_argument("--tokens", type=int, nargs="+", help="default 4096, on a GPU also 16384 and 131072")
-    parser.add_argument("--cases", nargs="+", default=[*MEANS, *map(str, FIXED)])
-    parser.add_argument("--slow", action="store_true", help="also many sequences one by one in bfloat16")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds a variant")
-    arguments = parser.parse_args(argv)
-    device = arguments.device
-    torch.set_num_threads(arguments.threads)
-    gpu = device.type == "cuda"
-    bandwidth = copy_bandwidth(device) / 1e9
-    rows = []
-    for tokens in arguments.tokens or ([4096, 16384, 131072] if gpu else [4096]):
-        for case in arguments.cases:
-            lengths = lengths_of(case, tokens)
-            for dtype in (torch.bfloat16,) if gpu else (torch.float32, torch.bfloat16):
-                for dropout_p in (0.0, 0.1):
-                    for backward in (False, True):
-                        variants = variants_of(lengths, dtype, dropout_p, backward, device, arguments.slow)
-                        timings = measure(variants, device, budget_s=arguments.budget)
-                        # Forward: q, k, v in, out out; backward: those, dout and three gradients.
-                        tensors, products = (12, 14) if backward else (4, 4)
-                        moved = tensors * sum(lengths) * HEADS * HEAD_DIM * dtype.itemsize / 1e9
-                        work = products * sum(n * n for n in lengths) * HEADS * HEAD_DIM / 1e12
-                        what = "fwd+bwd" if backward else "fwd"
-                        name = f"{case} {tokens} {str(dtype)[6:]} p={dropout_p} {what}"
-                        new = rows_of(
-                            "packed_attention",
-                            name,
-                            timings,
-                            "padded sdpa",
-                            gb_per_s={n: moved / t.median for n, t in timings.items()},
-                            tflop_per_s={n: work / t.median for n, t in timings.items()},
-                            copy_gb_per_s=bandwidth,
-                        )
-                        print_rows(new)
-                        rows += new
-    print(f"copying moves {bandwidth:.1f} GB/s; written to {write_results(rows, device)}")
+    parser.add_argument("--distributions", nargs="+", default=DISTRIBUTIONS, choices=DISTRIBUTIONS)
+    parser.add_argument("--dtypes", nargs="+", help="default bfloat16, on the CPU also float32")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds a variant")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    gpu = options.device.type == "cuda"
+    tokens = options.tokens or ([4096, 16384, 131072] if gpu else [4096])
+    dtypes = options.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
+    bandwidth = copy_bandwidth(options.device)
+    print(f"copying moves {bandwidth / 1e9:.1f} GB/s", flush=True)
+    kinds = [getattr(torch, name) for name in dtypes]
+    cases = [
+        Case(problem.name, partial(compare, problem, options.device, bandwidth, options.budget))
+        for problem in problems(options.distributions, tokens, kinds, steps=not gpu)
+    ]
+    return run_cases(cases, options)
+
+
+def problems(
+    distributions: Sequence[str], tokens: Sequence[int], dtypes: Sequence[torch.dtype], steps: bool
+) -> list[Problem]:
+    """All cases, the most urgent first; with `steps` also the mixtures at one fine-tuning step."""
+    sizes = [(name, size, False) for size in tokens for name in distributions if name != "mixture-16k"]
+    if steps:
+        sizes += [(name, STEP, True) for name in distributions if name in MIXTURES]
+    every = [
+        Problem(*size, dtype, dropout_p, backward)
+        for dropout_p in (0.1, 0.0)
+        for backward in (True, False)
+        for size in sizes
+        for dtype in dtypes
+    ]
+    return sorted(every, key=lambda problem: problem.urgency)
+
+
+def compare(problem: Problem, device: torch.device, bandwidth: float, budget_s: float) -> list[Row]:
+    """The rows of one case; why a peer is left out is told once."""
+    batch = Batch.random(problem.lengths, problem.dtype, device, problem.dropout_p)
+    check(PackedAttention, Batch.random((1, 30, 9, 64, 5), problem.dtype, device, 0.0))
+    check(PackedAttention, Batch.random((7, 130, 64), problem.dtype, device, 0.0))
+    calls: dict[str, Call] = {PackedAttention.name: partial(PackedAttention(batch).run, problem.backward)}
+    for kind in PEERS[device.type]:
+        peer = suitable(kind, batch, problem.backward)
+        if isinstance(peer, str):
+            say_once(f"left out: {kind.name}: {peer}")
+        else:
+            calls[kind.name] = partial(peer.run, problem.backward)
+    peaks = {name: peak_mib(call, device) for name, call in calls.items()}
+    if device.type == "cuda" and len(batch.qkv) <= GRAPH_TOKENS:
+        seeded = PackedAttention(batch, torch.zeros(1, dtype=torch.int64, device=device))
+        again = {PackedAttention.name: partial(seeded.run, problem.backward)}
+        calls |= graphs(again | {name: calls[name] for name in calls if name == FlashAttention2.name})
+    timings = measure(calls, device, budget_s=budget_s)
+    tensors, products = (12, 14) if problem.backward else (4, 4)
+    moved = tensors * batch.dout.nbytes
+    flop = products * sum(n * n for n in batch.lengths) * HEADS * HEAD_DIM
+    return rows_of(
+        "packed_attention",
+        problem.name,
+        timings,
+        next(name for name in BASELINES if name in timings),
+        gb_per_s={name: moved / timing.median / 1e9 for name, timing in timings.items()},
+        copy_gb_per_s=bandwidth / 1e9,
+        tflop_per_s={name: flop / timing.median / 1e12 for name, timing in timings.items()},
+        peak_mib=peaks,
+    )

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 
 README = RESULTS.parents[1] / "README.md"
-SECTION = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main(argv: list[str]) -> int:
@@ -33,20 +33,23 @@ def main(argv: list[str]) -> int:
 
 
 def render(text: str, results: Path = RESULTS) -> str:
-    """`text` with every section between `<!-- results: NAME -->` and `<!-- end -->` made anew."""
+    """`text` with every section between `<!-- results: NAME WORDS -->` and `<!-- end -->` made anew.
+
+    Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs.
+    """
     rows = [row for path in sorted(results.glob("*.csv")) for row in _read(path)]
     runs = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))
     }
 
     def section(match: re.Match[str]) -> str:
-        name = match["name"]
-        body = (
-            _runs_table(runs)
-            if name == "runs"
-            else _benchmark_table([r for r in rows if r["benchmark"] == name])
-        )
-        return f"{match[1]}{body}\n{match[3]}"
+        name, words = match["name"], set(match["words"].split())
+        if name == "runs":
+            body = _runs_table(runs)
+        else:
+            wanted = [r for r in rows if r["benchmark"] == name and words <= set(r["case"].split())]
+            body = _benchmark_table(wanted)
+        return f"{match[1]}{body}\n{match[4]}"
 
     return SECTION.sub(section, text)
 

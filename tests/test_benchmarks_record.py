@@ -1,0 +1,131 @@
+"""Runs recorded as results: what the file says, and what is refused."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import common, record, report
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git repository in place of this one's, with one commit of code."""
+    root = tmp_path / "repository"
+    for name in ("mtfast/loop.py", "benchmarks/results/old.csv", "README.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("as committed\n")
+    monkeypatch.setattr(common, "SOURCES", root)
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@example.org")
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    commit(root, 1_000_000_000)
+    return root
+
+
+def commit(root, seconds):
+    dates = {"GIT_AUTHOR_DATE": f"@{seconds} +0000", "GIT_COMMITTER_DATE": f"@{seconds} +0000"}
+    git = ["git", "-C", str(root)]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True, env={**os.environ, **dates})
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A finished run that began at 1,100,000,000 seconds."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    stage = {"seconds": 10.0, "steps": 3}
+    dev = {"sst_accuracy": 0.4, "quora_accuracy": 0.7, "sts_pearson": 0.6}
+    made_by = {"torch": torch.__version__, "device": record.platform.processor() or "CPU", "threads": 7}
+    config = {
+        "seed": 3,
+        "stages": ["heads", "finetune"],
+        "engine": {"precision": "bf16"},
+        "model": {"checkpoint": "/home/somebody/checkpoints/bert-small", "pair_input": "joint"},
+        "heads": {"epochs": 48},
+        "finetune": {"epochs": 3},
+        "pretrain": {"epochs": 5},
+        "data": {"tasks": "/home/somebody/data"},
+    }
+    summary = {"environment": made_by, "stages": {"heads": stage, "finetune": stage}, "dev": dev}
+    (directory / "summary.json").write_text(json.dumps(summary))
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    os.utime(directory / "config.yaml", (1_100_000_000, 1_100_000_000))
+    return directory
+
+
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the run is one of a machine without a GPU")
+
+
+@cpu_only
+def test_a_run_is_recorded_with_its_commit_and_without_paths(repository, run_dir, tmp_path, monkeypatch):
+    (repository / "benchmarks" / "results" / "old.csv").write_text("measured again\n")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert record.main([str(run_dir), "small"]) == 0
+    text = (tmp_path / "run-small.json").read_text()
+    result = json.loads(text)
+    head = subprocess.run(
+        ["git", "-C", str(repository), "describe", "--always"], capture_output=True, text=True, check=True
+    )
+    assert result["commit"] == head.stdout.strip()
+    assert result["environment"]["threads"] == 7 and result["environment"]["device"] == common.cpu_name()
+    assert result["checkpoint"] == "checkpoints/bert-small" and "somebody" not in text
+    assert result["config"]["finetune"] == {"epochs": 3} and "pretrain" not in result["config"]
+    table = report.render("<!-- results: runs -->\n<!-- end -->", tmp_path)
+    assert "| run-small | 0.400 | 0.700 | 0.600 | - | 10 | 10 |" in table
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda root, run: (root / "mtfast" / "loop.py").write_text("edited\n"), "mtfast/loop.py"),
+        (lambda root, run: change_summary(run, stages={"heads": {}}), "no result of finetune"),
+        (lambda root, run: change_summary(run, dev=None), "no dev metrics"),
+        (
+            lambda root, run: change_summary(run, environment={"torch": "1.0", "device": "x"}),
+            "torch was 1.0, here",
+        ),
+        (lambda root, run: (run / "summary.json").unlink(), "summary.json does not exist"),
+        (lambda root, run: later_commit(root, "mtfast/loop.py"), "the run began before commit"),
+    ],
+)
+def test_a_run_that_is_not_known_to_be_of_this_commit_is_refused(spoil, reason, repository, run_dir):
+    record.record(run_dir)
+    spoil(repository, run_dir)
+    with pytest.raises(record.RecordError, match=reason):
+        record.record(run_dir)
+
+
+@cpu_only
+def test_a_later_commit_that_leaves_the_code_alone_is_no_matter(repository, run_dir):
+    later_commit(repository, "README.md")
+    record.record(run_dir)
+
+
+def change_summary(run, **entries):
+    path = run / "summary.json"
+    summary = {**json.loads(path.read_text()), **entries}
+    path.write_text(json.dumps({key: value for key, value in summary.items() if value is not None}))
+
+
+def later_commit(root, name):
+    (root / name).write_text("changed later\n")
+    commit(root, 1_200_000_000)
+
+
+def test_results_do_not_make_the_commit_dirty_but_code_does(repository, monkeypatch):
+    (repository / "benchmarks" / "results" / "old.csv").write_text("measured again\n")
+    assert "dirty" not in common.commit()
+    (repository / "README.md").write_text("edited\n")
+    assert common.commit().endswith("-dirty")
+    monkeypatch.setattr(common, "SOURCES", repository / "nowhere")
+    monkeypatch.setenv("MTFAST_COMMIT", "abc1234")
+    assert common.commit() == "abc1234"
