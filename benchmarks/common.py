@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mtfast.machine import cpu_name
+
 SOURCES = Path(__file__).parents[1]
 RESULTS = SOURCES / "benchmarks" / "results"
 COLUMNS = (
@@ -178,7 +180,7 @@ def environment(device: torch.device) -> dict[str, str]:
         name = torch.cuda.get_device_name(device)
         driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0]
     else:
-        name = cpu_name()
+        name = f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
     return {
         "device": name,
         "driver": driver,
@@ -189,16 +191,6 @@ def environment(device: torch.device) -> dict[str, str]:
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it, and its vector instructions as torch uses them."""
-    try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    name = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def commit() -> str:

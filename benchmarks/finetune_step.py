@@ -121,7 +121,7 @@ def measure(
     ours, theirs = [], []
     for our_batch, their_batch in zip(packed, padded, strict=True):
         clock = Clock(device)
-        stage.engine.step(stage.total(stage.losses((our_batch, None))))
+        stage.step((our_batch, None))
         ours.append(clock.lap())
         total(twin(their_batch)).backward()
         optimizer.step()

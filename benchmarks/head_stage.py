@@ -118,7 +118,7 @@ def _train(stage: Heads, steps: list[StepPlan], epoch: int) -> None:
     stage.engine.train()
     for micro_batches in stage.micro_batches(steps, epoch):
         for micro_batch in micro_batches:
-            stage.engine.step(stage.total(stage.losses(micro_batch.data)))
+            stage.step(micro_batch.data)
 
 
 def eager(config: RunConfig, tables: dict[str, Tables], device: torch.device, steps: int | None) -> Cost:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import yaml
 
 from benchmarks.common import RESULTS, changes, default_device, environment, git
+from mtfast.machine import device_name
 
 CODE = ("mtfast", "csrc", "setup.py", "pyproject.toml")
 
@@ -101,10 +101,9 @@ def check_sources(run_dir: Path) -> None:
 
 def check_environment(recorded: dict[str, Any]) -> None:
     """RecordError unless the run was made on this device with this torch."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     for what, then, now in (
         ("torch", recorded["torch"], torch.__version__),
-        ("device", recorded["device"], device),
+        ("device", recorded["device"], device_name()),
     ):
         if then != now:
             raise RecordError(f"the run's {what} was {then}, here it is {now}; record it where it ran")

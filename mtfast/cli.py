@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from mtfast.recipes import DEMO_CORPUS, RECIPES, variants
+from mtfast.recipes import DEMO_CORPUS, RECIPES, pretrain_alike, variants
 from mtfast.train import ranks
 from mtfast.train.config import ConfigError, RunConfig, to_yaml, validate
 
@@ -47,15 +47,23 @@ def _write_demo_corpus() -> None:
 
 def _train(stage: Any) -> Callable[[RunConfig], None]:
     def action(config: RunConfig) -> None:
-        from mtfast.train import run
-
         having_it = [variant for variant in variants(config).values() if stage in variant.stages]
         if not having_it:
             raise ConfigError(f"{stage} is not among the run's stages, {' '.join(config.stages)}")
         for variant in having_it:
-            run.train(variant, stage)
+            _train_variant(config, variant, stage)
 
     return action
+
+
+def _train_variant(config: RunConfig, variant: RunConfig, stage: Any) -> None:
+    from mtfast.train import run
+
+    # An experiment whose runs differ after pre-training alone does that once.
+    alike = [
+        other for other in variants(config).values() if stage == "pretrain" and pretrain_alike(other, variant)
+    ]
+    run.train(variant, stage, same_as=alike[0].path if alike and alike[0] != variant else None)
 
 
 def _evaluate(config: RunConfig) -> None:
@@ -89,7 +97,7 @@ def _run(config: RunConfig) -> None:
     _prepare(config)
     for variant in variants(config).values():
         for stage in variant.stages:
-            _train(stage)(variant)
+            _train_variant(config, variant, stage)
         _evaluate(variant)
         _predict(variant)
     _report(config)

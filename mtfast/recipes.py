@@ -114,3 +114,10 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
             "LSTM head": at("lstm-head", model=replace(config.model, sentiment_head="lstm")),
         }
     return {"": config}
+
+
+def pretrain_alike(config: RunConfig, other: RunConfig) -> bool:
+    """Whether pre-training leaves both runs the same encoder: what they differ in comes after it."""
+    head = other.model.sentiment_head
+    changed = replace(config, run_dir=other.run_dir, model=replace(config.model, sentiment_head=head))
+    return changed == other

@@ -43,7 +43,7 @@ def run_dir(tmp_path):
     directory.mkdir()
     stage = {"seconds": 10.0, "steps": 3}
     dev = {"sst_accuracy": 0.4, "quora_accuracy": 0.7, "sts_pearson": 0.6}
-    made_by = {"torch": torch.__version__, "device": record.platform.processor() or "CPU", "threads": 7}
+    made_by = {"torch": torch.__version__, "device": record.device_name(), "threads": 7}
     config = {
         "seed": 3,
         "stages": ["heads", "finetune"],
@@ -75,7 +75,9 @@ def test_a_run_is_recorded_with_its_commit_and_without_paths(repository, run_dir
         ["git", "-C", str(repository), "describe", "--always"], capture_output=True, text=True, check=True
     )
     assert result["commit"] == head.stdout.strip()
-    assert result["environment"]["threads"] == 7 and result["environment"]["device"] == common.cpu_name()
+    assert result["environment"]["threads"] == 7 and result["environment"]["device"].startswith(
+        record.device_name()
+    )
     assert result["checkpoint"] == "checkpoints/bert-small" and "somebody" not in text
     assert result["config"]["finetune"] == {"epochs": 3} and "pretrain" not in result["config"]
     table = report.render("<!-- results: runs -->\n<!-- end -->", tmp_path)

@@ -201,3 +201,14 @@ def test_report_of_an_experiment_of_which_one_run_is_there(tmp_path, capsys):
     cli.main(["report", "exp1", "--run-dir", str(tmp_path / "exp1")])
     assert capsys.readouterr().out.count("wrote ") == 2
     assert "Not run: `without pre-training`." in (tmp_path / "exp1" / "report.md").read_text()
+
+
+def test_runs_that_differ_after_pre_training_share_it(config, capsys):
+    short = replace(config.pretrain, max_steps=3)
+    cli.COMMANDS["pretrain"].run(replace(config, experiment="exp2", pretrain=short))
+    assert "pretrain: taken over from" in capsys.readouterr().out
+    ours, theirs = (config.path / name for name in ("lstm-head", "linear-head"))
+    for name in ("pretrain/result.json", "pretrain/last/model.safetensors", "metrics.jsonl"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (ours, theirs)]
+    assert summaries[0]["stages"] == summaries[1]["stages"] and summaries[0]["stages"]["pretrain"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtfast.data.demo import write_demo_corpus
+from mtfast.models.checkpoint import CheckpointError
 from mtfast.recipes import demo
 from mtfast.train import engine as engine_module
 from mtfast.train import features as features_module
@@ -22,6 +23,8 @@ from mtfast.train.inputs import load_tasks
 from mtfast.train.loop import run_stage
 from mtfast.train.rundir import RunDirectory
 from mtfast.train.sources import find_source
+
+SETTINGS = TaskStageConfig(batch_size=4, learning_rate=0.1, weight_decay=0.0)
 
 
 class ReadBack(TorchDispatchMode):
@@ -96,14 +99,31 @@ def test_first_update_is_adamws_on_the_exact_weights(zero_stage, precision):
     torch.manual_seed(0)
     model = nn.Linear(24, 8)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    settings = TaskStageConfig(batch_size=4, learning_rate=0.1, weight_decay=0.0)
-    engine = Engine(model, EngineConfig(precision=precision, zero_stage=zero_stage), settings, "finetune")
+    engine = Engine(model, EngineConfig(precision=precision, zero_stage=zero_stage), SETTINGS, "finetune")
     assert all(torch.equal(engine.state_dict()[name], w) for name, w in weights.items())
     engine.set_learning_rate(0.25)
     x = torch.ones(4, 24, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     engine.step(engine(x).float().sum())  # every gradient is 4: Adam's first step is the learning rate
     for name, weight in weights.items():
         torch.testing.assert_close(engine.state_dict()[name], weight - 0.25, rtol=0, atol=1e-6)
+    engine.close()
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    engine_module.start()
+    engine = Engine(nn.Linear(4, 4), EngineConfig(precision="fp32", zero_stage=0), SETTINGS, "finetune")
+    engine.save(tmp_path, 1, {"position": 1})
+
+    def full(value, file, *_, **__) -> None:
+        Path(file).write_bytes(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match=f"could not be written to {tmp_path}: unexpected pos"):
+            engine.save(tmp_path, 2, {"position": 2})
+    assert engine.load(tmp_path)["position"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "step-1"]
     engine.close()
 
 

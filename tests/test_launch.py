@@ -152,6 +152,17 @@ def test_accumulation_follows_one_batch(corpus, one_rank, tmp_path):
     assert_follow(run_dir, one_rank)
 
 
+def test_zero_3_in_bf16_starts_from_the_exact_weights_on_two_ranks(corpus, one_rank, tmp_path):
+    run_dir = tmp_path / "run"
+    more = {"engine.zero-stage": 3, "engine.precision": "bf16"}
+    for command in ("heads", "finetune"):
+        launch(deepspeed(command, "demo", *options(corpus, run_dir, **more)))
+    ours, expected = losses(run_dir, "finetune"), losses(one_rank, "finetune")
+    assert len(ours) == STEPS
+    for mine, wanted in zip(ours[:5], expected[:5], strict=True):
+        assert mine == pytest.approx(wanted, rel=0.01)
+
+
 @pytest.mark.parametrize(("zero_stage", "precision"), [(0, "bf16"), (2, "fp32")])
 def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_path):
     more = {

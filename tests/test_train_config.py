@@ -126,9 +126,13 @@ def test_stages_are_named_once_and_in_order(stages):
 
 def test_a_stage_is_run_only_for_the_variants_that_have_it(monkeypatch, capsys):
     trained = []
-    monkeypatch.setattr(run, "train", lambda config, stage: trained.append((config.path.name, stage)))
+
+    def train(config, stage, same_as) -> None:
+        trained.append((config.path.name, stage, same_as))
+
+    monkeypatch.setattr(run, "train", train)
     cli.main(["pretrain", "exp1"])
-    assert trained == [("with-pretraining", "pretrain")]
+    assert trained == [("with-pretraining", "pretrain", None)]
     with pytest.raises(SystemExit):
         cli.main(["pretrain", "paper", "--stages", "heads", "finetune"])
     assert len(trained) == 1 and "not among the run's stages, heads finetune" in capsys.readouterr().err

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtfast.models.checkpoint import CheckpointError
+
 from . import ranks
 from .config import ConfigError, EngineConfig, StageConfig
 from .deepspeed_config import deepspeed_config
@@ -135,19 +137,39 @@ class Engine:
             yield name, full.detach().float().cpu().clone().view(parameter_shape(parameter))
 
     def _set_masters(self, exact: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed import utils
 
         for name, parameter in self._parameters.items():
-            safe_set_full_fp32_param(parameter, exact[name].float().to(self.device))
+            value = exact[name].float().to(self.device)
+            if self._zero_stage < 3:
+                utils.safe_set_full_fp32_param(parameter, value)
+                continue
+            # Each rank has an equal share of the weights, the last one's filled up with zeros. DeepSpeed's
+            # setter of the whole parameter fails where they do not divide.
+            share = utils.safe_get_local_fp32_param(parameter).numel()
+            whole = value.new_zeros(share * ranks.world_size())
+            whole[: value.numel()] = value.flatten()
+            mine = whole.narrow(0, share * ranks.rank(), share)
+            utils.safe_set_local_fp32_param(parameter, mine)
 
     @property
     def _zero_stage(self) -> int:
         return self._settings["zero_optimization"]["stage"]
 
     def save(self, directory: Path, step: int, client: dict[str, Any]) -> None:
-        """Write the resumable state of `step`; the one before it is removed only once this one is whole."""
+        """Write the resumable state of `step`; the one before it is removed only once this one is whole.
+
+        Raises:
+            CheckpointError: it could not be written, on a full disk for example; the one before is kept.
+        """
         tag = f"step-{step}"
-        self._engine.save_checkpoint(str(directory), tag=tag, client_state=client, save_latest=False)
+        try:
+            self._engine.save_checkpoint(str(directory), tag=tag, client_state=client, save_latest=False)
+        except (OSError, RuntimeError) as error:  # torch's writer of archives raises RuntimeError
+            shutil.rmtree(directory / tag, ignore_errors=True)
+            raise CheckpointError(
+                f"the training state could not be written to {directory}: {error}"
+            ) from error
         ranks.barrier()
         if ranks.is_main():
             pointer = {"tag": tag, "world_size": ranks.world_size(), "zero_stage": self._zero_stage}

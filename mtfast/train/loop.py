@@ -140,7 +140,8 @@ class _Loop:
 
     def run(self) -> dict[str, Any]:
         stage, at = self.stage, self.at
-        peak = peak_flops(torch.cuda.get_device_name()) if stage.engine.device.type == "cuda" else None
+        tensor_cores = stage.engine.device.type == "cuda" and self.config.engine.precision == "bf16"
+        peak = peak_flops(torch.cuda.get_device_name()) if tensor_cores else None
         with StageProgress(stage.name, self.total_steps, at.step, stage.flops_per_token, peak) as progress:
             self.progress = progress
             while at.step < self.total_steps and not self._out_of_patience():

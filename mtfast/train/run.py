@@ -43,8 +43,13 @@ def prepare(config: RunConfig) -> None:
         _load_reviews(config, run, source)
 
 
-def train(config: RunConfig, name: StageName) -> None:
-    """Run one stage, from where the run stands; a finished one is left as it is."""
+def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> None:
+    """Run one stage, from where the run stands; a finished one is left as it is.
+
+    Args:
+        same_as: directory of a run in which this stage, once finished, is what it would be here: then it is
+            taken over instead.
+    """
     run, source = _open(config, (name,))
     if run.result(name) is not None:
         say(f"{name}: already finished in {run.stage(name)}")
@@ -53,6 +58,9 @@ def train(config: RunConfig, name: StageName) -> None:
         if run.stage(later).exists():
             raise ConfigError(f"{run.path}: {later} has begun without {name}; choose another --run-dir")
     _record(config, run)
+    if same_as is not None and run.take_over(name, same_as):
+        say(f"{name}: taken over from {same_as}, where it is the same")
+        return
     stage = _build(config, run, source, name)
     run_stage(stage, config, run)
     stage.engine.close()

@@ -63,6 +63,20 @@ class RunDirectory:
             shutil.rmtree(self.stage(name) / "state", ignore_errors=True)
         ranks.barrier()
 
+    def take_over(self, name: str, other: Path) -> bool:
+        """Copy a stage with its metrics and summary from another run; False if it has not finished there."""
+        if not (other / name / "result.json").exists():
+            return False
+        if ranks.is_main():
+            lines = (other / METRICS).read_text(encoding="utf-8").splitlines()
+            self.append([record for record in map(json.loads, lines) if record["stage"] == name])
+            shutil.copytree(other / name, self.stage(name))
+        ranks.barrier()
+        result = self.result(name)
+        assert result is not None
+        self.summarize(stages={name: result["summary"]})
+        return True
+
     def append(self, records: list[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl."""
         if ranks.is_main() and records:
