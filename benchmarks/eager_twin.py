@@ -91,17 +91,18 @@ class EagerTwin(nn.Module):
 
     def forward(self, batch: Mapping[str, PaddedTask]) -> dict[str, Tensor]:
         """Each task's mean loss, a float32 scalar."""
-        return self.losses({name: self.encode(task) for name, task in batch.items()}, batch)
+        cls = {name: self.encode(task) for name, task in batch.items()}
+        return self.losses(cls, {name: task.labels for name, task in batch.items()})
 
-    def losses(self, cls: Mapping[str, Tensor], batch: Mapping[str, PaddedTask]) -> dict[str, Tensor]:
-        """Each task's mean loss from its [CLS] states."""
+    def losses(self, cls: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each task's mean loss from its [CLS] states and labels [examples]."""
         sentiment = self.sentiment_logits(cls["sst"])
         paraphrase = self.pair_outputs(cls["quora"])[:, 0]
         similarity = self.pair_outputs(cls["sts"])[:, 1]
         return {
-            "sst": F.cross_entropy(sentiment, batch["sst"].labels),
-            "quora": F.binary_cross_entropy_with_logits(paraphrase, batch["quora"].labels),
-            "sts": F.mse_loss(similarity, batch["sts"].labels),
+            "sst": F.cross_entropy(sentiment, labels["sst"]),
+            "quora": F.binary_cross_entropy_with_logits(paraphrase, labels["quora"]),
+            "sts": F.mse_loss(similarity, labels["sts"]),
         }
 
 
