@@ -2,8 +2,10 @@
 
 import functools
 import os
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,43 @@ def implementations(op_name: str) -> dict[str, bool]:
     if not torch._C._dispatch_has_kernel(name):
         raise KeyError(f"the compiled library has no op {name}")
     return {key.lower(): torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CPU", "CUDA")}
+
+
+def with_derivative(op_name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """Registers the derivative of `mtfast::<op_name>`, as `torch.library.register_autograd` takes it, and
+    returns the op to call.
+
+    Compilers and transforms meet the registered op. Eager calls go straight to its implementation, with the
+    same derivative: the dispatcher's way through Python would take longer than the kernels.
+    """
+    torch.library.register_autograd(f"mtfast::{op_name}", backward, setup_context=setup_context)
+    op = getattr(torch.ops.mtfast, op_name).default
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with below_autograd():
+                output = op(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: Any) -> Any:
+            with below_autograd():
+                return backward(ctx, *grads)
+
+    @functools.wraps(op)
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*inputs)
+        if not torch.is_grad_enabled():
+            with below_autograd():
+                return op(*inputs)
+        return Direct.apply(*inputs)
+
+    return call
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, total: int) -> None:

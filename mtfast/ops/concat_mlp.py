@@ -70,7 +70,7 @@ def concat_mlp(
     ]
     if not training:
         dropout_p = 0.0
-    y, _ = torch.ops.mtfast.concat_mlp(
+    y, _ = _concat_mlp(
         *operands,
         None if u_rows is None else u_rows.contiguous(),
         None if v_rows is None else v_rows.contiguous(),
@@ -200,7 +200,7 @@ def _scatter(grad: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
     return out.index_put_((rows,), grad, accumulate=True)
 
 
-torch.library.register_autograd("mtfast::concat_mlp", _backward, setup_context=_setup_context)
+_concat_mlp = _library.with_derivative("concat_mlp", _setup_context, _backward)
 
 
 class ConcatMLP(nn.Module):

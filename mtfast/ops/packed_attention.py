@@ -56,7 +56,7 @@ def packed_attention(
     """
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
-    out, lse = torch.ops.mtfast.packed_attention(
+    out, lse = _calls["packed_attention"](
         q,
         k,
         v,
@@ -85,7 +85,7 @@ def packed_attention_qkv(
     (qkv,) = _autocast(qkv)
     q, k, v = qkv.unbind(1)
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
-    out, lse = torch.ops.mtfast.packed_attention_qkv(
+    out, lse = _calls["packed_attention_qkv"](
         qkv, cu_seqlens, max_seqlen, dropout_p, _scale(softmax_scale, q), _seed_tensor(seed, dropout_p)
     )
     return (out, lse.detach()) if return_lse else out
@@ -110,7 +110,7 @@ def packed_attention_cls(
     """
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, cls=True)
-    out, _ = torch.ops.mtfast.packed_attention_cls(
+    out, _ = _calls["packed_attention_cls"](
         q,
         k,
         v,
@@ -372,6 +372,7 @@ def _derivative(op: str, tensors: int):
     return backward
 
 
+_calls = {}
 for _op, _tensors, _fakes in (
     ("packed_attention", 3, (_fake, _fake_backward)),
     ("packed_attention_cls", 3, (_fake, _fake_backward)),
@@ -379,6 +380,6 @@ for _op, _tensors, _fakes in (
 ):
     torch.library.register_fake(f"mtfast::{_op}", _fakes[0])
     torch.library.register_fake(f"mtfast::{_op}_backward", _fakes[1])
-    torch.library.register_autograd(
-        f"mtfast::{_op}", _derivative(f"{_op}_backward", _tensors), setup_context=_setup_context(_tensors)
+    _calls[_op] = _library.with_derivative(
+        _op, _setup_context(_tensors), _derivative(f"{_op}_backward", _tensors)
     )
