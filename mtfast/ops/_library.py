@@ -50,14 +50,17 @@ def implementations(op_name: str) -> dict[str, bool]:
     return {key.lower(): torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CPU", "CUDA")}
 
 
-def with_derivative(op_name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
-    """Registers the derivative of `mtfast::<op_name>`, as `torch.library.register_autograd` takes it, and
-    returns the op to call.
+def with_derivative(op_name: str, setup: Callable[..., None], derivative: Callable[..., Any]) -> Any:
+    """Registers the derivative of `mtfast::<op_name>` and returns the op to call.
 
-    Compilers and transforms meet the registered op. Eager calls go straight to its implementation, with the
-    same derivative: the dispatcher's way through Python would take longer than the kernels.
+    Compilers meet the registered op. Eager calls go straight to its implementation, with the same derivative:
+    the dispatcher's way through Python would take longer than the kernels. `torch.func.grad` and `vjp` need
+    the derivative in a form of their own.
+
+    Args:
+        setup, derivative: `setup_context` and `backward` as `torch.library.register_autograd` takes them.
     """
-    torch.library.register_autograd(f"mtfast::{op_name}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"mtfast::{op_name}", derivative, setup_context=setup)
     op = getattr(torch.ops.mtfast, op_name).default
     below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -66,19 +69,28 @@ def with_derivative(op_name: str, setup_context: Callable[..., None], backward: 
         def forward(ctx: Any, *inputs: Any) -> Any:
             with below_autograd():
                 output = op(*inputs)
-            setup_context(ctx, inputs, output)
+            setup(ctx, inputs, output)
             return output
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
             with below_autograd():
-                return backward(ctx, *grads)
+                return derivative(ctx, *grads)
 
-    @functools.wraps(op)
-    def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
             return op(*inputs)
+
+        setup_context = staticmethod(setup)
+        backward = staticmethod(derivative)
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            return Transformed.apply(*inputs)
         if not torch.is_grad_enabled():
             with below_autograd():
                 return op(*inputs)
