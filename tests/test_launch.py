@@ -41,7 +41,7 @@ def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
         "finetune.max-steps": STEPS,
         **more,
     }
-    return flags(values)
+    return ["--stages", "heads", "finetune", *flags(values)]
 
 
 def flags(values: dict[str, object]) -> list[str]:
@@ -89,8 +89,7 @@ def assert_follow(run_dir: Path, one_rank: Path) -> None:
 def one_rank(corpus, tmp_path_factory) -> Path:
     """Heads, then 30 steps of fine-tuning, on one rank without ZeRO."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    for command in ("heads", "finetune"):
-        launch(plainly(command, "demo", *options(corpus, run_dir)))
+    launch(plainly("run", "demo", *options(corpus, run_dir)))
     assert len(losses(run_dir, "finetune")) == STEPS
     return run_dir
 
@@ -98,8 +97,7 @@ def one_rank(corpus, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_ranks_follow_one_under_every_zero_stage(zero_stage, corpus, one_rank, tmp_path):
     run_dir = tmp_path / "run"
-    for command in ("heads", "finetune"):
-        launch(deepspeed(command, "demo", *options(corpus, run_dir, **{"engine.zero-stage": zero_stage})))
+    launch(deepspeed("run", "demo", *options(corpus, run_dir, **{"engine.zero-stage": zero_stage})))
     assert_follow(run_dir, one_rank)
 
 
@@ -146,17 +144,15 @@ def test_two_nodes_follow_one_rank(corpus, one_rank, tmp_path):
 
 def test_accumulation_follows_one_batch(corpus, one_rank, tmp_path):
     run_dir = tmp_path / "run"
-    for command in ("heads", "finetune"):
-        more = {"finetune.accumulation": 2, "heads.accumulation": 2}
-        launch(plainly(command, "demo", *options(corpus, run_dir, **more)))
+    more = {"finetune.accumulation": 2, "heads.accumulation": 2}
+    launch(plainly("run", "demo", *options(corpus, run_dir, **more)))
     assert_follow(run_dir, one_rank)
 
 
 def test_zero_3_in_bf16_starts_from_the_exact_weights_on_two_ranks(corpus, one_rank, tmp_path):
     run_dir = tmp_path / "run"
     more = {"engine.zero-stage": 3, "engine.precision": "bf16"}
-    for command in ("heads", "finetune"):
-        launch(deepspeed(command, "demo", *options(corpus, run_dir, **more)))
+    launch(deepspeed("run", "demo", *options(corpus, run_dir, **more)))
     ours, expected = losses(run_dir, "finetune"), losses(one_rank, "finetune")
     assert len(ours) == STEPS
     for mine, wanted in zip(ours[:5], expected[:5], strict=True):
