@@ -60,26 +60,33 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _benchmark_table(rows: list[dict[str, str]]) -> str:
-    """The newest measurement of every case and variant on every device."""
+    """A table for each machine and commit: a line a case, a column a variant, the newest of each."""
     newest: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         newest[row["device"], row["case"], row["variant"]] = row
-    if not newest:
-        return "not measured"
-    columns = ("case", "variant", "median", "ratio to baseline", "device", "torch", "commit")
-    body = [
-        (
-            row["case"],
-            row["variant"],
-            _time(float(row["median_us"])),
-            f"{float(row['ratio_to_baseline']):.2f}",
-            row["device"] if row["driver"] else f"{row['device']}, {row['threads']} threads",
-            row["torch"],
-            row["commit"],
-        )
-        for row in newest.values()
-    ]
-    return _markdown(columns, body)
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in newest.values():
+        threads = "" if row["driver"] else f", {row['threads']} threads"
+        made_by = f"{row['device']}{threads}, torch {row['torch']}, commit {row['commit']}"
+        groups.setdefault(made_by, []).append(row)
+    return "\n\n".join(f"{name}:\n\n{_cases(group)}" for name, group in groups.items()) or "not measured"
+
+
+def _cases(rows: list[dict[str, str]]) -> str:
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(row["case"], {})[row["variant"]] = _cell(row)
+    body = [(case, *(found.get(variant, "") for variant in variants)) for case, found in cells.items()]
+    return _markdown(("case", *variants), body)
+
+
+def _cell(row: dict[str, str]) -> str:
+    """Time, its ratio to the baseline's unless it is the baseline, and memory where it was measured."""
+    facts = [] if row["ratio_to_baseline"] == "1.0" else [f"{float(row['ratio_to_baseline']):.2f}x"]
+    if row.get("peak_mib"):
+        facts.append(f"{float(row['peak_mib']):.3g} MiB")
+    return _time(float(row["median_us"])) + (f" ({', '.join(facts)})" if facts else "")
 
 
 def _runs_table(runs: dict[str, Any]) -> str:

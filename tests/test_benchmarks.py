@@ -109,7 +109,22 @@ def test_files_with_fewer_columns_stay_readable(tmp_path):
     common.write_results([row("b", "x", 3)], CPU, tmp_path)
     assert medians(path) == {("op", "a", "x"): 1500, ("op", "b", "x"): 3}
     table = report.render("<!-- results: op -->\n<!-- end -->", tmp_path)
-    assert "| a | x | 1.50 ms | 2.00 | AMD, 2 threads | 2.13.0 | abc1234 |" in table
+    assert "AMD, 2 threads, torch 2.13.0, commit abc1234:\n\n| case | x |" in table
+    assert "| a | 1.50 ms (2.00x) |" in table
+
+
+def test_tables_have_a_line_a_case_and_a_column_a_variant(tmp_path):
+    rows = [row(case, variant, 3) for case in ("a", "b") for variant in ("eager", "mtfast")]
+    for other in rows[1::2]:
+        other |= {"ratio_to_baseline": 2.5, "peak_mib": 14.25}
+    common.write_results(rows[:3], CPU, tmp_path)
+    table = report.render("<!-- results: op -->\n<!-- end -->", tmp_path)
+    assert table.split("\n")[3:7] == [
+        "| case | eager | mtfast |",
+        "| --- | --- | --- |",
+        "| a | 3.0 us | 3.0 us (2.50x, 14.2 MiB) |",
+        "| b | 3.0 us |  |",
+    ]
 
 
 def test_a_section_can_ask_for_some_cases(tmp_path):
