@@ -1,4 +1,8 @@
-"""Fixtures for the real data and the real checkpoint that some tests run on."""
+"""Fixtures for the real data and the real checkpoint that some tests run on, and for how far sweeps go.
+
+MTFAST_TEST_SWEEP=full runs every random case of the ops' sweeps, on the CUDA source executed on the CPU too,
+which takes about a quarter of an hour; without it a part of them runs that has each kind of case.
+"""
 
 import os
 from pathlib import Path
@@ -7,6 +11,15 @@ import pytest
 
 # Where checking values on a GPU would cost a synchronisation, ops do it only when asked to: here, always.
 os.environ.setdefault("MTFAST_CHECK_VALUES", "1")
+
+
+@pytest.fixture(scope="session")
+def full_sweep() -> bool:
+    """Whether sweeps over random cases run all of them: MTFAST_TEST_SWEEP=full."""
+    value = os.environ.get("MTFAST_TEST_SWEEP", "")
+    if value not in ("", "full"):
+        pytest.fail(f"MTFAST_TEST_SWEEP={value}: it should be full, or not set")
+    return value == "full"
 
 
 def _directory_from(variable: str, what: str) -> Path:

@@ -13,11 +13,10 @@ copy=$folder/mtfast-copy
 rm -rf "$copy"
 mkdir -p "$copy/mtfast" "$copy/tests"
 cp "$root/mtfast/__init__.py" "$root/mtfast/_C.abi3.so" "$copy/mtfast"
-cp -r "$root/mtfast/ops" "$root/csrc" "$copy/mtfast"
-mv "$copy/mtfast/csrc" "$copy/csrc"
-for test in conftest.py cuda_on_cpu test_mask_tokens.py test_kernels_mask_tokens.py test_packed_attention.py \
-  test_concat_mlp.py; do
-  cp -r "$root/tests/$test" "$copy/tests"
+cp -r "$root/mtfast/ops" "$copy/mtfast"
+cp "$root/tests/conftest.py" "$root/tests/real_lengths.py" "$copy/tests"
+for op in mask_tokens packed_attention concat_mlp; do
+  cp "$root/tests/${op}_cases.py" "$root/tests/test_$op.py" "$copy/tests"
 done
 cd "$copy"
 "$folder/bin/python" -c 'import torch; print("torch", torch.__version__)'

@@ -1,19 +1,34 @@
-"""The CUDA kernels of packed attention without a GPU: the same source run on the CPU, under race detector and
-the sanitizers."""
+"""The CUDA kernels of packed attention without a GPU: the same source run on the CPU against float64, in any
+thread order, under race detector and sanitizers; what its machine code holds.
+
+MTFAST_TEST_SWEEP=full runs all 300 random batches in each dtype and head_dim, otherwise ten or twelve.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 
 import pytest
 import torch
-from cuda_on_cpu.harness import CASES, Case, load, run_sanitized
-from packed_attention_cases import SEED, Batch, assert_close_to_exact, make_batch
+from cuda_on_cpu.harness import CASES, Case, Kernels, load, run_sanitized
+from cuda_on_cpu.machine_code import disassembled
+from packed_attention_cases import (
+    DTYPES,
+    HEAD_DIMS,
+    SEED,
+    Batch,
+    Run,
+    check_a_sequence_does_not_notice_the_others,
+    check_dropout,
+    check_mean_over_seeds,
+    check_random_batches,
+    make_batch,
+)
 from torch import Tensor
 
-FORWARD, BACKWARD, CLS = "packed_attention.cu", "packed_attention_backward.cu", "packed_attention_cls.cu"
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+SOURCES = ("packed_attention.cu", "packed_attention_backward.cu", "packed_attention_cls.cu")
 
 
 class CTensor(ctypes.Structure):
@@ -48,7 +63,7 @@ class CBackward(ctypes.Structure):
     )
 
 
-def shape_of(batch: Batch, dropout_p: float, max_seqlen: int | None = None) -> CShape:
+def shape_of(batch: Batch, dropout_p: float, seed: int) -> CShape:
     total, heads, head_dim = batch.k.shape
     return CShape(
         batch.cu_seqlens.data_ptr(),
@@ -56,117 +71,116 @@ def shape_of(batch: Batch, dropout_p: float, max_seqlen: int | None = None) -> C
         total,
         heads,
         head_dim,
-        batch.max_seqlen if max_seqlen is None else max_seqlen,
-        DTYPES[batch.k.dtype],
+        batch.max_seqlen,
+        DTYPES.index(batch.k.dtype),
         1 / math.sqrt(head_dim),
         round(dropout_p * 65536),
-        SEED,
+        seed,
         None,
     )
 
 
-def forward(kernels, batch: Batch, dropout_p: float, cls: bool = False, max_seqlen: int | None = None):
-    out = torch.full(batch.q.shape, torch.nan, dtype=batch.k.dtype)
-    lse = torch.full((batch.q.size(1), batch.q.size(0)), torch.nan)
-    tensors = [CTensor.of(x) for x in (*batch.tensors, out)]
-    args = CForward(shape_of(batch, dropout_p, max_seqlen), *tensors, lse.data_ptr())
-    name = "mtfast_packed_attention_cls_forward" if cls else "mtfast_packed_attention_forward"
-    getattr(kernels, name)(ctypes.byref(args), None)
-    return out, lse
+def emulated(forward: Kernels, backward: Kernels, cls: Kernels) -> Run:
+    """packed_attention, or for a batch with one query a sequence packed_attention_cls, by these kernels."""
+
+    def run(batch: Batch, dropout_p: float = 0.0, seed: int = SEED) -> list[Tensor | None]:
+        shape = shape_of(batch, dropout_p, seed)
+        out, *grads = (torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (batch.q, *batch.tensors))
+        lse = torch.full((batch.q.size(1), batch.q.size(0)), torch.nan)
+        q, k, v, o, dout, dq, dk, dv = map(CTensor.of, (*batch.tensors, out, batch.dout, *grads))
+        forward_args = ctypes.byref(CForward(shape, q, k, v, o, lse.data_ptr()))
+        backward_args = ctypes.byref(CBackward(shape, q, k, v, o, dout, dq, dk, dv, lse.data_ptr()))
+        if batch.cls:
+            cls.mtfast_packed_attention_cls_forward(forward_args, None)
+            cls.mtfast_packed_attention_cls_backward(backward_args, None)
+            return [out, None, *grads]
+        # As large as packed_attention.cpp makes it.
+        delta = torch.full((lse.size(0), lse.size(1) if batch.max_seqlen > 64 else 0), torch.nan)
+        forward.mtfast_packed_attention_forward(forward_args, None)
+        backward.mtfast_packed_attention_backward(backward_args, delta, None)
+        return [out, lse, *grads]
+
+    return run
 
 
-def backward(kernels, batch: Batch, out: Tensor, lse: Tensor, dropout_p: float, cls: bool = False):
-    grads = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in batch.tensors]
-    tensors = [CTensor.of(x) for x in (*batch.tensors, out, batch.dout, *grads)]
-    args = CBackward(shape_of(batch, dropout_p), *tensors, lse.data_ptr())
-    if cls:
-        kernels.mtfast_packed_attention_cls_backward(ctypes.byref(args), None)
-    else:
-        delta = torch.full(lse.shape, torch.nan)
-        kernels.mtfast_packed_attention_backward(ctypes.byref(args), delta, None)
-    return grads
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return emulated(*map(load, SOURCES))
 
 
-def check(batch: Batch, dropout_p: float, forwards, backwards, cls: bool = False) -> None:
-    out, lse = forward(forwards, batch, dropout_p, cls)
-    grads = backward(backwards, batch, out, lse, dropout_p, cls)
-    assert_close_to_exact([out, lse, *grads], batch, dropout_p, cls)
-    again = backward(backwards, batch, out, lse, dropout_p, cls)
-    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
-
-
-SHORT = [5, 0, 16, 1, 33, 3, 3, 3]
-MIXED = [5, 0, 70, 1]
-
-
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_float64(dtype, head_dim):
-    kernels = load(FORWARD), load(BACKWARD)
-    check(make_batch(SHORT, 1, head_dim, dtype, layout="fused"), 0.1, *kernels)
-    check(make_batch(MIXED, 1, head_dim, dtype, layout="sliced"), 0.1, *kernels)
-    check(make_batch([64, 9], 2, head_dim, dtype), 0.0, *kernels)
-    cls = load(CLS)
-    for dropout_p in (0.0, 0.1):
-        check(make_batch(SHORT, 2, head_dim, dtype, layout="cls"), dropout_p, cls, cls, cls=True)
+def test_random_batches_match_float64(dtype, head_dim, run, full_sweep):
+    numbers = range(300) if full_sweep else range(HEAD_DIMS.index(head_dim), 300, 31)
+    check_random_batches(run, numbers, head_dim, dtype)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_query_a_sequence(dtype, head_dim, run, full_sweep):
+    check_random_batches(run, range(300 if full_sweep else 12), head_dim, dtype, cls=True)
+
+
+@pytest.mark.parametrize("layout", ["apart", "fused", "sliced", "cls"])
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
-def test_any_thread_order_without_races(case: Case):
-    kernels = load(FORWARD, case), load(BACKWARD, case)
-    check(make_batch([20, 7, 40], 1, 64, torch.bfloat16), 0.1, *kernels)
-    check(make_batch([70, 9], 1, 64, torch.bfloat16), 0.1, *kernels)
-    check(make_batch([70], 1, 32, torch.float32), 0.1, *kernels)
-    cls = load(CLS, case)
-    check(make_batch([20, 7], 1, 64, torch.bfloat16, layout="cls"), 0.1, cls, cls, cls=True)
+def test_any_thread_order_gives_the_same_without_races(case: Case, layout, run):
+    other = emulated(*(load(source, case) for source in SOURCES))
+    for lengths, head_dim, dtype in (
+        ([20, 0, 7, 40], 64, torch.bfloat16),
+        ([70, 9], 32, torch.float16),
+        ([70, 3], 32, torch.float32),
+        ([1, 65], 128, torch.bfloat16),
+    ):
+        batch = make_batch(lengths, 2, head_dim, dtype, layout=layout)
+        pairs = zip(run(batch, 0.1), other(batch, 0.1), strict=True)
+        assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
 
 
-def sanitized_forward(kernels) -> None:
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_what_the_reference_says(dropout_p, run):
+    check_dropout(run, dropout_p)
+
+
+def test_mean_over_seeds_is_the_undropped_result(run):
+    check_mean_over_seeds(run, 2000)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sequence_does_not_notice_the_others(dtype, run):
+    check_a_sequence_does_not_notice_the_others(run, dtype)
+
+
+def small_shapes_and_lies(*kernels: Kernels) -> None:
+    run = emulated(*kernels)
     for dtype in DTYPES:
-        forward(kernels, make_batch([20, 0, 7], 1, 64, dtype), 0.1)
-        forward(kernels, make_batch([70], 1, 64, dtype), 0.1)
-    batch = make_batch([100, 20], 1, 64, torch.bfloat16)
-    forward(kernels, batch, 0.1, max_seqlen=8)  # a lie
-    for bounds in ([0, 500, 120], [-3, 20, 120], [120, 7, 120]):
-        batch.cu_seqlens.copy_(torch.tensor(bounds))
-        for max_seqlen in (64, 500):
-            forward(kernels, batch, 0.1, max_seqlen=max_seqlen)
+        for head_dim in HEAD_DIMS:
+            for layout in ("apart", "cls"):
+                run(make_batch([20, 0, 7], 1, head_dim, dtype, layout=layout), 0.1)
+                run(make_batch([70], 1, head_dim, dtype, layout=layout), 0.1)
+    for dtype in (torch.bfloat16, torch.float32):
+        for layout in ("apart", "cls"):
+            batch = make_batch([100, 20], 1, 64, dtype, layout=layout)
+            for bounds in ([0, 100, 120], [0, 500, 120], [-3, 20, 120], [120, 7, 120], [0, 120, 2**31 - 1]):
+                batch.cu_seqlens.copy_(torch.tensor(bounds))
+                for longest in (0, 8, 64, 500):
+                    run(dataclasses.replace(batch, lengths=(longest,)), 0.1)
 
 
-def sanitized_backward(kernels) -> None:
-    for dtype in DTYPES:
-        for lengths in ([20, 0, 7], [70]):
-            batch = make_batch(lengths, 1, 64, dtype)
-            backward(
-                kernels, batch, torch.zeros(batch.q.shape, dtype=dtype), torch.zeros(1, sum(lengths)), 0.1
-            )
+def test_sanitizers_are_silent():
+    """Also where max_seqlen and cu_seqlens say what is not so."""
+    run_sanitized("test_packed_attention_kernels:small_shapes_and_lies", *SOURCES)
 
 
-def sanitized_cls(kernels) -> None:
-    for dtype in DTYPES:
-        batch = make_batch([20, 0, 7], 1, 64, dtype, layout="cls")
-        out, lse = forward(kernels, batch, 0.1, cls=True)
-        backward(kernels, batch, out, lse, 0.1, cls=True)
-
-
-@pytest.mark.parametrize(
-    ("source", "function"),
-    [(FORWARD, "sanitized_forward"), (BACKWARD, "sanitized_backward"), (CLS, "sanitized_cls")],
-)
-def test_sanitizers_are_silent(source, function):
-    run_sanitized(source, f"test_packed_attention_kernels:{function}")
-
-
-def test_result_does_not_depend_on_the_batch():
-    kernels = load(FORWARD)
-    alone = make_batch([23], 1, 64, torch.bfloat16)
-    out, lse = forward(kernels, alone, 0.0)
-    for before, after in ([[3], [60]], [[64, 9], []], [[70], [5]]):
-        lengths = [*before, 23, *after]
-        begin = sum(before)
-        packed = make_batch(lengths, 1, 64, torch.bfloat16, seed=1)
-        for x, y in zip(packed.tensors, alone.tensors, strict=True):
-            x[begin : begin + 23] = y
-        packed_out, packed_lse = forward(kernels, packed, 0.0)
-        assert torch.equal(packed_out[begin : begin + 23], out)
-        assert torch.equal(packed_lse[:, begin : begin + 23], lse)
+@pytest.mark.parametrize("source", SOURCES)
+def test_machine_code_uses_tensor_cores_and_wide_loads(source):
+    kernels = disassembled(source, "")
+    # dtypes, head_dims, architectures; short and any, in one and in two passes, forward and backward
+    assert len(kernels) == 9 * 2 * (3 if "backward" in source else 2)
+    for kernel in kernels:
+        what = f"{kernel.name} for {kernel.architecture}"
+        if kernel.name.startswith("cls"):
+            assert kernel.count(r"LDG\.E\.128") >= 3, what
+            continue
+        assert kernel.count(r"LDGSTS\.E\.BYPASS\.128") >= 3, what
+        if "float, " not in kernel.name:
+            assert kernel.count("HMMA|HGMMA") >= 8 and kernel.count("LDSM") >= 6, what

@@ -70,7 +70,7 @@ std::string error;
 
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 asm(R"(
-.text
+.pushsection .text
 .globl cuda_on_cpu_switch
 .hidden cuda_on_cpu_switch
 .type cuda_on_cpu_switch,@function
@@ -91,6 +91,7 @@ cuda_on_cpu_switch:
   popq %rbp
   ret
 .size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+.popsection
 )");
 
 void switch_to(Fiber* to) {

@@ -14,7 +14,7 @@ the emulation saw. For AddressSanitizer and UndefinedBehaviorSanitizer, which mu
 
     def small_shapes(kernels): ...                           # a function at the top of a module in tests/
     def test_x_sanitized():
-        run_sanitized("x.cu", "test_kernels_x:small_shapes")
+        run_sanitized("test_x_kernels:small_shapes", "x.cu")
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ def load(source: str | Path, case: Case = CASES[0]) -> Kernels:
     return Kernels(_build(_find(source), case.races, False), case)
 
 
-def run_sanitized(source: str | Path, function: str) -> str:
-    """Calls `function` ("module:name", in tests/) with the Kernels of `source` under ASan and UBSan.
+def run_sanitized(function: str, *sources: str | Path) -> str:
+    """Calls `function` ("module:name", in tests/) with the Kernels of each source under ASan and UBSan.
 
     Returns its output. Raises KernelError with the report when the sanitizers or the emulation object.
     """
-    library = _build(_find(source), False, True)
+    libraries = [_build(_find(source), False, True) for source in sources]
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         for name in ("libasan.so", "libubsan.so")
@@ -126,7 +126,7 @@ def run_sanitized(source: str | Path, function: str) -> str:
         "PYTHONMALLOC": "malloc",
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__)), str(library), function],
+        [sys.executable, str(Path(__file__)), function, *map(str, libraries)],
         env=environment,
         capture_output=True,
         text=True,
@@ -155,7 +155,8 @@ def _build(source: Path, races: bool, sanitized: bool) -> Path:
         "-Wno-attributes",
         "-fno-strict-aliasing",
     ]
-    flags += ["-O1", *SANITIZED] if sanitized else ["-O2"]
+    # Compiling takes longer than running: more optimisation would not pay.
+    flags += ["-O0", *SANITIZED] if sanitized else ["-O1"]
     # Only the kernels are instrumented for races: the emulation itself is the detector.
     flags += ["-DCUDA_ON_CPU_RACES"] if races else []
     kernel_flags = [*flags, "-fsanitize=thread"] if races else flags
@@ -173,7 +174,7 @@ def _build(source: Path, races: bool, sanitized: bool) -> Path:
 
 def _object(source: Path, flags: list[str]) -> Path:
     digest = hashlib.sha256(
-        _headers_digest() + source.read_bytes() + "\0".join([str(source), *flags]).encode()
+        _shared_digest() + source.read_bytes() + "\0".join([str(source), *flags]).encode()
     )
     folder = Path(tempfile.gettempdir()) / f"mtfast-cuda-on-cpu-{os.getuid()}"
     folder.mkdir(exist_ok=True, mode=0o700)
@@ -185,8 +186,9 @@ def _object(source: Path, flags: list[str]) -> Path:
 
 
 @functools.cache
-def _headers_digest() -> bytes:
-    files = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.glob("*.h")])
+def _shared_digest() -> bytes:
+    """Of what every library is made from besides its own source."""
+    files = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.glob("*.h"), *EMULATION])
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
 
 
@@ -210,5 +212,6 @@ def _as_argument(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    module, name = sys.argv[2].split(":")
-    getattr(importlib.import_module(module), name)(Kernels(Path(sys.argv[1]), Case(sanitized=True)))
+    module, name = sys.argv[1].split(":")
+    kernels = [Kernels(Path(library), Case(sanitized=True)) for library in sys.argv[2:]]
+    getattr(importlib.import_module(module), name)(*kernels)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,24 @@ class Kernel:
         return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
 
 
-def compiled(source: str, architecture: str) -> list[Kernel]:
-    """The kernels of csrc/`source`. Skips without nvcc; a spill or local memory is a RuntimeError."""
+def compiled(source: str) -> list[Kernel]:
+    """The kernels of csrc/`source` for every architecture, compiled side by side.
+
+    Skips without nvcc. A spill or local memory is a RuntimeError.
+    """
     home = toolkit()
     if home is None or not (home / "bin" / "nvcc").exists():
         pytest.skip("no nvcc: neither CUDA_HOME nor /usr/local/cuda holds bin/nvcc")
-    return _compiled(home, source, architecture)
+    with ThreadPoolExecutor() as pool:
+        built = pool.map(functools.partial(_compiled, home, source), ARCHITECTURES)
+        return [kernel for kernels in built for kernel in kernels]
+
+
+def disassembled(source: str, name: str) -> list[Kernel]:
+    """Those of them whose names begin with `name`, with their opcodes. Skips without nvdisasm too."""
+    if disassembler() is None:
+        pytest.skip("no nvdisasm: install nvidia-cuda-nvdisasm or the CUDA toolkit's")
+    return [kernel for kernel in compiled(source) if kernel.name.startswith(name)]
 
 
 @functools.cache

@@ -1,0 +1,218 @@
+"""The CUDA source of concat_mlp run on the CPU: against eager PyTorch in float64, in any thread order, under
+race detector and sanitizers; what its machine code holds.
+
+MTFAST_TEST_SWEEP=full runs all 200 random cases in each dtype, otherwise twenty.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from concat_mlp_cases import (
+    ALL,
+    DTYPES,
+    Operands,
+    Run,
+    by,
+    cast,
+    check_dropout,
+    check_mean_over_seeds,
+    check_random_cases,
+    draw,
+)
+from cuda_on_cpu.harness import CASES, Case, Kernels, load, run_sanitized
+from cuda_on_cpu.machine_code import ARCHITECTURES, disassembled
+from torch import Tensor
+
+from mtfast.ops import concat_mlp_ref
+from mtfast.ops.concat_mlp import ACTIVATIONS
+
+SOURCES = ("concat_mlp.cu", "concat_mlp_backward.cu")
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("outputs", ctypes.c_int),
+        ("dtype", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("drop_below", ctypes.c_uint32),
+        ("scale", ctypes.c_double),
+    )
+
+
+class Source(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("pitch", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("wide_rows", ctypes.c_int32),
+    )
+
+
+def source(x: Tensor, rows: Tensor | None) -> Source:
+    at = None if rows is None else rows.data_ptr()
+    return Source(x.data_ptr(), x.stride(0), len(x), at, int(rows is not None and rows.dtype == torch.int64))
+
+
+def emulated(forward: Kernels, backward: Kernels) -> Run:
+    """concat_mlp by these kernels, put together as concat_mlp.cpp does it for CUDA."""
+
+    def run(
+        operands: Operands,
+        dy: Tensor,
+        *,
+        u_rows: Tensor | None = None,
+        v_rows: Tensor | None = None,
+        activation: str = "relu",
+        dropout_p: float = 0.0,
+        seed: int = 0,
+    ) -> list[Tensor]:
+        need_u, need_v, need_weight1, *others = (x.requires_grad for x in operands)
+        u, v, weight1, bias1, weight2, bias2 = (x.detach() for x in operands)
+        hidden, (outputs, inner), batch = u.size(1), weight2.shape, len(dy)
+
+        def picked() -> list[Tensor]:
+            return [x if rows is None else x[rows] for x, rows in ((u, u_rows), (v, v_rows))]
+
+        threshold = min(65535, int(dropout_p * 65536 + 0.5))
+        codes = DTYPE_CODES[u.dtype], ACTIVATIONS.index(activation)
+        layer = ctypes.byref(Layer(batch, inner, outputs, *codes, threshold, 1 / (1 - dropout_p)))
+        at = torch.tensor([seed]) if threshold else None
+
+        y, z, dz = (u.new_full((batch, n), torch.nan) for n in (outputs, inner, inner))
+        if u.dtype == torch.float32:
+            for x, half, onto in zip(picked(), weight1.split(hidden, 1), (bias1, z), strict=True):
+                torch.addmm(onto, x, half.T, out=z)
+            forward.mtfast_concat_mlp_output(layer, z, weight2, bias2, at, y, None)
+        else:
+            partial = torch.full(((inner + 63) // 64, batch, outputs), torch.nan)
+            inputs = ctypes.byref(source(u, u_rows)), ctypes.byref(source(v, v_rows)), hidden
+            weights = (weight1, bias1, weight2, bias2, at)
+            forward.mtfast_concat_mlp_forward(layer, *inputs, *weights, z, partial, y, None)
+            alone = torch.full_like(y, torch.nan)
+            forward.mtfast_concat_mlp_forward(layer, *inputs, *weights, None, partial, alone, None)
+            torch.testing.assert_close(y, alone, rtol=0, atol=0, equal_nan=True)
+
+        chunk_rows = 32 if batch <= 2048 else -(-batch // 64 // 8) * 8
+        partial = torch.full((-(-batch // chunk_rows), 1 + outputs, inner), torch.nan)
+        sums = [torch.full_like(x, torch.nan) for x in (bias1, weight2, bias2)]
+        dz_at = dz if need_u or need_v or need_weight1 else None
+        backward.mtfast_concat_mlp_backward(layer, dy, z, weight2, at, dz_at, partial, *sums, None)
+
+        grads = [y]
+        sides = zip((u, v), (u_rows, v_rows), (need_u, need_v), weight1.split(hidden, 1), strict=True)
+        for x, rows, need, half in sides:
+            if need:
+                grad = dz @ half
+                grads.append(grad if rows is None else torch.zeros_like(x).index_add_(0, rows, grad))
+        if need_weight1:
+            grads.append(torch.cat([dz.T @ x for x in picked()], 1))
+        return grads + [x for x, need in zip(sums, others, strict=True) if need]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return emulated(*map(load, SOURCES))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_is_at_most_twice_eagers(dtype, run, full_sweep):
+    check_random_cases(run, range(0, 200, 1 if full_sweep else 10), dtype)
+
+
+# batch, hidden, inner, outputs
+SHAPES = [
+    ((70, 64, 96, 2), torch.bfloat16, {"dropout_p": 0.1}),
+    ((5, 72, 70, 3), torch.float16, {"activation": "gelu", "dropout_p": 0.5}),
+    ((33, 37, 65, 1), torch.bfloat16, {"activation": "tanh", "dropout_p": 0.1}),
+    ((40, 1, 300, 8), torch.float32, {"activation": "gelu", "dropout_p": 0.25}),
+    ((1, 1, 37, 4), torch.float32, {"activation": "tanh"}),
+]
+
+
+def case_of(shape: tuple[int, int, int, int], gather: bool) -> tuple[Operands, dict]:
+    torch.manual_seed(0)
+    batch, rows = shape[0], shape[0] + 3
+    if not gather:
+        return draw(*shape, seed=1), {}
+    indices = torch.randint(rows, (batch,)), torch.randint(rows, (batch,), dtype=torch.int32)
+    return draw(*shape, seed=1, rows=rows), dict(zip(("u_rows", "v_rows"), indices, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
+def test_any_thread_order_gives_the_same_without_races(case: Case, run):
+    other = emulated(*(load(source, case) for source in SOURCES))
+    for shape, dtype, options in SHAPES:
+        for gather in (False, True):
+            exact, rows = case_of(shape, gather)
+            operands, dy = cast(exact, dtype, "cpu", gap=8), torch.ones(shape[0], shape[3], dtype=dtype)
+            results = [f(operands, dy, seed=7, **options, **rows) for f in (run, other)]
+            assert all(map(torch.equal, *results))
+
+
+def test_large_tiles(run):
+    """Enough rows and columns that the forward takes its 128 x 128 tiles."""
+    operands = cast(draw(990, 8, 1024, 2, seed=0), torch.bfloat16, "cpu", (False,) * 3 + (True,) * 3)
+    dy, options = torch.ones(990, 2).bfloat16(), {"dropout_p": 0.1, "seed": 3}
+    exact = by(concat_mlp_ref)(
+        [x.detach().double().requires_grad_(x.requires_grad) for x in operands], dy.double(), **options
+    )
+    eager = by(concat_mlp_ref)(operands, dy, **options)
+    for ours, eagers, wanted in zip(run(operands, dy, **options), eager, exact, strict=True):
+        assert (ours.double() - wanted).norm() <= 2 * (eagers.double() - wanted).norm()
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_dropout_is_the_documented_draw(dropout_p, run):
+    for seed in (7, -(2**62), 2**63 - 1):
+        check_dropout(run, dropout_p, seed)
+
+
+def test_mean_over_seeds_is_the_undropped_result(run):
+    check_mean_over_seeds(run, 2000)
+
+
+def test_rows_out_of_range_read_nothing_and_give_nan(run):
+    for dtype in (torch.bfloat16, torch.float16):
+        operands = cast(draw(4, 8, 16, 2, seed=0), dtype, "cpu", (False,) * 6)
+        rows = torch.tensor([0, 4, -1]), torch.tensor([3, 0, 1], dtype=torch.int32)
+        y, *_ = run(operands, torch.ones(3, 2, dtype=dtype), u_rows=rows[0], v_rows=rows[1])
+        assert y.isnan().all(1).tolist() == [False, True, True]
+
+
+def small_shapes(*kernels: Kernels) -> None:
+    run = emulated(*kernels)
+    for shape, dtype, options in SHAPES:
+        for gather in (False, True):
+            exact, rows = case_of(shape, gather)
+            for needs in (ALL, (False, False, False, True, True, True)):
+                dy = torch.ones(shape[0], shape[3], dtype=dtype)
+                run(cast(exact, dtype, "cpu", needs, gap=5), dy, seed=7, **options, **rows)
+    test_rows_out_of_range_read_nothing_and_give_nan(run)
+
+
+def test_sanitizers_are_silent():
+    run_sanitized("test_concat_mlp_kernels:small_shapes", *SOURCES)
+
+
+def test_machine_code_uses_tensor_cores_and_wide_loads():
+    forward = disassembled("concat_mlp.cu", "forward_kernel")
+    assert len(forward) == 6 * len(ARCHITECTURES)
+    for kernel in forward:
+        assert kernel.count("HMMA|HGMMA") >= 4 * 4 * 2, kernel.name  # a step's k-slices, n-tiles and m-tiles
+        assert kernel.count("LDSM") >= 4 * 4, kernel.name
+        assert kernel.count(r"STG\.E\.128"), kernel.name
+    aligned = sum(kernel.count(r"LDGSTS\.E\.BYPASS\.128") > 0 for kernel in forward)
+    assert aligned == 4 * len(ARCHITECTURES)
+    backward = disassembled("concat_mlp_backward.cu", "backward_kernel")
+    assert len(backward) == 12 * len(ARCHITECTURES)
+    for kernel in backward:
+        assert kernel.count(r"LDG\.E\.128"), kernel.name

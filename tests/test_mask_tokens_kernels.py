@@ -1,0 +1,183 @@
+"""csrc/mask_tokens.cu executed on the CPU: what holds of the op holds of it; and its machine code."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from cuda_on_cpu.harness import CASES, Kernels, load, run_sanitized
+from cuda_on_cpu.machine_code import disassembled
+from mask_tokens_cases import (
+    BERT,
+    STRATEGIES,
+    Mask,
+    assert_same,
+    check_against_the_reference,
+    check_empty_and_one_token,
+    check_exact_counts,
+    check_order_ranks_and_layout_do_not_matter,
+    check_replacements_are_uniform_and_never_special,
+    check_seeds_are_independent,
+    check_shares,
+    check_whole_words,
+    ordinary_ids,
+)
+
+from mtfast.ops import MaskedTokens, mask_tokens
+from mtfast.ops._philox import threshold
+
+SOURCE = "mask_tokens.cu"
+RUNS = 64
+
+
+class Options(ctypes.Structure):
+    """struct Options of csrc/mask_tokens.h, its SpecialIds first."""
+
+    _fields_ = (
+        ("runs", ctypes.c_int32),
+        ("special", ctypes.c_int32),
+        ("begin", ctypes.c_int32 * RUNS),
+        ("end", ctypes.c_int32 * RUNS),
+        ("vocab_size", ctypes.c_int64),
+        ("mask_token_id", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+        ("mlm_probability", ctypes.c_double),
+        ("choose_below", ctypes.c_uint64),
+        ("mask_below", ctypes.c_uint64),
+        ("random_below", ctypes.c_uint64),
+        ("random_scale", ctypes.c_uint64),
+        ("random_shift", ctypes.c_int32),
+    )
+
+
+class Batch(ctypes.Structure):
+    _fields_ = (
+        ("input_ids", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("cu_seqlens", ctypes.c_void_p),
+        ("subword", ctypes.c_void_p),
+        ("total", ctypes.c_int64),
+        ("sequences", ctypes.c_int64),
+        ("row_length", ctypes.c_int64),
+    )
+
+
+def c_arguments(ids: torch.Tensor, arguments: dict) -> tuple[Batch, Options]:
+    special = sorted(set(arguments["special_ids"]))
+    begin = [i for i in special if i - 1 not in special]
+    end = [i + 1 for i in special if i + 1 not in special]
+    ordinary = arguments["vocab_size"] - len(special)
+    mask_below = threshold(arguments["mask_fraction"])
+    random_below = min(2**32, mask_below + threshold(arguments["random_fraction"]))
+    shift = 63 - ordinary.bit_length()
+    options = Options(
+        len(begin),
+        len(special),
+        (ctypes.c_int32 * RUNS)(*begin),
+        (ctypes.c_int32 * RUNS)(*end),
+        arguments["vocab_size"],
+        arguments["mask_token_id"],
+        arguments["seed"] % 2**64,
+        arguments["mlm_probability"],
+        threshold(arguments["mlm_probability"]),
+        mask_below,
+        random_below,
+        (ordinary << shift) // max(1, random_below - mask_below),
+        shift,
+    )
+    optional = [arguments.get(name) for name in ("positions", "cu_seqlens", "subword")]
+    rows = ids.size(0) if ids.dim() == 2 else 1
+    sequences = rows if optional[1] is None else len(optional[1]) - 1
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in optional]
+    return Batch(ids.data_ptr(), *pointers, ids.numel(), sequences, ids.size(-1)), options
+
+
+def emulated(kernels: Kernels, offset: int = 0) -> Mask:
+    """mask_tokens by these kernels. All tensors of tokens start `offset` elements into their memory."""
+
+    def mask(ids: torch.Tensor, strategy: str = "exact", **arguments) -> MaskedTokens:
+        ids = torch.cat([ids.new_zeros(offset), ids.flatten()])[offset:].view(ids.shape)
+        masked = MaskedTokens(
+            *(ids.new_full((ids.numel() + offset,), -7)[offset:].view(ids.shape) for _ in range(2))
+        )
+        batch, options = c_arguments(ids, DEFAULTS | arguments)
+        kernels.mtfast_mask_tokens(
+            ctypes.byref(batch), ctypes.byref(options), ids.element_size(), strategy == "exact", *masked, None
+        )
+        return masked
+
+    return mask
+
+
+DEFAULTS = {"mlm_probability": 0.15, "mask_fraction": 0.8, "random_fraction": 0.1}
+
+
+@pytest.fixture(scope="module")
+def mask() -> Mask:
+    return emulated(load(SOURCE))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_reference_on_200_batches(case):
+    kernels = load(SOURCE, case)
+    for offset in (0, 1):  # at 1 nothing is aligned to 16 bytes
+        check_against_the_reference(emulated(kernels, offset), range(offset, 10 if case.races else 200, 2))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_agrees_with_the_cpu_on_millions_of_tokens(strategy, dtype, mask, full_sweep):
+    """Ten in the full sweep."""
+    ids = ordinary_ids(20_000 if full_sweep else 1_000, 500, dtype=dtype)
+    options = BERT | {"strategy": strategy}
+    assert_same(mask(ids, **options), mask_tokens(ids, **options))
+
+
+def test_empty_and_one_token(mask):
+    check_empty_and_one_token(mask)
+
+
+def test_sequence_longer_than_shared_memory_holds(mask):
+    ids = ordinary_ids(9000)
+    assert_same(mask(ids, **BERT), mask_tokens(ids, **BERT))
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_order_ranks_and_layout_do_not_matter(strategy, whole_words, mask):
+    check_order_ranks_and_layout_do_not_matter(mask, strategy, whole_words)
+
+
+def test_distribution(mask):
+    check_shares(mask)
+    check_replacements_are_uniform_and_never_special(mask, 0.1)
+    check_seeds_are_independent(mask)
+
+
+@pytest.mark.parametrize("probability", [0.15, 0.1, 0.5, 0.0, 1.0])
+def test_exact_chooses_as_many_as_the_host_counts(probability, mask):
+    check_exact_counts(mask, probability)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_whole_words(strategy, mask):
+    check_whole_words(mask, strategy)
+
+
+def small_shapes(kernels: Kernels) -> None:
+    check_against_the_reference(emulated(kernels), range(0, 30, 2))
+    check_against_the_reference(emulated(kernels, 1), range(1, 30, 2))
+
+
+def test_sanitizers_are_silent():
+    run_sanitized("test_mask_tokens_kernels:small_shapes", SOURCE)
+
+
+def test_bernoulli_moves_16_bytes_at_a_time():
+    kernels = disassembled(SOURCE, "bernoulli")
+    assert kernels
+    for kernel in kernels:
+        ids = 2 if "long" in kernel.name else 1
+        assert kernel.count(r"LDG\.E\.128") >= ids, f"{kernel.name} for {kernel.architecture}"
+        assert kernel.count(r"STG\.E\.128") >= 2 * ids, f"{kernel.name} for {kernel.architecture}"
