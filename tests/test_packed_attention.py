@@ -26,7 +26,6 @@ from mtfast.ops import (
     packed_attention,
     packed_attention_cls,
     packed_attention_qkv,
-    packed_attention_ref,
 )
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -189,9 +188,7 @@ def test_export(one_query):
 
 
 def test_torch_func():
-    """functional_call and vmap work. What the framework does not allow: the autograd.Function that
-    torch.library makes has no separate setup_context, so grad, vjp and jacrev refuse every op registered
-    there; and jvp, for want of a formula, takes the result of such an op for a constant."""
+    """functional_call, vmap, grad, vjp and per-sample gradients; jvp has no formula."""
     batch = make_batch([5, 9], 2, 32, torch.float32)
     cu, max_seqlen = batch.cu_seqlens, batch.max_seqlen
     stacked = [torch.stack((x, 2 * x)) for x in batch.tensors]
@@ -203,16 +200,28 @@ def test_torch_func():
     out = torch.func.functional_call(module, dict(twin.named_parameters()), (x, cu, max_seqlen))
     assert torch.equal(out, twin(x, cu, max_seqlen))
 
-    def loss(attention, *qkv: Tensor) -> Tensor:
-        return attention(*qkv, cu, max_seqlen).square().sum()
+    def loss(*qkv: Tensor) -> Tensor:
+        return packed_attention(*qkv, cu, max_seqlen, dropout_p=0.2, seed=1).square().sum()
 
-    wanted = torch.func.grad(lambda *x: loss(lambda *y: packed_attention_ref(*y)[0], *x), (0, 1, 2))
-    try:
-        got = torch.func.grad(lambda *x: loss(packed_attention, *x), (0, 1, 2))(*batch.tensors)
-    except RuntimeError as error:
-        assert "setup_context" in str(error)
-    else:  # a later torch that allows it must have it right
-        torch.testing.assert_close(got, wanted(*batch.tensors))
+    leaves = [x.clone().requires_grad_() for x in batch.tensors]
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    gradient = torch.func.grad(loss, (0, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(gradient(*batch.tensors), wanted, strict=True))
+    _, pull = torch.func.vjp(loss, *batch.tensors)
+    assert all(torch.equal(a, b) for a, b in zip(pull(torch.tensor(1.0)), wanted, strict=True))
+    each = torch.func.vmap(gradient)(*stacked)
+    for i in range(2):
+        alone = gradient(*(x[i] for x in stacked))
+        assert all(torch.equal(a[i], b) for a, b in zip(each, alone, strict=True))
+
+
+def test_second_derivative_is_refused():
+    batch = make_batch([5, 9], 2, 32, torch.float32)
+    q, k, v = (x.clone().requires_grad_() for x in batch.tensors)
+    out = packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen)
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -54,8 +54,8 @@ def with_derivative(op_name: str, setup: Callable[..., None], derivative: Callab
     """Registers the derivative of `mtfast::<op_name>` and returns the op to call.
 
     Compilers meet the registered op. Eager calls go straight to its implementation, with the same derivative:
-    the dispatcher's way through Python would take longer than the kernels. `torch.func.grad` and `vjp` need
-    the derivative in a form of their own.
+    the dispatcher's way through Python would take longer than the kernels. The transforms of
+    `torch.func` need the derivative in a form of their own.
 
     Args:
         setup, derivative: `setup_context` and `backward` as `torch.library.register_autograd` takes them.
@@ -79,6 +79,8 @@ def with_derivative(op_name: str, setup: Callable[..., None], derivative: Callab
                 return derivative(ctx, *grads)
 
     class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(*inputs: Any) -> Any:
             return op(*inputs)
