@@ -12,6 +12,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "dtype.h"
+
 #ifndef USE_CUDA
 // Exported by libtorch in CUDA builds only.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
@@ -32,6 +34,22 @@ void check(bool right, const Parts&... message) {
   std::ostringstream text;
   (text << ... << message);
   throw std::runtime_error(text.str());
+}
+
+// The tensor's dtype; an error for any that no op takes.
+inline Dtype dtype_of(const char* op, const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    default:
+      check(x.scalar_type() == ScalarType::Half, op, ": ", name,
+            " must be float32, float64, bfloat16 or float16");
+      return Dtype::kFloat16;
+  }
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& x, const char* like_name,

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <tuple>
 
@@ -25,7 +24,7 @@ __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle 
 namespace mtfast::concat_mlp {
 namespace {
 
-Layer layer_of(const Tensor& dtype_of, int64_t batch, const Tensor& weight1, const Tensor& weight2,
+Layer layer_of(const Tensor& u, int64_t batch, const Tensor& weight1, const Tensor& weight2,
                int64_t activation, double dropout_p) {
   Layer layer;
   layer.batch = batch;
@@ -33,27 +32,12 @@ Layer layer_of(const Tensor& dtype_of, int64_t batch, const Tensor& weight1, con
   check(weight2.size(0) >= 1 && weight2.size(0) <= kMaxOutputs, "concat_mlp: weight2 must have 1 to ",
         kMaxOutputs, " rows, found ", weight2.size(0));
   layer.outputs = static_cast<int>(weight2.size(0));
-  switch (dtype_of.scalar_type()) {
-    case ScalarType::Float:
-      layer.dtype = Dtype::kFloat32;
-      break;
-    case ScalarType::Double:
-      layer.dtype = Dtype::kFloat64;
-      break;
-    case ScalarType::BFloat16:
-      layer.dtype = Dtype::kBFloat16;
-      break;
-    case ScalarType::Half:
-      layer.dtype = Dtype::kFloat16;
-      break;
-    default:
-      check(false, "concat_mlp: u must be float32, float64, bfloat16 or float16");
-  }
+  layer.dtype = dtype_of("concat_mlp", "u", u);
   check(activation >= 0 && activation <= 2, "concat_mlp: unknown activation number ", activation);
   layer.activation = static_cast<Activation>(activation);
   check(dropout_p >= 0 && dropout_p < 1, "concat_mlp: dropout_p must be in [0, 1), found ", dropout_p);
-  layer.drop_below = static_cast<uint32_t>(std::min(65535.0, std::floor(dropout_p * 65536 + 0.5)));
-  layer.scale = 1 / (1 - dropout_p);
+  layer.threshold = dropout_threshold(dropout_p);
+  layer.scale = 65536.0 / (65536.0 - layer.threshold);
   return layer;
 }
 

@@ -66,15 +66,15 @@ __device__ __forceinline__ void finish(float (&acc)[kTiles][4][4], const Layer& 
     for (int r = 0; r < 2; ++r) {
       const int row = 16 * i + 8 * r + g;
       Philox4 call = {};
-      if (layer.drop_below != 0) call = dropout_call(seed, row0 + row, column0, t);
+      if (layer.threshold != 0) call = dropout_call(seed, row0 + row, column0, t);
       MTFAST_UNROLL
       for (int j = 0; j < 4; ++j) {
         float &x0 = acc[i][j][2 * r], &x1 = acc[i][j][2 * r + 1];
         x0 += bias[j][0];
         x1 += bias[j][1];
         *reinterpret_cast<uint32_t*>(z + row * kPitch + 8 * j + 2 * t) = pair_bits<T>(x0, x1);
-        x0 = (call.word[j] & 0xffffu) >= layer.drop_below ? activate<activation>(x0) * scale : 0.f;
-        x1 = (call.word[j] >> 16) >= layer.drop_below ? activate<activation>(x1) * scale : 0.f;
+        x0 = (call.word[j] & 0xffffu) >= layer.threshold ? activate<activation>(x0) * scale : 0.f;
+        x1 = (call.word[j] >> 16) >= layer.threshold ? activate<activation>(x1) * scale : 0.f;
       }
     }
   }
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kColumns * 2, kColumns == 64 ? 2 : 1)
     const int64_t column = column0 + i % kColumns;
     weight2_at[i] = column < layer.inner ? to_float(weight2[i / kColumns * layer.inner + column]) : 0.f;
   }
-  const uint64_t seed = layer.drop_below != 0 ? static_cast<uint64_t>(*seed_at) : 0;
+  const uint64_t seed = layer.threshold != 0 ? static_cast<uint64_t>(*seed_at) : 0;
   const int64_t warp_row0 = row0 + warp_row, warp_column0 = column0 + warp_column;
   T* warp_z = z_at + warp_row * kPitch + warp_column;
   if (layer.activation == Activation::kRelu)
@@ -234,14 +234,14 @@ __global__ void __launch_bounds__(256)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + (threadIdx.x >> 5);
   if (row >= layer.batch) return;
   const int lane = threadIdx.x & 31;
-  const uint64_t seed = layer.drop_below != 0 ? static_cast<uint64_t>(*seed_at) : 0;
+  const uint64_t seed = layer.threshold != 0 ? static_cast<uint64_t>(*seed_at) : 0;
   float sums[kMaxOutputs] = {};
   for (int64_t first = 0; first < layer.inner; first += 256) {
     const int64_t column = first + lane * 8;
     float d[8], weight[8];
     load8(z + row * layer.inner, column, layer.inner, aligned, d);
     uint32_t kept = 0xff;
-    if (layer.drop_below != 0) kept = kept_of_eight(seed, row, column, layer.drop_below);
+    if (layer.threshold != 0) kept = kept_of_eight(seed, row, column, layer.threshold);
     MTFAST_UNROLL
     for (int i = 0; i < 8; ++i) {
       float h, slope;
@@ -308,7 +308,7 @@ int launch_output(const Layer& layer, const void* z, const void* weight2, const 
 }  // namespace
 }  // namespace mtfast::concat_mlp
 
-using mtfast::concat_mlp::Dtype;
+using mtfast::Dtype;
 using mtfast::concat_mlp::Layer;
 using mtfast::concat_mlp::Source;
 

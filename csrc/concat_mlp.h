@@ -1,20 +1,20 @@
 // The passes of concat_mlp over its hidden layer, as plain functions: no torch types.
 //
-//   h = act(z),  d = h * keep / (1 - p),  y = d @ weight2.T + bias2      with z = [u; v] @ weight1.T + bias1
+//   h = act(z),  d = h * keep * scale,  y = d @ weight2.T + bias2      with z = [u; v] @ weight1.T + bias1
 //
 // keep[row, column] comes from Philox with key `seed`, counter (column / 32 * 4 + column % 8 / 2, row, 0,
 // Purpose::kConcatMlpDropout) and the 16-bit word 2 * (column % 32 / 8) + column % 2 of its output: dropped
-// where the word is below `drop_below`. (A thread that holds columns 2t and 2t + 1 of four neighbouring
+// where the word is below `threshold`. (A thread that holds columns 2t and 2t + 1 of four neighbouring
 // 8-wide tiles, as tensor cores lay them out, needs one call; so does the CPU for 8 columns.)
 #pragma once
 #include <cstdint>
 #include <functional>
 
 #include "device/philox.cuh"
+#include "dtype.h"
 
 namespace mtfast::concat_mlp {
 
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class Activation { kRelu, kGelu, kTanh };
 
 constexpr int kMaxOutputs = 8;
@@ -24,8 +24,8 @@ struct Layer {
   int outputs = 0;
   Dtype dtype = Dtype::kFloat32;
   Activation activation = Activation::kRelu;
-  uint32_t drop_below = 0;  // of 65536; 0: no dropout
-  double scale = 1.0;       // 1 / (1 - p)
+  uint32_t threshold = 0;  // of dropout, in 1/65536
+  double scale = 1.0;      // of what is kept: 65536 / (65536 - threshold)
 };
 
 // ---- CPU; every matrix is contiguous and of the layer's dtype ----

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 256 + lane * 8;
   const int64_t begin = blockIdx.y * chunk_rows;
   const int64_t end = begin + chunk_rows < layer.batch ? begin + chunk_rows : layer.batch;
-  const uint64_t seed = layer.drop_below != 0 ? static_cast<uint64_t>(*seed_at) : 0;
+  const uint64_t seed = layer.threshold != 0 ? static_cast<uint64_t>(*seed_at) : 0;
   const float scale = static_cast<float>(layer.scale);
   float weight[kOutputs][8] = {};
   MTFAST_UNROLL
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kWarps * 32)
       dy_row[o] = o < layer.outputs ? to_float(dy[row * layer.outputs + o]) : 0.f;
     load8(z + row * layer.inner, column, layer.inner, aligned, x);
     uint32_t kept = 0xff;
-    if (layer.drop_below != 0) kept = kept_of_eight(seed, row, column, layer.drop_below);
+    if (layer.threshold != 0) kept = kept_of_eight(seed, row, column, layer.threshold);
     MTFAST_UNROLL
     for (int i = 0; i < 8; ++i) {
       float h, slope;
@@ -125,7 +125,7 @@ int launch_backward(const Layer& layer, const void* dy, const void* z, const voi
 }  // namespace
 }  // namespace mtfast::concat_mlp
 
-using mtfast::concat_mlp::Dtype;
+using mtfast::Dtype;
 using mtfast::concat_mlp::Layer;
 
 extern "C" int mtfast_concat_mlp_backward(const Layer* layer, const void* dy, const void* z,

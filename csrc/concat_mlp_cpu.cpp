@@ -106,10 +106,10 @@ struct ForwardRows {
           h[j] = column < inner ? load(z + row * inner + column, inner - column) : V{};
         }
         activate<false>(layer.activation, h, unused);
-        if (layer.drop_below != 0) {
+        if (layer.threshold != 0) {
           draw_strip<isa>(seed, row, first, draws);
           for (int j = 0; j < kStripVectors; ++j)
-            h[j] *= keep_factor<V, M>(draws + j * kLanes, layer.drop_below, splat<V>(layer.scale));
+            h[j] *= keep_factor<V, M>(draws + j * kLanes, layer.threshold, splat<V>(layer.scale));
         }
         for (int o = 0; o < layer.outputs; ++o) {
           const auto* weight = constants.weight2.data() + o * stride + first;
@@ -144,10 +144,10 @@ struct BackwardRows {
           h[j] = column < inner ? load(z + row * inner + column, inner - column) : V{};
         }
         activate<true>(layer.activation, h, slope);
-        if (layer.drop_below != 0) {
+        if (layer.threshold != 0) {
           draw_strip<isa>(seed, row, first, draws);
           for (int j = 0; j < kStripVectors; ++j) {
-            const V factor = keep_factor<V, M>(draws + j * kLanes, layer.drop_below, splat<V>(layer.scale));
+            const V factor = keep_factor<V, M>(draws + j * kLanes, layer.threshold, splat<V>(layer.scale));
             h[j] *= factor;
             slope[j] *= factor;
           }

@@ -93,7 +93,7 @@ __device__ __forceinline__ uint32_t word_of(const Philox4& call, int i) {
 // Bit i: column + i is kept. The whole warp calls, with lane l at 8 columns that begin at 8 * (l % 4) of some
 // 32: each lane makes one of the four calls for these and hands the words around.
 __device__ __forceinline__ uint32_t kept_of_eight(uint64_t seed, int64_t row, int64_t column,
-                                                  uint32_t drop_below) {
+                                                  uint32_t threshold) {
   const int tile = static_cast<int>(threadIdx.x) & 3;
   const Philox4 call = dropout_call(seed, row, column, tile);
   uint32_t kept = 0;
@@ -102,9 +102,8 @@ __device__ __forceinline__ uint32_t kept_of_eight(uint64_t seed, int64_t row, in
     const int t = tile ^ step;
     uint32_t word = word_of(call, t);
     if (step != 0) word = __shfl_xor_sync(0xffffffffu, word, step);
-    kept |=
-        (static_cast<uint32_t>((word & 0xffffu) >= drop_below) | uint32_t{(word >> 16) >= drop_below} << 1)
-        << 2 * t;
+    kept |= (static_cast<uint32_t>((word & 0xffffu) >= threshold) | uint32_t{(word >> 16) >= threshold} << 1)
+            << 2 * t;
   }
   return kept;
 }

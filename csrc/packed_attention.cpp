@@ -1,29 +1,12 @@
 // Packed attention: argument checks, the tensors' layout, and registration.
 #include "packed_attention.h"
 
-#include <algorithm>
-#include <cmath>
 #include <tuple>
 
 #include "binding.h"
 
 namespace mtfast {
 namespace {
-
-AttentionDtype dtype_of(const char* op, const Tensor& q) {
-  switch (q.scalar_type()) {
-    case ScalarType::BFloat16:
-      return AttentionDtype::kBFloat16;
-    case ScalarType::Half:
-      return AttentionDtype::kHalf;
-    case ScalarType::Float:
-      return AttentionDtype::kFloat;
-    default:
-      check(q.scalar_type() == ScalarType::Double && q.is_cpu(), op,
-            ": q must be bfloat16, float16 or float32 (or, on the CPU, float64)");
-      return AttentionDtype::kDouble;
-  }
-}
 
 // x as [rows, heads, head_dim]; the CUDA kernels move 16 bytes at a time.
 AttentionTensor layout(const char* op, const char* name, const Tensor& x, int64_t rows, const Tensor& like) {
@@ -53,7 +36,9 @@ AttentionShape shape_of(const char* op, const Tensor& like, int64_t heads, int64
                         const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p, double softmax_scale,
                         const OptionalTensor& seed) {
   AttentionShape shape;
-  shape.dtype = dtype_of(op, like);
+  shape.dtype = dtype_of(op, "q", like);
+  check(shape.dtype != Dtype::kFloat64 || like.is_cpu(), op,
+        ": float64 is for the CPU; on CUDA q must be bfloat16, float16 or float32");
   shape.total = like.size(0);
   shape.heads = heads;
   shape.head_dim = head_dim;
@@ -72,7 +57,7 @@ AttentionShape shape_of(const char* op, const Tensor& like, int64_t heads, int64
   shape.max_seqlen = max_seqlen;
   shape.softmax_scale = softmax_scale;
   check(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), found ", dropout_p);
-  shape.threshold = std::min<uint32_t>(static_cast<uint32_t>(std::nearbyint(dropout_p * 65536)), 65535);
+  shape.threshold = dropout_threshold(dropout_p);
   if (shape.threshold == 0) return shape;
   check(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
         ": dropout needs a seed, an int64 tensor of one element");
@@ -86,7 +71,7 @@ AttentionShape shape_of(const char* op, const Tensor& like, int64_t heads, int64
 }
 
 Tensor new_lse(const AttentionShape& shape, const Tensor& like, int64_t rows) {
-  const auto dtype = shape.dtype == AttentionDtype::kDouble ? ScalarType::Double : ScalarType::Float;
+  const auto dtype = shape.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   return torch::stable::new_empty(like, {shape.heads, rows}, dtype);
 }
 

@@ -104,11 +104,11 @@ int dispatch(const AttentionShape& shape, F launch) {
     }
   };
   switch (shape.dtype) {
-    case AttentionDtype::kBFloat16:
+    case Dtype::kBFloat16:
       return by_dim(__nv_bfloat16{});
-    case AttentionDtype::kHalf:
+    case Dtype::kFloat16:
       return by_dim(__half{});
-    case AttentionDtype::kFloat:
+    case Dtype::kFloat32:
       return by_dim(float{});
     default:
       return static_cast<int>(cudaErrorInvalidValue);

@@ -3,10 +3,9 @@
 #include <cstdint>
 
 #include "device/philox.cuh"
+#include "dtype.h"
 
 namespace mtfast {
-
-enum class AttentionDtype { kBFloat16, kHalf, kFloat, kDouble };
 
 // Where element (row, head, 0) of a [rows, heads, head_dim] tensor lies; strides in elements, last dim
 // contiguous.
@@ -26,7 +25,7 @@ struct AttentionShape {
   int64_t heads = 0;
   int64_t head_dim = 0;
   int64_t max_seqlen = 0;
-  AttentionDtype dtype = AttentionDtype::kFloat;
+  Dtype dtype = Dtype::kFloat32;
   double softmax_scale = 1.0;
   uint32_t threshold = 0;  // of dropout, in 1/65536
   uint64_t seed = 0;       // used where seed_on_device is null
@@ -34,7 +33,7 @@ struct AttentionShape {
 };
 
 // q, out: [total, ...] or, with `cls`, [sequences, ...]: the one query of each sequence.
-// lse: [heads, rows of q], float (double for kDouble), natural logarithm.
+// lse: [heads, rows of q], float (double for kFloat64), natural logarithm.
 struct AttentionForward {
   AttentionShape shape;
   AttentionTensor q, k, v, out;

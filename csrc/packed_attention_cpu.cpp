@@ -330,13 +330,13 @@ void run_by_dtype(const Args& args, bool cls, bool is_backward, int64_t slots, P
         : run<All<T, C>, C>(args, is_backward, slots, parallel);
   };
   switch (args.shape.dtype) {
-    case AttentionDtype::kBFloat16:
+    case Dtype::kBFloat16:
       return with(bf16{}, float{});
-    case AttentionDtype::kHalf:
+    case Dtype::kFloat16:
       return with(f16{}, float{});
-    case AttentionDtype::kFloat:
+    case Dtype::kFloat32:
       return with(float{}, float{});
-    case AttentionDtype::kDouble:
+    case Dtype::kFloat64:
       return with(double{}, double{});
   }
 }

@@ -49,4 +49,10 @@ MTFAST_HOST_DEVICE Philox4 draw4(uint64_t seed, Purpose purpose, uint64_t group)
                 static_cast<uint32_t>(purpose), seed);
 }
 
+// Dropout compares 16-bit draws with this; probabilities are resolved to 1/65536, at most 65535/65536.
+inline uint32_t dropout_threshold(double dropout_p) {
+  const uint32_t threshold = static_cast<uint32_t>(dropout_p * 65536 + 0.5);
+  return threshold < 65536 ? threshold : 65535;
+}
+
 }  // namespace mtfast

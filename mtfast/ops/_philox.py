@@ -30,3 +30,8 @@ def draw(seed: int, purpose: int, element: Tensor) -> Tensor:
 def threshold(probability: float) -> int:
     """How many of the 2**32 values of a draw are below `probability`."""
     return int(probability * 4294967296.0 + 0.5)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """Of dropout: 16-bit draws below it are dropped, and what is kept is scaled by 65536 / (65536 - it)."""
+    return min(int(dropout_p * 65536 + 0.5), 65535)

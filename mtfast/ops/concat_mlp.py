@@ -45,7 +45,8 @@ def concat_mlp(
         bias2: [outputs].
         u_rows, v_rows: int32 or int64 [batch]: row i of the product reads `u[u_rows[i]]` (`v[v_rows[i]]`).
         activation: "relu", "gelu" (the erf form) or "tanh".
-        dropout_p: probability in [0, 1) that an element of the hidden layer is dropped in training.
+        dropout_p: probability in [0, 1) that an element of the hidden layer is dropped in training,
+            resolved to 1/65536; what is kept is scaled so that the expectation is the undropped element.
         seed: what dropout is drawn from: one seed, row and column of the hidden layer give one decision. An
             int, or an int64 tensor of one element on the inputs' device. None draws one from torch's default
             generator of that device.
@@ -118,7 +119,7 @@ def concat_mlp_ref(
         hidden = F.dropout(hidden, dropout_p, training)
     elif training and dropout_p > 0:
         keep = dropout_keep(hidden.shape[0], hidden.shape[1], dropout_p, seed).to(hidden.device)
-        hidden = torch.where(keep, hidden, 0.0) / (1.0 - dropout_p)
+        hidden = torch.where(keep, hidden, 0.0) * (65536 / (65536 - _philox.dropout_threshold(dropout_p)))
     return F.linear(hidden, weight2, bias2)
 
 
@@ -130,7 +131,7 @@ def dropout_keep(batch: int, inner: int, dropout_p: float, seed: int) -> Tensor:
     words = torch.stack(_philox.philox(call + zero, row + zero, zero, zero + _PURPOSE, seed), dim=-1)
     word = words.gather(-1, (column % 32 // 8 + zero)[..., None])[..., 0]
     draw = (word >> column % 2 * 16) & 0xFFFF
-    return draw >= min(65535, int(dropout_p * 65536 + 0.5))
+    return draw >= _philox.dropout_threshold(dropout_p)
 
 
 @torch.library.register_fake("mtfast::concat_mlp")

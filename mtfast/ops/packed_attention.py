@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mtfast.ops import _library
-from mtfast.ops._philox import philox
+from mtfast.ops._philox import dropout_threshold, philox
 
 _library.load()
 
@@ -81,7 +81,7 @@ def packed_attention_qkv(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`packed_attention` of a fused projection qkv [total, 3, heads, head_dim], without the unbind."""
     if qkv.dim() != 4 or qkv.size(1) != 3:
-        raise ValueError(f"qkv must be [total, 3, heads, head_dim], got {list(qkv.shape)}")
+        raise ValueError(f"qkv must be [total, 3, heads, head_dim], found {list(qkv.shape)}")
     (qkv,) = _autocast(qkv)
     q, k, v = qkv.unbind(1)
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
@@ -135,7 +135,7 @@ class PackedSelfAttention(nn.Module):
     def __init__(self, hidden: int, heads: int, dropout_p: float = 0.0) -> None:
         super().__init__()
         if hidden % heads or hidden // heads not in HEAD_DIMS:
-            raise ValueError(f"hidden / heads must be one of {HEAD_DIMS}, got {hidden} / {heads}")
+            raise ValueError(f"hidden / heads must be one of {HEAD_DIMS}, found {hidden} / {heads}")
         self.hidden = hidden
         self.heads = heads
         self.dropout_p = dropout_p
@@ -216,7 +216,7 @@ def dropout_keep_ref(
     One Philox 4x32-10 call with key = seed and counter (row, column // 8, head, 4) gives eight 16-bit draws
     for a group of eight columns; a weight is kept where its draw is at least round(65536 * dropout_p).
     """
-    threshold = _threshold(dropout_p)
+    threshold = dropout_threshold(dropout_p)
     if threshold == 0:
         return None
     assert seed is not None
@@ -232,10 +232,6 @@ def dropout_keep_ref(
 
 
 _PURPOSE = 4  # Purpose::kAttentionDropout of csrc/device/philox.cuh
-
-
-def _threshold(dropout_p: float) -> int:
-    return min(round(dropout_p * 65536), 65535)
 
 
 def _padded_rows(cu_seqlens: Tensor, max_seqlen: int, total: int) -> tuple[Tensor, Tensor]:
@@ -260,7 +256,7 @@ def _attend_ref(
     scores = scores.masked_fill(~inside[:, None, None, :], torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1)
     if keep is not None:
-        weights = weights * keep * (65536 / (65536 - _threshold(dropout_p)))
+        weights = weights * keep * (65536 / (65536 - dropout_threshold(dropout_p)))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (weights @ v).transpose(1, 2), scores.to(wide).logsumexp(-1)
 
@@ -285,9 +281,8 @@ def _seed_tensor(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(
-                f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}"
-            )
+            found = f"{seed.dtype} {list(seed.shape)}"
+            raise TypeError(f"seed must be an int or an int64 tensor of one element, found {found}")
         return seed
     return torch.full((1,), seed, dtype=torch.int64)
 
@@ -297,36 +292,36 @@ def _check(
 ) -> None:
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(
-            "q, k and v must be [total, heads, head_dim], got "
+            "q, k and v must be [total, heads, head_dim], found "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
     if q.dtype not in DTYPES:
-        raise TypeError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
+        raise TypeError(f"q must be bfloat16, float16 or float32, found {q.dtype}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, found {x.dtype}")
     for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
         if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+            raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
     if q.size(2) not in HEAD_DIMS:
-        raise ValueError(f"head_dim must be one of {HEAD_DIMS}, got {q.size(2)}")
+        raise ValueError(f"head_dim must be one of {HEAD_DIMS}, found {q.size(2)}")
     if k.shape != v.shape or k.shape[1:] != q.shape[1:]:
         raise ValueError(
-            f"q, k and v must agree in heads and head_dim, and k and v in all, got {list(q.shape)}, "
+            f"q, k and v must agree in heads and head_dim, and k and v in all, found {list(q.shape)}, "
             f"{list(k.shape)} and {list(v.shape)}"
         )
     if cu_seqlens.dim() != 1 or cu_seqlens.size(0) < 1 or cu_seqlens.dtype != torch.int32:
         raise TypeError(
-            f"cu_seqlens must be int32 [sequences + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            f"cu_seqlens must be int32 [sequences + 1], found {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
     rows = cu_seqlens.size(0) - 1 if cls else k.size(0)
     if q.size(0) != rows:
         what = "sequences" if cls else "total"
-        raise ValueError(f"q must have {what} = {rows} rows, got {q.size(0)}")
+        raise ValueError(f"q must have {what} = {rows} rows, found {q.size(0)}")
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+        raise ValueError(f"dropout_p must be in [0, 1), found {dropout_p}")
     if max_seqlen < 0:
-        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+        raise ValueError(f"max_seqlen must not be negative, found {max_seqlen}")
 
 
 def _lse_like(rows: Tensor, k: Tensor) -> Tensor:
