@@ -156,7 +156,7 @@ def check_dropout(run: Run, dropout_p: float, seed: int, device: str = "cpu") ->
     """
     inner, batch = 150, 8
     keep = dropout_keep(batch, inner, dropout_p, seed)
-    factors = keep.float() / (1 - dropout_p)
+    factors = keep.float() / (1 - round(dropout_p * 65536) / 65536)
     ones, zeros = torch.ones(inner, device=device), torch.zeros(inner, 2 * batch, device=device)
     weight2 = torch.ones(batch, inner, device=device)
     operands = [

@@ -22,7 +22,7 @@ from concat_mlp_cases import (
     check_random_cases,
     draw,
 )
-from cuda_on_cpu.harness import CASES, Case, Kernels, load, run_sanitized
+from cuda_on_cpu.harness import CASES, DTYPES_IN_C, Case, Kernels, load, run_sanitized
 from cuda_on_cpu.machine_code import ARCHITECTURES, disassembled
 from torch import Tensor
 
@@ -30,7 +30,6 @@ from mtfast.ops import concat_mlp_ref
 from mtfast.ops.concat_mlp import ACTIVATIONS
 
 SOURCES = ("concat_mlp.cu", "concat_mlp_backward.cu")
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
 
 class Layer(ctypes.Structure):
@@ -40,7 +39,7 @@ class Layer(ctypes.Structure):
         ("outputs", ctypes.c_int),
         ("dtype", ctypes.c_int),
         ("activation", ctypes.c_int),
-        ("drop_below", ctypes.c_uint32),
+        ("threshold", ctypes.c_uint32),
         ("scale", ctypes.c_double),
     )
 
@@ -81,8 +80,9 @@ def emulated(forward: Kernels, backward: Kernels) -> Run:
             return [x if rows is None else x[rows] for x, rows in ((u, u_rows), (v, v_rows))]
 
         threshold = min(65535, int(dropout_p * 65536 + 0.5))
-        codes = DTYPE_CODES[u.dtype], ACTIVATIONS.index(activation)
-        layer = ctypes.byref(Layer(batch, inner, outputs, *codes, threshold, 1 / (1 - dropout_p)))
+        codes = DTYPES_IN_C[u.dtype], ACTIVATIONS.index(activation)
+        scale = 65536 / (65536 - threshold)
+        layer = ctypes.byref(Layer(batch, inner, outputs, *codes, threshold, scale))
         at = torch.tensor([seed]) if threshold else None
 
         y, z, dz = (u.new_full((batch, n), torch.nan) for n in (outputs, inner, inner))

@@ -271,7 +271,7 @@ def test_empty(device):
         (dict(k=torch.zeros(10, 2, 32, device="meta")), ValueError, "k must be on q's device"),
         (dict(cu_seqlens=offsets([4, 6]).to("meta")), ValueError, "cu_seqlens must be on q's device"),
         (dict(q=torch.zeros(10, 64)), ValueError, r"must be \[total, heads, head_dim\]"),
-        (dict(q=torch.zeros(9, 2, 32)), ValueError, "total = 10 rows, got 9"),
+        (dict(q=torch.zeros(9, 2, 32)), ValueError, "total = 10 rows, found 9"),
         (dict(v=torch.zeros(10, 2, 64)), ValueError, "must agree in heads and head_dim"),
         (dict(q=torch.zeros(10, 2, 32).long()), TypeError, "q must be bfloat16"),
         (dict.fromkeys("qkv", torch.zeros(10, 2, 48)), ValueError, "head_dim must be one of"),
@@ -298,7 +298,7 @@ def test_wrong_arguments_are_named(change, error, message):
 
 def test_wrong_arguments_of_the_other_two_are_named():
     x, cu = torch.zeros(10, 2, 32), offsets([4, 6])
-    with pytest.raises(ValueError, match="sequences = 2 rows, got 10"):
+    with pytest.raises(ValueError, match="sequences = 2 rows, found 10"):
         packed_attention_cls(x, x, x, cu, 6)
     with pytest.raises(RuntimeError, match="max_seqlen is 5, but sequence 1 has 6 tokens"):
         packed_attention_cls(x[:2], x, x, cu, 5)

@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from cuda_on_cpu.harness import CASES, Case, Kernels, load, run_sanitized
+from cuda_on_cpu.harness import CASES, DTYPES_IN_C, Case, Kernels, load, run_sanitized
 from cuda_on_cpu.machine_code import disassembled
 from packed_attention_cases import (
     DTYPES,
@@ -72,7 +72,7 @@ def shape_of(batch: Batch, dropout_p: float, seed: int) -> CShape:
         heads,
         head_dim,
         batch.max_seqlen,
-        DTYPES.index(batch.k.dtype),
+        DTYPES_IN_C[batch.k.dtype],
         1 / math.sqrt(head_dim),
         round(dropout_p * 65536),
         seed,

@@ -35,7 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+# csrc/dtype.h
+DTYPES_IN_C = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 EMULATION = [HERE / name for name in ("cuda_on_cpu.cpp", "race.cpp", "warp.cpp")]
