@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
 
-from mtfast.data.cache import TokenizedTask
+from mtfast.data.tokenized import TokenizedTask
 from mtfast.models.multitask import MultiTaskHeads
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.eager_twin import EagerTwin
-from mtfast.data.cache import TokenizedTask, tokenize_task
 from mtfast.data.tasks import Split, read_task
+from mtfast.data.tokenized import TokenizedTask, tokenize_task
 from mtfast.models.checkpoint import load_bert_config, load_tokenizer
 from mtfast.models.multitask import MultiTaskHeads
 from mtfast.train.config import TASK_NAMES, EngineConfig, HeadsStageConfig, ModelConfig, RunConfig

@@ -11,9 +11,9 @@ import pytest
 from small_tokenizer import small_tokenizer
 from transformers import AutoTokenizer
 
-from mtfast.data import arrow_cache
-from mtfast.data.cache import TokenizedTask, tokenize_task
+from mtfast.data import cache
 from mtfast.data.tasks import TASKS, RowAccount, TaskTable, read_task
+from mtfast.data.tokenized import TokenizedTask, tokenize_task
 from mtfast.data.tokens import longest_first
 
 
@@ -110,7 +110,7 @@ def test_select_takes_rows_in_the_order_asked():
 
 
 def count_calls(monkeypatch):
-    import mtfast.data.cache as module
+    import mtfast.data.tokenized as module
 
     calls = []
     original = module.tokenize_texts
@@ -199,20 +199,20 @@ def test_the_files_used_last_stay_and_older_ones_go(tmp_path, monkeypatch):
         table_of("quora", ["a"], ["b"]), small_tokenizer(), max_length=8, cache_dir=tmp_path
     )
     first, _ = load(8)
-    for max_length in range(9, 8 + arrow_cache.KEPT):
+    for max_length in range(9, 8 + cache.KEPT):
         load(max_length)
     assert not load(8)[1]  # used again: now 9 is the one not used for longest
     assert load(100)[1] and not load(8)[1] and load(9)[1]
     assert first.tolist() == load(8)[0].tolist()
     assert sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.glob("*.arrow")) == [
-        "quora-train", *["sst-train"] * arrow_cache.KEPT
+        "quora-train", *["sst-train"] * cache.KEPT
     ]  # fmt: skip
     assert sorted(path.name for path in tmp_path.glob("*.lock")) == ["quora-train.lock", "sst-train.lock"]
     assert other.tokens.tolist()  # nobody touched it
 
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
-    import mtfast.data.cache as module
+    import mtfast.data.tokenized as module
 
     def fail(tokenizer, texts):
         raise KeyboardInterrupt

@@ -10,10 +10,10 @@ from small_tokenizer import small_tokenizer
 from test_data_cache import table_of
 from transformers import AutoTokenizer
 
-from mtfast.data.cache import tokenize_task
 from mtfast.data.packing import PackedBatch, pack_tasks, prefetch
 from mtfast.data.sampler import plan_epoch
 from mtfast.data.tasks import TASKS, read_task
+from mtfast.data.tokenized import tokenize_task
 
 
 @pytest.fixture

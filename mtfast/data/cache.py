@@ -1,119 +1,116 @@
-"""Tasks as token sequences, tokenized once and kept in the Arrow cache."""
+"""Named arrays in Arrow files, keyed by what they were made from, written atomically, memory-mapped."""
 
-from dataclasses import asdict, dataclass, replace
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import filelock
 import numpy as np
+import pyarrow
+import pyarrow.ipc
 
-from mtfast.data.arrow_cache import Arrays, Notes, cache_key, cached
-from mtfast.data.tasks import RowAccount, Task, TaskTable
-from mtfast.data.tokens import (
-    Sequences,
-    SpecialTokens,
-    Tokenized,
-    assemble_pairs,
-    assemble_singles,
-    interleave,
-    tokenize_texts,
-)
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+KEPT = 4  # a run needs one; runs with other data or settings may share the directory
+Arrays = dict[str, np.ndarray]
+Notes = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TokenizedTask(Tokenized):
-    """The examples of a task as token sequences: 2 of them for each separately encoded pair, else 1.
+def cache_key(tokenizer: Any, columns: Iterable[list[str]], settings: Notes) -> str:
+    """A hex digest of the fast tokenizer (its whole definition), the texts and the settings."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    # These two are left over from the tokenizer's last call; they do not matter here.
+    del definition["truncation"], definition["padding"]
+    digest = hashlib.sha256(json.dumps([FORMAT, settings, definition], sort_keys=True).encode())
+    for texts in columns:
+        digest.update(b"%d\n" % len(texts))
+        for text in texts:
+            encoded = text.encode()
+            digest.update(b"%d\n" % len(encoded))
+            digest.update(encoded)
+    return digest.hexdigest()[:32]
 
-    Sequence ``i * sequences_per_example + j`` belongs to example i. ``labels`` is int64 (sst) or float32, or
-    None without labels. ``account`` is of the rows the examples were read from.
+
+def cached(
+    directory: Path, name: str, key: str, build: Callable[[], tuple[Arrays, Notes]]
+) -> tuple[Arrays, Notes]:
+    """The arrays and notes (JSON values) kept under ``name`` and ``key``, built if missing, stale or torn.
+
+    The arrays are read-only, memory-mapped and one-dimensional. A file is written under another name and
+    renamed; a lock makes one process build while others wait. A file that cannot be used is rebuilt with a
+    warning in the log. Of the files of one name the `KEPT` that were used last stay; a process that has a
+    removed one mapped keeps its contents.
     """
-
-    task: Task
-    sequences_per_example: int
-    labels: np.ndarray | None
-    ids: list[str]
-    account: RowAccount
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example over all its sequences, int64 [examples]."""
-        return np.diff(self.offsets[:: self.sequences_per_example])
-
-    def select(self, rows: np.ndarray) -> "TokenizedTask":
-        """The examples at ``rows`` (integer indices or a boolean mask), in that order."""
-        rows = np.arange(len(self))[rows]
-        per = self.sequences_per_example
-        return replace(
-            self,
-            sequences=self.sequences.select((rows[:, None] * per + np.arange(per)).ravel()),
-            labels=None if self.labels is None else self.labels[rows],
-            ids=[self.ids[row] for row in rows],
-        )
-
-
-def tokenize_task(
-    table: TaskTable,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    pair_input: Literal["separate", "joint"] = "separate",
-    cache_dir: str | Path | None = None,
-) -> TokenizedTask:
-    """Tokenizes a task's sentences with a fast Hugging Face tokenizer, in the tokenizer's own threads.
-
-    ``pair_input`` "separate" makes two sequences of each pair, "joint" one `[CLS] A [SEP] B [SEP]`.
-    Sequences longer than ``max_length`` lose word pieces from their end (joint pairs: from the longer
-    sentence first, as Hugging Face's ``longest_first``) and keep [CLS] and [SEP]. With ``cache_dir`` the
-    result is stored there and loaded by the next call with the same tokenizer, texts and settings.
-    """
-    if pair_input not in ("separate", "joint"):
-        raise ValueError(f'pair_input must be "separate" or "joint", found {pair_input!r}')
-    check_max_length(max_length)
-    special = SpecialTokens.of(tokenizer)
-    joint = pair_input == "joint" and len(table.texts) == 2
-
-    def build() -> tuple[Arrays, Notes]:
-        parts = [tokenize_texts(tokenizer, texts) for texts in table.texts]
-        if joint:
-            return to_arrays(assemble_pairs(parts[0], parts[1], max_length, special))
-        return to_arrays(interleave([assemble_singles(part, max_length, special) for part in parts]))
-
-    if cache_dir is None:
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}-{key[:16]}.arrow"
+    with filelock.FileLock(directory / f"{name}.lock"):
+        if path.exists():
+            try:
+                found = _load(path, key)
+                os.utime(path)
+                return found
+            except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+                logger.warning("cache file %s is rebuilt: %s", path, error)
         arrays, notes = build()
-    else:
-        settings = {"max_length": max_length, "joint": joint, "special": asdict(special)}
-        key = cache_key(tokenizer, table.texts, settings)
-        arrays, notes = cached(Path(cache_dir), f"{table.task.name}-{table.split}", key, build)
-    return TokenizedTask(
-        sequences=from_arrays(arrays, notes),
-        max_length=max_length,
-        special=special,
-        task=table.task,
-        sequences_per_example=1 if joint else len(table.texts),
-        labels=table.labels,
-        ids=table.ids,
-        account=table.account,
+        temporary = directory / f"{name}.tmp"
+        try:
+            _store(temporary, key, arrays, notes)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        files = directory.glob(f"{name}-{'[0-9a-f]' * 16}.arrow")
+        for old in sorted(files, key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
+            old.unlink()
+        return _load(path, key)
+
+
+def _checksum(arrays: Arrays) -> int:
+    value = 0
+    for name in sorted(arrays):
+        value = zlib.crc32(np.ascontiguousarray(arrays[name]).data, zlib.crc32(name.encode(), value))
+    return value
+
+
+def _store(path: Path, key: str, arrays: Arrays, notes: Notes) -> None:
+    """One row; every array is one list in it."""
+    batch = pyarrow.record_batch(
+        {
+            name: pyarrow.LargeListArray.from_arrays(
+                pyarrow.array([0, len(array)], pyarrow.int64()), pyarrow.array(array)
+            )
+            for name, array in arrays.items()
+        }
     )
-
-
-def check_max_length(max_length: int) -> None:
-    """ValueError unless there is room for the special tokens and some of each text."""
-    if max_length < 8:
-        raise ValueError(f"max_length must be at least 8, found {max_length}")
-
-
-def to_arrays(sequences: Sequences) -> tuple[Arrays, Notes]:
-    """Sequences as the cache keeps them."""
-    arrays = {
-        "tokens": sequences.tokens,
-        "offsets": sequences.offsets,
-        "segment_b_start": sequences.segment_b_start,
+    metadata = {
+        "key": key,
+        "lengths": {name: len(array) for name, array in arrays.items()},
+        "checksum": _checksum(arrays),
+        "notes": notes,
     }
-    return arrays, {"truncated": sequences.truncated}
+    batch = batch.replace_schema_metadata({"mtfast": json.dumps(metadata)})
+    with (
+        pyarrow.OSFile(str(path), "wb") as sink,
+        pyarrow.ipc.new_file(sink, batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
 
 
-def from_arrays(arrays: Arrays, notes: Notes) -> Sequences:
-    """The inverse of `to_arrays`."""
-    return Sequences(arrays["tokens"], arrays["offsets"], arrays["segment_b_start"], notes["truncated"])
+def _load(path: Path, key: str) -> tuple[Arrays, Notes]:
+    """The arrays and notes of a file; ValueError or an Arrow error if it is not what was asked for."""
+    reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+    metadata = json.loads(reader.schema.metadata[b"mtfast"])
+    if metadata["key"] != key:
+        raise ValueError("it was made from other data, other settings or with another tokenizer")
+    batch = reader.get_batch(0)
+    arrays = {name: batch.column(name).values.to_numpy(zero_copy_only=True) for name in batch.schema.names}
+    if {name: len(array) for name, array in arrays.items()} != metadata["lengths"]:
+        raise ValueError("its lengths are not the recorded ones")
+    if _checksum(arrays) != metadata["checksum"]:
+        raise ValueError("its checksum is not the recorded one")
+    return arrays, metadata["notes"]

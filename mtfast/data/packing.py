@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from mtfast.data.cache import TokenizedTask
+from mtfast.data.tokenized import TokenizedTask
 from mtfast.data.tokens import Sequences, SpecialTokens, gather_indices, offsets_of
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import numpy as np
 import sentencex
 import torch
 
-from mtfast.data.arrow_cache import Arrays, Notes, cache_key, cached
-from mtfast.data.cache import check_max_length, from_arrays, to_arrays
+from mtfast.data.cache import Arrays, Notes, cache_key, cached
 from mtfast.data.records import DataError, UnusableRowError, read_every_split
 from mtfast.data.tasks import RowAccount, SkippedRow
+from mtfast.data.tokenized import check_max_length, from_arrays, to_arrays
 from mtfast.data.tokens import (
     Pieces,
     SpecialTokens,

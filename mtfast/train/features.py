@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtfast.data.cache import TokenizedTask
 from mtfast.data.packing import pack_tasks
 from mtfast.data.sampler import plan_evaluation
+from mtfast.data.tokenized import TokenizedTask
 from mtfast.models.bert import PackedBert, first_rows
 
 from . import ranks

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from mtfast.data.cache import TokenizedTask
 from mtfast.data.packing import PackedBatch
+from mtfast.data.tokenized import TokenizedTask
 from mtfast.models.bert import flops_per_token
 from mtfast.models.checkpoint import save_pretrained
 

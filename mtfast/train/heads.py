@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtfast.data.cache import TokenizedTask
 from mtfast.data.packing import PackedBatch, TaskRows
 from mtfast.data.sampler import StepPlan
+from mtfast.data.tokenized import TokenizedTask
 from mtfast.models.bert import PackedBert, first_rows, flops_per_token
 from mtfast.models.checkpoint import save_heads
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mtfast.data.cache import TokenizedTask, tokenize_task
 from mtfast.data.records import is_one_file
 from mtfast.data.reviews import ReviewSamples, build_samples, read_reviews
 from mtfast.data.tasks import Split, read_task
+from mtfast.data.tokenized import TokenizedTask, tokenize_task
 
 from . import ranks
 from .config import TASK_NAMES, ConfigError, RunConfig

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from mtfast import __version__
-from mtfast.data.cache import TokenizedTask
 from mtfast.data.records import MissingDataError
 from mtfast.data.reviews import ReviewSamples
 from mtfast.data.tasks import Split
+from mtfast.data.tokenized import TokenizedTask
 from mtfast.machine import device_name, version_of
 
 from . import ranks

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtfast.data.cache import TokenizedTask
 from mtfast.data.packing import PackedBatch, pack_tasks, prefetch
 from mtfast.data.sampler import StepPlan, plan_epoch, plan_evaluation
+from mtfast.data.tokenized import TokenizedTask
 
 from . import ranks
 from .config import TASK_NAMES, RunConfig, TaskStageConfig
