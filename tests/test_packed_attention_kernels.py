@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from cuda_on_cpu.harness import CASES, DTYPES_IN_C, Case, Kernels, load, run_sanitized
+from cuda_on_cpu.harness import CASES, DTYPES_IN_C, Case, Kernels, load_all, run_sanitized
 from cuda_on_cpu.machine_code import disassembled
 from packed_attention_cases import (
     DTYPES,
@@ -105,7 +105,7 @@ def emulated(forward: Kernels, backward: Kernels, cls: Kernels) -> Run:
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return emulated(*map(load, SOURCES))
+    return emulated(*load_all(SOURCES))
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -124,7 +124,7 @@ def test_one_query_a_sequence(dtype, head_dim, run, full_sweep):
 @pytest.mark.parametrize("layout", ["apart", "fused", "sliced", "cls"])
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_any_thread_order_gives_the_same_without_races(case: Case, layout, run):
-    other = emulated(*(load(source, case) for source in SOURCES))
+    other = emulated(*load_all(SOURCES, case))
     for lengths, head_dim, dtype in (
         ([20, 0, 7, 40], 64, torch.bfloat16),
         ([70, 9], 32, torch.float16),

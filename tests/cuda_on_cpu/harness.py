@@ -30,7 +30,9 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +113,19 @@ def load(source: str | Path, case: Case = CASES[0]) -> Kernels:
     return Kernels(_build(_find(source), case.races, False), case)
 
 
+def load_all(sources: Iterable[str | Path], case: Case = CASES[0]) -> list[Kernels]:
+    """Those of each source, compiled side by side."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda source: load(source, case), sources))
+
+
 def run_sanitized(function: str, *sources: str | Path) -> str:
     """Calls `function` ("module:name", in tests/) with the Kernels of each source under ASan and UBSan.
 
     Returns its output. Raises KernelError with the report when the sanitizers or the emulation object.
     """
-    libraries = [_build(_find(source), False, True) for source in sources]
+    with ThreadPoolExecutor() as pool:
+        libraries = list(pool.map(lambda source: _build(_find(source), False, True), sources))
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         for name in ("libasan.so", "libubsan.so")
@@ -158,11 +167,11 @@ def _build(source: Path, races: bool, sanitized: bool) -> Path:
         "-Wno-attributes",
         "-fno-strict-aliasing",
     ]
-    # Compiling takes longer than running: more optimisation would not pay.
-    flags += ["-O0", *SANITIZED] if sanitized else ["-O1"]
-    # Only the kernels are instrumented for races: the emulation itself is the detector.
+    flags += ["-O1", *(SANITIZED if sanitized else [])]
     flags += ["-DCUDA_ON_CPU_RACES"] if races else []
-    kernel_flags = [*flags, "-fsanitize=thread"] if races else flags
+    # Kernels take longer to compile than to run, so they are hardly optimised. Only they are instrumented for
+    # races: the emulation itself is the detector.
+    kernel_flags = [*flags, *(["-O0"] if sanitized else []), *(["-fsanitize=thread"] if races else [])]
     link_flags = list(SANITIZED) if sanitized else []
     objects = [_object(part, flags) for part in EMULATION]
     kernel = _object(source, [*kernel_flags, "-x", "c++"])
@@ -197,7 +206,7 @@ def _shared_digest() -> bytes:
 
 @contextlib.contextmanager
 def _written_at_once(path: Path) -> Iterator[str]:
-    unfinished = path.with_name(f"{os.getpid()}-{path.name}")
+    unfinished = path.with_name(f"{os.getpid()}-{threading.get_ident()}-{path.name}")
     yield str(unfinished)
     unfinished.rename(path)
 
