@@ -75,6 +75,13 @@ def mask_tokens(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, found {strategy!r}")
+    # Here, since torch chooses the implementation by all arguments' devices.
+    for name, x in (("positions", positions), ("cu_seqlens", cu_seqlens), ("subword", subword)):
+        if x is not None and x.device != input_ids.device:
+            raise RuntimeError(
+                f"mask_tokens: {name} must be on the device of input_ids, {input_ids.device}, "
+                f"found {x.device}"
+            )
     if _library.CHECK_VALUES and input_ids.is_cuda:
         _library.check_range("mask_tokens", "input_ids", input_ids, vocab_size)
         if cu_seqlens is not None:
