@@ -200,8 +200,10 @@ def test_export(device: str) -> None:
     exported = torch.export.export(module, (u[:4], v[:4]), dynamic_shapes=(auto, auto)).module()
     for batch in (4, 11):
         torch.testing.assert_close(exported(u[:batch], v[:batch]), module(u[:batch], v[:batch]))
-    rows = torch.tensor([1, 1, 0], device=device), torch.tensor([3, 4, 10], device=device)
-    exported = torch.export.export(module, (u, v, *rows)).module()
+    rows = torch.tensor([1, 1, 0, 7], device=device), torch.tensor([3, 4, 10, 0], device=device)
+    exported = torch.export.export(
+        module, (u, v, *(x[:3] for x in rows)), dynamic_shapes=(None, None, auto, auto)
+    ).module()
     torch.testing.assert_close(exported(u, v, *rows), module(u, v, *rows))
 
 

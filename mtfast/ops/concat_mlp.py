@@ -292,8 +292,8 @@ def _check(
                 f"{name} must be {list(shape)} for u {list(u.shape)} and weight1 [{inner}, {twice}], "
                 f"found {list(named[name].shape)}"
             )
-    batch = {"u": u.shape[0] if u_rows is None else len(u_rows)}
-    batch["v"] = v.shape[0] if v_rows is None else len(v_rows)
+    batch = {"u": u.shape[0] if u_rows is None else u_rows.shape[0]}  # no len(): it fixes what is exported
+    batch["v"] = v.shape[0] if v_rows is None else v_rows.shape[0]
     if batch["u"] != batch["v"]:
         raise ValueError(f"u gives {batch['u']} rows and v gives {batch['v']}: they must be as many")
     for name, rows in (("u_rows", u_rows), ("v_rows", v_rows)):
