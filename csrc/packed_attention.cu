@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kShortOnly>()
   const int heads = static_cast<int>(shape.heads), head = static_cast<int>(blockIdx.x) % heads;
   const int window = static_cast<int>(blockIdx.x) / heads * kWindow;
   const int sequences = static_cast<int>(shape.sequences), total = static_cast<int>(shape.total);
-  const float scale = static_cast<float>(shape.softmax_scale) * kLog2E;
+  const float scale = log2_scale(shape);
   const Dropout dropout(shape, head);
   const int warp = warp_index(), g = lane_index() >> 2, t = lane_index() & 3;
 
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kShortOnly>()
         const int place = strip.offset + g + 8 * r;
         if (mine && t == 0 && place < strip.length)
           static_cast<float*>(args.lse)[head * shape.total + strip.begin + place] =
-              (softmax.most[r] + log2f(softmax.weight[r])) * kLn2;
+              log_sum(softmax.most[r], softmax.weight[r]);
       }
       if (mine)
         store_strip<T, kDim>(args.out, head, strip, softmax.out, dropout.scale / softmax.weight[0],

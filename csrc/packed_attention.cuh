@@ -6,6 +6,7 @@
 namespace mtfast::attention {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2ERest = 1.925963033500e-8f, kLn2Rest = -1.904654323e-9f;  // what those are short of
 constexpr float kMinusInfinity = -1e30f;  // finite, so that differences are numbers
 
 struct Dropout {
@@ -69,11 +70,24 @@ struct Dropout {
 struct Log2 {
   float high, low;
   __device__ __forceinline__ explicit Log2(float natural)
-      : high(natural * kLog2E), low(fmaf(natural, kLog2E, -high) + natural * 1.925963033500e-8f) {}
+      : high(natural * kLog2E), low(fmaf(natural, kLog2E, -high) + natural * kLog2ERest) {}
   __device__ __forceinline__ float weight(float x, float scale) const {
     return ptx::exp2_approx(fmaf(x, scale, -high) - low);
   }
 };
+
+// ln(2^most * weight), rounded once: its error is one of all the weights that the backward takes from it.
+__device__ __forceinline__ float log_sum(float most, float weight) {
+  const float high = most * kLn2, low = fmaf(most, kLn2, -high) + most * kLn2Rest;
+  const float log = logf(weight), sum = high + log;
+  const float lost = fabsf(high) > fabsf(log) ? high - sum + log : log - sum + high;
+  return sum + (lost + low);
+}
+
+// Of scores in powers of two, rounded once.
+__device__ __forceinline__ float log2_scale(const AttentionShape& shape) {
+  return static_cast<float>(shape.softmax_scale * 1.4426950408889634);
+}
 
 // What the kernels of one launch have in common.
 template <class T, int kDim>

@@ -41,7 +41,7 @@ struct Backward {
                 warp_index() * kScratchPerWarp),
         head(head),
         dropout(args.shape, head),
-        scale(static_cast<float>(args.shape.softmax_scale) * kLog2E) {}
+        scale(log2_scale(args.shape)) {}
 
   __device__ __forceinline__ int64_t row_number(const Strip& strip, int place) const {
     return head * args.shape.total + strip.begin + place;

@@ -46,7 +46,7 @@ struct Cls {
       else
         words[i] = __float_as_uint(from[i] * factor);
     }
-    *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+    ptx::store_16(to, words);
   }
   // over the lanes that share a key
   __device__ __forceinline__ static float dot(const float (&a)[kEach], const float (&b)[kEach]) {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) cls_forward_kernel(AttentionForward 
   const C c(shape);
   if (!c.any) return;
   const Dropout dropout(shape, c.head);
-  const float scale = static_cast<float>(shape.softmax_scale) * kLog2E;
+  const float scale = log2_scale(shape);
   float q[C::kEach], out[C::kEach];
   c.read(q, args.q, c.sequence);
   MTFAST_UNROLL
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) cls_forward_kernel(AttentionForward 
   if (c.key0 == 0) c.write(args.out, c.sequence, out, c.length ? dropout.scale / weight : 0.0f);
   if (lane_index() == 0)
     static_cast<float*>(args.lse)[c.head * shape.sequences + c.sequence] =
-        c.length ? (top + log2f(weight)) * kLn2 : __uint_as_float(0xff800000u);
+        c.length ? log_sum(top, weight) : __uint_as_float(0xff800000u);
 }
 
 template <class T, int kDim>
@@ -115,14 +115,15 @@ __global__ void __launch_bounds__(kThreads) cls_backward_kernel(AttentionBackwar
   if (!c.any) return;
   const Dropout dropout(shape, c.head);
   const float scale = static_cast<float>(shape.softmax_scale);
-  float q[C::kEach], out[C::kEach], dout[C::kEach], dq[C::kEach];
+  const float scale_2 = log2_scale(shape);
+  float q[C::kEach], dout[C::kEach], dq[C::kEach];
   c.read(q, args.q, c.sequence);
-  c.read(out, args.out, c.sequence);
   c.read(dout, args.dout, c.sequence);
   MTFAST_UNROLL
   for (int i = 0; i < C::kEach; ++i) dq[i] = 0.0f;
   const Log2 lse(static_cast<const float*>(args.lse)[c.head * shape.sequences + c.sequence]);
-  const float delta = C::dot(out, dout);
+  // Twice through the keys: first for the weights' sum and for delta, since lse and out are rounded.
+  float total = 0.0f, delta = 0.0f;
   for (int from = 0; from < c.length; from += C::kKeys) {
     const int key = from + c.key0;
     const bool exists = key < c.length;
@@ -130,7 +131,20 @@ __global__ void __launch_bounds__(kThreads) cls_backward_kernel(AttentionBackwar
     c.read(k, args.k, c.begin + (exists ? key : 0));
     c.read(v, args.v, c.begin + (exists ? key : 0));
     const float x = C::dot(q, k), dx = C::dot(dout, v);
-    const float p = exists ? lse.weight(x, scale * kLog2E) : 0.0f;
+    const float p = exists ? lse.weight(x, scale_2) : 0.0f;
+    total += p;
+    delta += c.kept(dropout, key) ? p * dx * dropout.scale : 0.0f;
+  }
+  const float factor = 1.0f / C::across(total);
+  delta = C::across(delta) * factor;
+  for (int from = 0; from < c.length; from += C::kKeys) {
+    const int key = from + c.key0;
+    const bool exists = key < c.length;
+    float k[C::kEach], v[C::kEach];
+    c.read(k, args.k, c.begin + (exists ? key : 0));
+    c.read(v, args.v, c.begin + (exists ? key : 0));
+    const float x = C::dot(q, k), dx = C::dot(dout, v);
+    const float p = exists ? lse.weight(x, scale_2) * factor : 0.0f;
     const float kept = c.kept(dropout, key) ? dropout.scale : 0.0f;
     const float ds = p * (dx * kept - delta) * scale;
     MTFAST_UNROLL

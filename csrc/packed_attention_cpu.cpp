@@ -78,6 +78,12 @@ MTFAST_INLINE C keep_scale(const AttentionShape& shape) {
   return static_cast<C>(65536.0 / (65536.0 - shape.threshold));
 }
 
+// ln(2^most * weight), rounded once: its error is one of all the weights that the backward takes from it.
+template <class C>
+MTFAST_INLINE C log_sum(C most, C weight) {
+  return static_cast<C>(static_cast<double>(most) * kLn2 + std::log(static_cast<double>(weight)));
+}
+
 // A log-sum-exp in powers of two, in two parts so that the change of base loses nothing.
 template <class C>
 struct Log2 {
@@ -140,7 +146,7 @@ struct Forward {
     } else {
       for (int64_t j = 0; j < lanes; j += kLanes) pack(row + j, unpack(row + j) * (C{1} / sums));
     }
-    return (most + std::log2(sums)) * static_cast<C>(kLn2);
+    return log_sum(most, sums);
   }
 };
 
@@ -184,10 +190,11 @@ struct Backward {
   MTFAST_INLINE void differentiate(C* p, C* dp, int64_t lanes, Mask<C> last, Log2<C> lse,
                                    const uint16_t* draws, const AttentionShape& shape) {
     const Vec<C> scale = Vec<C>{} + keep_scale<C>(shape);
-    Vec<C> dot = {};
+    Vec<C> dot = {}, total = {};
     for (int64_t j = 0; j < lanes; j += kLanes) {
       Vec<C> x = exp2((unpack(p + j) - lse.high) - lse.low), dx = unpack(dp + j);
       if (j == lanes - kLanes) x = last ? x : Vec<C>{};
+      total += x;
       if (shape.threshold) dx *= keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale);
       dot += x * dx;
       pack(p + j, x);

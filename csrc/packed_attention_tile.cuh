@@ -171,15 +171,22 @@ struct Rows16<float, kDim, kKept> {
     for (int n = 0; n < 2; ++n) MTFAST_UNROLL
     for (int j = 0; j < 4; ++j) x[n][j] = 0.0f;
     MTFAST_NO_UNROLL
-    for (int d = 0; d < kDim; ++d) {
-      const float a[2] = {*tile.at(row + g, d), *tile.at(row + g + 8, d)};
+    for (int from = 0; from < kDim; from += 16) {  // sums of sums, since a long one loses bits
+      Piece16 part = {};
+      MTFAST_NO_UNROLL
+      for (int d = from; d < from + 16; ++d) {
+        const float a[2] = {*tile.at(row + g, d), *tile.at(row + g + 8, d)};
+        MTFAST_UNROLL
+        for (int n = 0; n < 2; ++n) MTFAST_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const float b = *other.at(other_row + 8 * n + 2 * t + e, d);
+          part[n][e] += a[0] * b;
+          part[n][2 + e] += a[1] * b;
+        }
+      }
       MTFAST_UNROLL
       for (int n = 0; n < 2; ++n) MTFAST_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const float b = *other.at(other_row + 8 * n + 2 * t + e, d);
-        x[n][e] += a[0] * b;
-        x[n][2 + e] += a[1] * b;
-      }
+      for (int j = 0; j < 4; ++j) x[n][j] += part[n][j];
     }
   }
 };
@@ -220,16 +227,23 @@ __device__ __forceinline__ void add_product(Result16<kDim>& result, const Piece1
     for (int n = 0; n < 2; ++n) MTFAST_UNROLL
     for (int j = 0; j < 4; ++j) scratch[(g + 8 * (j >> 1)) * 17 + 8 * n + 2 * t + (j & 1)] = p[n][j];
     __syncwarp();
-    MTFAST_NO_UNROLL
-    for (int k = 0; k < 16; ++k) {
-      const float upper = scratch[g * 17 + k], lower = scratch[(g + 8) * 17 + k];
-      MTFAST_UNROLL
-      for (int n = 0; n < kDim / 8; ++n) MTFAST_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const float value = *b.at(b_row + k, 8 * n + 2 * t + e);
-        result.x[n][e] += upper * value;
-        result.x[n][2 + e] += lower * value;
+    MTFAST_UNROLL
+    for (int from = 0; from < kDim / 8; from += 4) {
+      float part[4][4] = {};
+      MTFAST_NO_UNROLL
+      for (int k = 0; k < 16; ++k) {
+        const float upper = scratch[g * 17 + k], lower = scratch[(g + 8) * 17 + k];
+        MTFAST_UNROLL
+        for (int n = 0; n < 4; ++n) MTFAST_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const float value = *b.at(b_row + k, 8 * (from + n) + 2 * t + e);
+          part[n][e] += upper * value;
+          part[n][2 + e] += lower * value;
+        }
       }
+      MTFAST_UNROLL
+      for (int n = 0; n < 4; ++n) MTFAST_UNROLL
+      for (int j = 0; j < 4; ++j) result.x[from + n][j] += part[n][j];
     }
   }
 }
@@ -269,7 +283,7 @@ __device__ inline void store_strip(const AttentionTensor& to, int head, const St
         for (int i = 0; i < 4; ++i)
           v[i] = pair_bits<T>(result.x[n + i][2 * r] * factor, result.x[n + i][2 * r + 1] * factor);
         quad_transpose(v);
-        if (inside) *reinterpret_cast<uint4*>(row + 8 * (n + t)) = uint4{v[0], v[1], v[2], v[3]};
+        if (inside) ptx::store_16(row + 8 * (n + t), v);
       }
     } else {
       MTFAST_UNROLL

@@ -179,8 +179,10 @@ def test_machine_code_uses_tensor_cores_and_wide_loads(source):
     for kernel in kernels:
         what = f"{kernel.name} for {kernel.architecture}"
         if kernel.name.startswith("cls"):
-            assert kernel.count(r"LDG\.E\.128") >= 3, what
+            assert kernel.count(r"LDG\.E\.128") >= 3 and kernel.count(r"STG\.E\.128") >= 1, what
             continue
         assert kernel.count(r"LDGSTS\.E\.BYPASS\.128") >= 3, what
         if "float, " not in kernel.name:
             assert kernel.count("HMMA|HGMMA") >= 8 and kernel.count("LDSM") >= 6, what
+            head_dim = int(kernel.name.split(", ")[1])
+            assert kernel.count(r"STG\.E\.128") >= 2 * head_dim // 32, what  # two rows a thread

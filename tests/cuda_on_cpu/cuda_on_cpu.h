@@ -214,6 +214,9 @@ inline void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 __attribute__((noinline)) inline void cp_async_16(void* shared, const void* global, int bytes = 16) {
   cuda_on_cpu::copy_async(shared, global, bytes, __builtin_return_address(0));
 }
+inline void store_16(void* global, const uint32_t (&words)[4]) {
+  *static_cast<uint4*>(global) = uint4{words[0], words[1], words[2], words[3]};
+}
 inline void cp_async_commit() { cuda_on_cpu::copy_async_commit(); }
 template <int kPending>
 void cp_async_wait() {
