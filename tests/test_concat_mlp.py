@@ -29,6 +29,12 @@ def test_error_is_at_most_twice_eagers(dtype: torch.dtype, device: str) -> None:
     check_random_cases(by(concat_mlp), range(200), dtype, device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_batches(dtype: torch.dtype, device: str) -> None:
+    """Whose backward on the CPU goes through two blocks of rows."""
+    check_random_cases(by(concat_mlp), range(20), dtype, device, batches=(511, 512, 513, 1100))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation: str, device: str) -> None:
     if device != "cpu":

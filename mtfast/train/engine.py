@@ -28,6 +28,9 @@ def start() -> torch.device:
     deepspeed = _deepspeed()
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if ranks.world_size() == 1:  # nobody to meet: no port is taken
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     if not torch.cuda.is_available():
         return torch.device("cpu")

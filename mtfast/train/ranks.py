@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def prepare_environment() -> None:
@@ -18,11 +15,7 @@ def prepare_environment() -> None:
     On a CPU the cores are shared out among the ranks of this machine unless OMP_NUM_THREADS says otherwise.
     """
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        values = ("0", "1", "0", "127.0.0.1", str(port))
-        os.environ.update(dict(zip(_RENDEZVOUS, values, strict=True)))
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
