@@ -55,12 +55,22 @@ void check_vector(const char* name, const Tensor& t, const Tensor& u, int64_t si
         "concat_mlp: ", name, " must be contiguous, of u's dtype and on its device");
 }
 
+template <class Index>
+void check_in_range(const char* name, const Tensor& rows, int64_t size) {
+  const auto* row = static_cast<const Index*>(rows.const_data_ptr());
+  for (int64_t i = 0; i < rows.size(0); ++i)
+    check(row[i] >= 0 && row[i] < size, "concat_mlp: ", name, "_rows[", i, "] is ", row[i], ", but ", name,
+          " has ", size, " rows");
+}
+
+// Checks the row indices, on the CPU their values too, and returns how many rows there are.
 int64_t check_rows(const char* name, const OptionalTensor& rows, const Tensor& from) {
   if (!rows) return from.size(0);
   check(rows->dim() == 1 && rows->is_contiguous() && rows->device() == from.device(), "concat_mlp: ", name,
-        " must be a contiguous vector on the inputs' device");
-  check(rows->scalar_type() == ScalarType::Int || rows->scalar_type() == ScalarType::Long,
-        "concat_mlp: ", name, " must be int32 or int64");
+        "_rows must be a contiguous vector on the inputs' device");
+  const bool wide = rows->scalar_type() == ScalarType::Long;
+  check(wide || rows->scalar_type() == ScalarType::Int, "concat_mlp: ", name, "_rows must be int32 or int64");
+  if (rows->is_cpu()) (wide ? check_in_range<int64_t> : check_in_range<int32_t>)(name, *rows, from.size(0));
   return rows->size(0);
 }
 
@@ -76,7 +86,7 @@ int64_t check_operands(const Tensor& u, const Tensor& v, const Tensor& weight1, 
   check_matrix("weight1", weight1, u, inner, 2 * hidden);
   check_matrix("weight2", weight2, u, weight2.size(0), inner);
   check(weight2.is_contiguous(), "concat_mlp: weight2 must be contiguous");
-  const int64_t batch = check_rows("u_rows", u_rows, u), v_batch = check_rows("v_rows", v_rows, v);
+  const int64_t batch = check_rows("u", u_rows, u), v_batch = check_rows("v", v_rows, v);
   check(batch == v_batch, "concat_mlp: u gives ", batch, " rows and v gives ", v_batch);
   check(dropout_p == 0 || seed, "concat_mlp: dropout needs a seed");
   check(!seed ||
@@ -86,6 +96,9 @@ int64_t check_operands(const Tensor& u, const Tensor& v, const Tensor& weight1, 
 }
 
 // ---- matrix products: torch's own ----
+
+constexpr int64_t kCopyGrain = 1 << 16;   // bytes that are worth a thread
+constexpr int64_t kProductColumns = 192;  // of weight1's gradient, at a time
 
 void product(const Tensor& out, const Tensor& a, const Tensor& b) {
 #ifdef MTFAST_WITH_CUDA
@@ -110,39 +123,41 @@ void add_product(const Tensor& out, const Tensor& to, const Tensor& a, const Ten
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
+Tensor columns_of(Tensor from, int64_t first, int64_t count) {
+  return torch::stable::narrow(from, 1, first, count);
+}
+
 Tensor half(const Tensor& weight1, int which) {
   const int64_t hidden = weight1.size(1) / 2;
-  Tensor whole = weight1;
-  return torch::stable::narrow(whole, 1, which * hidden, hidden);
+  return columns_of(weight1, which * hidden, hidden);
 }
 
 // Rows begin .. end of `from`, or those that `rows` names, copied to `to` (`pitch` bytes from one to the
 // next).
 template <class Index>
-void copy_rows(const char* name, const Tensor& from, const Index* rows, int64_t begin, int64_t end, char* to,
-               int64_t pitch) {
+void copy_rows(const Tensor& from, const Index* rows, int64_t begin, int64_t end, char* to, int64_t pitch) {
   const int64_t bytes = static_cast<int64_t>(from.element_size());
-  const int64_t from_pitch = from.stride(0) * bytes, size = from.size(0);
+  const int64_t from_pitch = from.stride(0) * bytes, size = from.size(1) * bytes;
   const auto* source = static_cast<const char*>(from.const_data_ptr());
-  for (int64_t i = begin; i < end; ++i, to += pitch) {
-    const int64_t row = rows == nullptr ? i : rows[i];
-    check(row >= 0 && row < size, "concat_mlp: ", name, "_rows[", i, "] is ", row, ", but ", name, " has ",
-          size, " rows");
-    std::memcpy(to, source + row * from_pitch, static_cast<size_t>(from.size(1) * bytes));
-  }
+  const int64_t grain = std::max<int64_t>(1, kCopyGrain / std::max<int64_t>(1, size));
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t past) {
+    for (int64_t i = first; i < past; ++i)
+      std::memcpy(to + (i - begin) * pitch, source + (rows == nullptr ? i : rows[i]) * from_pitch,
+                  static_cast<size_t>(size));
+  });
 }
 
-void copy_rows(const char* name, const Tensor& from, const OptionalTensor& rows, int64_t begin, int64_t end,
-               char* to, int64_t pitch) {
+void copy_rows(const Tensor& from, const OptionalTensor& rows, int64_t begin, int64_t end, char* to,
+               int64_t pitch) {
   const void* index = rows ? rows->const_data_ptr() : nullptr;
   if (rows && rows->scalar_type() == ScalarType::Int)
-    copy_rows(name, from, static_cast<const int32_t*>(index), begin, end, to, pitch);
+    copy_rows(from, static_cast<const int32_t*>(index), begin, end, to, pitch);
   else
-    copy_rows(name, from, static_cast<const int64_t*>(index), begin, end, to, pitch);
+    copy_rows(from, static_cast<const int64_t*>(index), begin, end, to, pitch);
 }
 
 // Rows begin .. end of what a product reads: of `from` itself, or a copy of those `rows` names.
-Tensor rows_of(const char* name, const Tensor& from, const OptionalTensor& rows, int64_t begin, int64_t end) {
+Tensor rows_of(const Tensor& from, const OptionalTensor& rows, int64_t begin, int64_t end) {
   Tensor source = rows ? *rows : from;
   const Tensor part = torch::stable::narrow(source, 0, begin, end - begin);
   if (!rows) return part;
@@ -154,7 +169,7 @@ Tensor rows_of(const char* name, const Tensor& from, const OptionalTensor& rows,
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   Tensor out = torch::stable::new_empty(from, {end - begin, from.size(1)});
-  copy_rows(name, from, rows, begin, end, static_cast<char*>(out.mutable_data_ptr()),
+  copy_rows(from, rows, begin, end, static_cast<char*>(out.mutable_data_ptr()),
             from.size(1) * static_cast<int64_t>(from.element_size()));
   return out;
 }
@@ -166,8 +181,8 @@ void hidden_layer(const Tensor& z, const Tensor& u, const Tensor& v, const Tenso
                   const Tensor& bias1, const OptionalTensor& u_rows, const OptionalTensor& v_rows) {
   if (u.element_size() > 2) {
     const int64_t batch = z.size(0);
-    add_product(z, bias1, rows_of("u", u, u_rows, 0, batch), transposed(half(weight1, 0)));
-    add_product(z, z, rows_of("v", v, v_rows, 0, batch), transposed(half(weight1, 1)));
+    add_product(z, bias1, rows_of(u, u_rows, 0, batch), transposed(half(weight1, 0)));
+    add_product(z, z, rows_of(v, v_rows, 0, batch), transposed(half(weight1, 1)));
     return;
   }
   const int64_t batch = z.size(0), block = std::min<int64_t>(512, batch), hidden = u.size(1);
@@ -176,8 +191,8 @@ void hidden_layer(const Tensor& z, const Tensor& u, const Tensor& v, const Tenso
   auto* to = static_cast<char*>(scratch.mutable_data_ptr());
   for (int64_t begin = 0; begin < batch; begin += block) {
     const int64_t rows = std::min(block, batch - begin);
-    copy_rows("u", u, u_rows, begin, begin + rows, to, 2 * side);
-    copy_rows("v", v, v_rows, begin, begin + rows, to + side, 2 * side);
+    copy_rows(u, u_rows, begin, begin + rows, to, 2 * side);
+    copy_rows(v, v_rows, begin, begin + rows, to + side, 2 * side);
     add_product(torch::stable::narrow(out, 0, begin, rows), bias1, torch::stable::narrow(scratch, 0, 0, rows),
                 transposed(weight1));
   }
@@ -277,12 +292,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     if (need_u) product(torch::stable::narrow(du, 0, begin, end - begin), part, half(weight1, 0));
     if (need_v) product(torch::stable::narrow(dv, 0, begin, end - begin), part, half(weight1, 1));
     if (!need_weight1) return;
-    const auto add = [&](const Tensor& out, const Tensor& rows) {
-      if (begin == 0) return product(out, transposed(part), rows);
-      add_product(out, out, transposed(part), rows);
+    // The scratch that torch's library takes for this product in 16 bits grows with the columns: where du and
+    // dv are in memory too, fewer at a time.
+    const bool in_parts = !kCuda && u.element_size() == 2 && (need_u || need_v);
+    const int64_t columns = in_parts ? kProductColumns : hidden;
+    const auto add = [&](const Tensor& whole, const Tensor& rows) {
+      for (int64_t first = 0; first < hidden; first += columns) {
+        const int64_t count = std::min(columns, hidden - first);
+        const Tensor out = columns_of(whole, first, count), from = columns_of(rows, first, count);
+        if (begin == 0)
+          product(out, transposed(part), from);
+        else
+          add_product(out, out, transposed(part), from);
+      }
     };
-    add(half(dweight1, 0), rows_of("u", u, u_rows, begin, end));
-    add(half(dweight1, 1), rows_of("v", v, v_rows, begin, end));
+    add(half(dweight1, 0), rows_of(u, u_rows, begin, end));
+    add(half(dweight1, 1), rows_of(v, v_rows, begin, end));
   };
   if constexpr (kCuda) {
 #ifdef MTFAST_WITH_CUDA
