@@ -77,15 +77,24 @@ def _cases(rows: list[dict[str, str]]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         cells.setdefault(row["case"], {})[row["variant"]] = _cell(row)
-    body = [(case, *(found.get(variant, "") for variant in variants)) for case, found in cells.items()]
+    body = [
+        (case, *(cells[case].get(variant, "") for variant in variants))
+        for case in sorted(cells, key=_natural)
+    ]
     return _markdown(("case", *variants), body)
+
+
+def _natural(case: str) -> list[tuple[int, str]]:
+    """Sorts numbers by their value."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in case.split()]
 
 
 def _cell(row: dict[str, str]) -> str:
     """Time, its ratio to the baseline's unless it is the baseline, and memory where it was measured."""
     facts = [] if row["ratio_to_baseline"] == "1.0" else [f"{float(row['ratio_to_baseline']):.2f}x"]
     if row.get("peak_mib"):
-        facts.append(f"{float(row['peak_mib']):.3g} MiB")
+        size = float(row["peak_mib"])
+        facts.append(f"{size:,.0f} MiB" if size >= 100 else f"{size:.3g} MiB")
     return _time(float(row["median_us"])) + (f" ({', '.join(facts)})" if facts else "")
 
 
@@ -102,7 +111,7 @@ def _runs_table(runs: dict[str, Any]) -> str:
                 name,
                 *(f"{dev[key]:.3f}" for key in ("sst_accuracy", "quora_accuracy", "sts_pearson")),
                 *(f"{run['stages'][s]['seconds']:.0f}" if s in run["stages"] else "-" for s in stages),
-                f"{device['device']}, {device['threads']} thread(s)",
+                f"{device['device']}, {device['threads']} threads",
                 run["commit"],
             )
         )

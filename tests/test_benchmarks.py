@@ -114,7 +114,7 @@ def test_files_with_fewer_columns_stay_readable(tmp_path):
 
 
 def test_tables_have_a_line_a_case_and_a_column_a_variant(tmp_path):
-    rows = [row(case, variant, 3) for case in ("a", "b") for variant in ("eager", "mtfast")]
+    rows = [row(case, variant, 3) for case in ("a 4", "a 16") for variant in ("eager", "mtfast")]
     for other in rows[1::2]:
         other |= {"ratio_to_baseline": 2.5, "peak_mib": 14.25}
     common.write_results(rows[:3], CPU, tmp_path)
@@ -122,8 +122,8 @@ def test_tables_have_a_line_a_case_and_a_column_a_variant(tmp_path):
     assert table.split("\n")[3:7] == [
         "| case | eager | mtfast |",
         "| --- | --- | --- |",
-        "| a | 3.0 us | 3.0 us (2.50x, 14.2 MiB) |",
-        "| b | 3.0 us |  |",
+        "| a 4 | 3.0 us | 3.0 us (2.50x, 14.2 MiB) |",
+        "| a 16 | 3.0 us |  |",
     ]
 
 
