@@ -111,7 +111,7 @@ def _runs_table(runs: dict[str, Any]) -> str:
                 name,
                 *(f"{dev[key]:.3f}" for key in ("sst_accuracy", "quora_accuracy", "sts_pearson")),
                 *(f"{run['stages'][s]['seconds']:.0f}" if s in run["stages"] else "-" for s in stages),
-                f"{device['device']}, {device['threads']} threads",
+                f"{device['device']}, {device['threads']} thread{'s' * (device['threads'] != 1)}",
                 run["commit"],
             )
         )
