@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -73,7 +72,7 @@ class Batch:
         return (*(x.requires_grad_() for x in tensors[:3]), tensors[3])
 
 
-class Peer(ABC):
+class Peer:
     """Attention over one batch: `inputs` are the leaves, `dout` the gradient of `forward`'s result."""
 
     name: ClassVar[str]
@@ -84,9 +83,9 @@ class Peer(ABC):
         self.batch = batch
         self.inputs, self.dout = batch.apart, batch.dout
 
-    @abstractmethod
     def forward(self) -> Tensor:
         """The output, in this peer's layout."""
+        raise NotImplementedError
 
     def run(self, backward: bool) -> list[Tensor]:
         """What is timed: the forward, or the forward and the backward to all inputs. Output and gradients."""
