@@ -98,6 +98,7 @@ int64_t check_operands(const Tensor& u, const Tensor& v, const Tensor& weight1, 
 // ---- matrix products: torch's own ----
 
 constexpr int64_t kCopyGrain = 1 << 16;   // bytes that are worth a thread
+constexpr int64_t kForwardRows = 1024;    // of the hidden layer, at a time, on the CPU
 constexpr int64_t kProductColumns = 192;  // of weight1's gradient, at a time
 
 void product(const Tensor& out, const Tensor& a, const Tensor& b) {
@@ -174,28 +175,22 @@ Tensor rows_of(const Tensor& from, const OptionalTensor& rows, int64_t begin, in
   return out;
 }
 
-// z = [u; v] @ weight1.T + bias1. In 16 bits a rounding between the two halves would turn signs around, so
-// there each block of rows is laid side by side in a scratch that stays in cache; otherwise the halves are
-// added up in z.
-void hidden_layer(const Tensor& z, const Tensor& u, const Tensor& v, const Tensor& weight1,
-                  const Tensor& bias1, const OptionalTensor& u_rows, const OptionalTensor& v_rows) {
+// z [end - begin, inner] = [u; v] @ weight1.T + bias1 for rows begin .. end. In 16 bits a rounding between
+// the two halves would turn signs around, so there the rows are laid side by side in `both`, [end - begin, 2
+// * hidden]; otherwise the halves are added up in z.
+void hidden_rows(const Tensor& z, Tensor& both, const Tensor& u, const Tensor& v, const Tensor& weight1,
+                 const Tensor& bias1, const OptionalTensor& u_rows, const OptionalTensor& v_rows,
+                 int64_t begin, int64_t end) {
   if (u.element_size() > 2) {
-    const int64_t batch = z.size(0);
-    add_product(z, bias1, rows_of(u, u_rows, 0, batch), transposed(half(weight1, 0)));
-    add_product(z, z, rows_of(v, v_rows, 0, batch), transposed(half(weight1, 1)));
+    add_product(z, bias1, rows_of(u, u_rows, begin, end), transposed(half(weight1, 0)));
+    add_product(z, z, rows_of(v, v_rows, begin, end), transposed(half(weight1, 1)));
     return;
   }
-  const int64_t batch = z.size(0), block = std::min<int64_t>(512, batch), hidden = u.size(1);
-  const int64_t side = hidden * static_cast<int64_t>(u.element_size());
-  Tensor scratch = torch::stable::new_empty(u, {block, 2 * hidden}), out = z;
-  auto* to = static_cast<char*>(scratch.mutable_data_ptr());
-  for (int64_t begin = 0; begin < batch; begin += block) {
-    const int64_t rows = std::min(block, batch - begin);
-    copy_rows(u, u_rows, begin, begin + rows, to, 2 * side);
-    copy_rows(v, v_rows, begin, begin + rows, to + side, 2 * side);
-    add_product(torch::stable::narrow(out, 0, begin, rows), bias1, torch::stable::narrow(scratch, 0, 0, rows),
-                transposed(weight1));
-  }
+  const int64_t side = u.size(1) * static_cast<int64_t>(u.element_size());
+  auto* to = static_cast<char*>(both.mutable_data_ptr());
+  copy_rows(u, u_rows, begin, end, to, 2 * side);
+  copy_rows(v, v_rows, begin, end, to + side, 2 * side);
+  add_product(z, bias1, torch::stable::narrow(both, 0, 0, end - begin), transposed(weight1));
 }
 
 // ---- the passes over the hidden layer ----
@@ -229,9 +224,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tenso
   check_vector("bias2", bias2, u, layer.outputs);
   Tensor y = torch::stable::new_empty(u, {batch, layer.outputs});
   const bool in_one = kCuda && u.element_size() == 2;  // the product too is a kernel of our own
-  Tensor z = torch::stable::new_empty(u, {in_one && !save_hidden ? 0 : batch, layer.inner});
+  const int64_t block = kCuda ? batch : std::min(kForwardRows, batch);
+  Tensor z = torch::stable::new_empty(u, {save_hidden ? batch : in_one ? 0 : block, layer.inner});
   if (batch == 0) return {y, z};
-  if (!in_one) hidden_layer(z, u, v, weight1, bias1, u_rows, v_rows);
   if constexpr (kCuda) {
 #ifdef MTFAST_WITH_CUDA
     check(layer.dtype != Dtype::kFloat64,
@@ -248,6 +243,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tenso
                                      static_cast<float*>(partial.mutable_data_ptr()), y.mutable_data_ptr(),
                                      device.stream()));
     } else {
+      hidden_rows(z, z, u, v, weight1, bias1, u_rows, v_rows, 0, batch);
       check_launch("concat_mlp",
                    mtfast_concat_mlp_output(&layer, z.const_data_ptr(), weight2.const_data_ptr(),
                                             bias2.const_data_ptr(), seed_of(seed), y.mutable_data_ptr(),
@@ -255,8 +251,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tenso
     }
 #endif
   } else {
-    cpu_forward(layer, read_seed(seed), z.const_data_ptr(), weight2.const_data_ptr(), bias2.const_data_ptr(),
-                y.mutable_data_ptr());
+    Tensor both = torch::stable::new_empty(u, {u.element_size() == 2 ? block : 0, 2 * u.size(1)});
+    for (int64_t begin = 0; begin < batch; begin += block) {
+      const int64_t end = std::min(batch, begin + block);
+      const Tensor part = torch::stable::narrow(z, 0, save_hidden ? begin : 0, end - begin);
+      hidden_rows(part, both, u, v, weight1, bias1, u_rows, v_rows, begin, end);
+      cpu_forward(layer, read_seed(seed), begin, end, part.const_data_ptr(), weight2.const_data_ptr(),
+                  bias2.const_data_ptr(), y.mutable_data_ptr());
+    }
   }
   if (!save_hidden) z = torch::stable::new_empty(u, {0, layer.inner});
   return {y, z};

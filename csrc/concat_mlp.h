@@ -30,9 +30,10 @@ struct Layer {
 
 // ---- CPU; every matrix is contiguous and of the layer's dtype ----
 
-// y [batch, outputs] from z [batch, inner].
-void cpu_forward(const Layer& layer, uint64_t seed, const void* z, const void* weight2, const void* bias2,
-                 void* y);
+// Rows begin .. end of y [batch, outputs], from those of the hidden layer, which z [end - begin, inner]
+// holds.
+void cpu_forward(const Layer& layer, uint64_t seed, int64_t begin, int64_t end, const void* z,
+                 const void* weight2, const void* bias2, void* y);
 
 // Rows whose gradient cpu_backward has in memory at a time: half of a large batch, so that weight1's
 // gradient, which is added up over the blocks, is rounded once more than necessary and no oftener.

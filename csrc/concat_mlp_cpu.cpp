@@ -88,6 +88,7 @@ struct Constants {
   }
 };
 
+// z: of row `begin` and those after it.
 template <class T>
 struct ForwardRows {
   template <Isa isa>
@@ -103,7 +104,7 @@ struct ForwardRows {
         V h[kStripVectors], unused[kStripVectors];
         for (int j = 0; j < kStripVectors; ++j) {
           const int64_t column = first + j * kLanes;
-          h[j] = column < inner ? load(z + row * inner + column, inner - column) : V{};
+          h[j] = column < inner ? load(z + (row - begin) * inner + column, inner - column) : V{};
         }
         activate<false>(layer.activation, h, unused);
         if (layer.threshold != 0) {
@@ -188,15 +189,15 @@ void for_dtype(Dtype dtype, F f) {
 
 }  // namespace
 
-void cpu_forward(const Layer& layer, uint64_t seed, const void* z, const void* weight2, const void* bias2,
-                 void* y) {
+void cpu_forward(const Layer& layer, uint64_t seed, int64_t begin, int64_t end, const void* z,
+                 const void* weight2, const void* bias2, void* y) {
   for_dtype(layer.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Constants<T> constants(layer, weight2, bias2);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, layer.inner));
-    torch::stable::parallel_for(0, layer.batch, grain, [&](int64_t begin, int64_t end) {
-      call_best(ForwardRows<T>{}, layer, seed, constants, static_cast<const T*>(z), static_cast<T*>(y), begin,
-                end);
+    torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t past) {
+      call_best(ForwardRows<T>{}, layer, seed, constants,
+                static_cast<const T*>(z) + (first - begin) * layer.inner, static_cast<T*>(y), first, past);
     });
   });
 }

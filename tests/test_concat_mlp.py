@@ -31,8 +31,18 @@ def test_error_is_at_most_twice_eagers(dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_batches(dtype: torch.dtype, device: str) -> None:
-    """Whose backward on the CPU goes through two blocks of rows."""
+    """Which on the CPU go through blocks of rows, forward and backward."""
     check_random_cases(by(concat_mlp), range(20), dtype, device, batches=(511, 512, 513, 1100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_gradients_the_output_is_the_same(dtype: torch.dtype, device: str) -> None:
+    """Though the hidden layer, which nobody needs then, is not kept."""
+    operands = cast(draw(1100, 64, 96, 3, seed=1), dtype, device)
+    rows = torch.randperm(1100, device=device)
+    kept = concat_mlp(*operands, u_rows=rows, dropout_p=0.1, seed=1)
+    with torch.no_grad():
+        assert torch.equal(concat_mlp(*operands, u_rows=rows, dropout_p=0.1, seed=1), kept)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,6 +280,28 @@ def test_rewind_drops_what_will_run_again_and_a_torn_line(tmp_path):
         ("finetune", 2),
         ("finetune", 3),
     ]
+
+
+def test_an_interrupted_take_over_is_made_up_for(tmp_path, monkeypatch):
+    other, run = (RunDirectory(RunConfig(run_dir=str(tmp_path / name))) for name in ("other", "run"))
+    assert not run.take_over("pretrain", other.path)  # not finished there
+    other.stage("pretrain").mkdir()
+    (other.stage("pretrain") / "weights").write_text("1")
+    other.append([{"stage": "pretrain", "step": 1}, {"stage": "heads", "step": 1}])
+    other.finish_stage("pretrain", {"summary": {"steps": 1}})
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as last_moment, pytest.raises(KeyboardInterrupt):
+        last_moment.setattr(Path, "rename", interrupt)
+        run.take_over("pretrain", other.path)
+    assert not run.stage("pretrain").exists()
+    assert run.take_over("pretrain", other.path)
+    assert (run.stage("pretrain") / "weights").read_text() == "1"
+    assert (run.path / "metrics.jsonl").read_text() == '{"stage": "pretrain", "step": 1}\n'
+    assert not list(run.path.glob("*.partial"))
+    assert not run.take_over("pretrain", other.path)  # begun here
 
 
 def test_learning_rate_schedules():

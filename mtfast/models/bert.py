@@ -13,8 +13,7 @@ from transformers.activations import ACT2FN
 
 from mtfast.models.dropout import dropout, dropout_add
 from mtfast.ops import packed_attention_cls, packed_attention_qkv
-
-HEAD_DIMS = (32, 64, 128)
+from mtfast.ops.packed_attention import HEAD_DIMS
 
 
 def check_config(config: BertConfig) -> None:

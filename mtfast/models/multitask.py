@@ -16,10 +16,10 @@ from mtfast.models.heads import (
     PairHead,
     SentimentHead,
 )
+from mtfast.ops.concat_mlp import ACTIVATIONS
 
 SENTIMENT_HEADS = ("linear", "lstm")
 PAIR_INPUTS = ("separate", "joint")
-ACTIVATIONS = ("relu", "gelu", "tanh")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from mtfast.ops.packed_attention import (
     PackedSelfAttention,
     packed_attention,
     packed_attention_cls,
+    packed_attention_cls_ref,
     packed_attention_qkv,
     packed_attention_ref,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "mask_tokens_ref",
     "packed_attention",
     "packed_attention_cls",
+    "packed_attention_cls_ref",
     "packed_attention_qkv",
     "packed_attention_ref",
 ]

@@ -64,18 +64,26 @@ class RunDirectory:
         ranks.barrier()
 
     def take_over(self, name: str, other: Path) -> bool:
-        """Copy a stage with its metrics and summary from another run; False if it has not finished there."""
-        if not (other / name / "result.json").exists():
+        """Copy a stage with its metrics and summary from another run.
+
+        False, and nothing done, if it has not finished there or has begun here.
+        """
+        if not (other / name / "result.json").exists() or self.stage(name).exists():
             return False
-        if ranks.is_main():
-            lines = (other / METRICS).read_text(encoding="utf-8").splitlines()
-            self.append([record for record in map(json.loads, lines) if record["stage"] == name])
-            shutil.copytree(other / name, self.stage(name))
-        ranks.barrier()
+        self.rewind(name, 0)  # what an interrupted attempt has left
+        ranks.on_main(lambda: self._copy_stage(name, other))
         result = self.result(name)
         assert result is not None
         self.summarize(stages={name: result["summary"]})
         return True
+
+    def _copy_stage(self, name: str, other: Path) -> None:
+        partial = self.path / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(other / name, partial)
+        lines = (other / METRICS).read_text(encoding="utf-8").splitlines()
+        self.append([record for record in map(json.loads, lines) if record["stage"] == name])
+        partial.rename(self.stage(name))
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl."""
