@@ -5,6 +5,7 @@
 
 With dropout 0.1, relu and two outputs, the inner layer as wide as the hidden one. "forward" has no
 gradients; "heads" adds the backward to the weights alone, as stage 2 has it, "full" also that to u and v.
+"products" are the matrix products of the case alone, which no fusion can spare.
 torch.compile is given each shape anew, so that it may specialise. On a GPU "graph" replays a CUDA graph, up
 to the 2048 examples of a step of stage 2: training heads on cached features repeats one shape, and launching
 is what costs there.
@@ -118,6 +119,22 @@ def step(
     return [y, *torch.autograd.grad(y, wanted, dy)]
 
 
+def products_of(gradients: str, operands: list[Tensor]) -> Call:
+    """What makes the large matrix products, on a [u; v] that is there."""
+    u, v, weight1 = (x.detach() for x in operands[:3])
+    both, dz = torch.cat([u, v], 1), torch.randn_like(u)
+
+    def run() -> list[Tensor]:
+        made = [both @ weight1.t()]
+        if gradients != "forward":
+            made.append(dz.t() @ both)
+        if gradients == "full":
+            made.append(dz @ weight1)
+        return made
+
+    return run
+
+
 @functools.cache
 def check(batch: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
     """WrongResultError unless output and gradients are as near to float64's as eager PyTorch's are."""
@@ -155,6 +172,7 @@ def compare(problem: Problem, device: torch.device, compiled: bool, budget_s: fl
             for name, function in functions.items()
         }
     )
+    calls["products"] = products_of(problem.gradients, operands)
     peaks = {name: peak_mib(call, device) for name, call in calls.items()}
     if device.type == "cuda" and problem.batch <= GRAPH_BATCH:
         calls |= graphs(calls)

@@ -44,7 +44,7 @@ def test_rows_have_rates_and_shares():
 
 OPERATIONS = [
     (mask_tokens, ["--most-tokens", "512", "--no-compile"], {"eager", "bernoulli", "exact"}),
-    (concat_mlp, ["--batches", "4", "--dtypes", "bfloat16", "--no-compile"], {"eager", "mtfast"}),
+    (concat_mlp, ["--batches", "4", "--dtypes", "bfloat16", "--no-compile"], {"eager", "mtfast", "products"}),
     (
         packed_attention,
         ["--distributions", "sst", "--tokens", "60", "--dtypes", "float32"],
