@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -72,8 +73,8 @@ class Batch:
         return (*(x.requires_grad_() for x in tensors[:3]), tensors[3])
 
 
-class Peer:
-    """Attention over one batch: `inputs` are the leaves, `dout` the gradient of `forward`'s result."""
+class Peer(ABC):
+    """Attention over one batch, as somebody computes it."""
 
     name: ClassVar[str]
     inputs: Sequence[Tensor]
@@ -83,21 +84,28 @@ class Peer:
         self.batch = batch
         self.inputs, self.dout = batch.apart, batch.dout
 
-    def forward(self) -> Tensor:
-        """The output, in this peer's layout."""
-        raise NotImplementedError
-
+    @abstractmethod
     def run(self, backward: bool) -> list[Tensor]:
         """What is timed: the forward, or the forward and the backward to all inputs. Output and gradients."""
+
+    def packed(self, results: list[Tensor]) -> list[Tensor]:
+        """What `run` returned, with a backward, as out, dq, dk and dv of [total, heads, head_dim]."""
+        return results
+
+
+class AutogradPeer(Peer):
+    """One that autograd differentiates: `inputs` are the leaves, `dout` is the gradient of the output."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The output, in this peer's layout."""
+
+    def run(self, backward: bool) -> list[Tensor]:
         if not backward:
             with torch.no_grad():
                 return [self.forward()]
         out = self.forward()
         return [out, *torch.autograd.grad(out, self.inputs, self.dout)]
-
-    def packed(self, results: list[Tensor]) -> list[Tensor]:
-        """What `run` returned, with a backward, as out, dq, dk and dv of [total, heads, head_dim]."""
-        return results
 
 
 def suitable(kind: type[Peer], batch: Batch, backward: bool) -> Peer | str:

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
-from benchmarks.attention_batch import HEAD_DIM, HEADS, Batch, Peer, UnsuitableError
+from benchmarks.attention_batch import HEAD_DIM, HEADS, AutogradPeer, Batch, Peer, UnsuitableError
 from mtfast.ops import packed_attention_qkv
 
 
-class PackedAttention(Peer):
+class PackedAttention(AutogradPeer):
     """This project's op. With a seed tensor, as a CUDA graph needs it, each call counts that up first."""
 
     name = "mtfast"
@@ -44,7 +44,7 @@ class PackedAttention(Peer):
         return [results[0], *results[1].unbind(1)]
 
 
-class Padded(Peer):
+class Padded(AutogradPeer):
     """On tensors padded to the longest sequence; padding and unpadding are not timed."""
 
     def __init__(self, batch: Batch) -> None:
@@ -108,7 +108,7 @@ class PaddedSdpaCudnn(PaddedSdpaBackend):
     name, backend = "padded sdpa cudnn", SDPBackend.CUDNN_ATTENTION
 
 
-class PerSequence(Peer):
+class PerSequence(AutogradPeer):
     """SDPA on one sequence after the other, cut out of qkv and joined again; split's backward is one cat."""
 
     name = "per sequence"
@@ -155,7 +155,7 @@ class PerSequenceApart(Peer):
         return [torch.cat(part) for part in (rows[:count], *(rows[count + i :: 3] for i in range(3)))]
 
 
-class Nested(Peer):
+class Nested(AutogradPeer):
     """SDPA on nested tensors of jagged layout."""
 
     name = "nested sdpa"
@@ -201,7 +201,7 @@ class FlashAttention2(Peer):
         return [out, *grads]
 
 
-class VarlenAttention(Peer):
+class VarlenAttention(AutogradPeer):
     """torch.nn.attention.varlen.varlen_attn."""
 
     name = "varlen_attn"
@@ -221,7 +221,7 @@ class VarlenAttention(Peer):
         return out
 
 
-class FlexAttention(Peer):
+class FlexAttention(AutogradPeer):
     """FlexAttention with a mask of documents, compiled for the batch's shape."""
 
     name = "flex"
@@ -271,7 +271,7 @@ def document_mask(lengths: Sequence[int], device: torch.device, block: int = 128
     )
 
 
-class Xformers(Peer):
+class Xformers(AutogradPeer):
     """xformers' memory_efficient_attention with a block-diagonal mask."""
 
     name = "xformers"

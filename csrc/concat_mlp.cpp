@@ -176,8 +176,8 @@ Tensor rows_of(const Tensor& from, const OptionalTensor& rows, int64_t begin, in
 }
 
 // z [end - begin, inner] = [u; v] @ weight1.T + bias1 for rows begin .. end. In 16 bits a rounding between
-// the two halves would turn signs around, so there the rows are laid side by side in `both`, [end - begin, 2
-// * hidden]; otherwise the halves are added up in z.
+// the two halves would turn signs around, so there the rows are laid side by side in `both`, which has room
+// for as many; otherwise the halves are added up in z and `both` is left alone.
 void hidden_rows(const Tensor& z, Tensor& both, const Tensor& u, const Tensor& v, const Tensor& weight1,
                  const Tensor& bias1, const OptionalTensor& u_rows, const OptionalTensor& v_rows,
                  int64_t begin, int64_t end) {
