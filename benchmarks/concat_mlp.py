@@ -5,7 +5,7 @@
 
 With dropout 0.1, relu and two outputs, the inner layer as wide as the hidden one. "forward" has no
 gradients; "heads" adds the backward to the weights alone, as stage 2 has it, "full" also that to u and v.
-"products" are the matrix products of the case alone, which no fusion can spare.
+"products" are the matrix products of the case alone, by torch's library.
 torch.compile is given each shape anew, so that it may specialise. On a GPU "graph" replays a CUDA graph, up
 to the 2048 examples of a step of stage 2: training heads on cached features repeats one shape, and launching
 is what costs there.
@@ -120,7 +120,7 @@ def step(
 
 
 def products_of(gradients: str, operands: list[Tensor]) -> Call:
-    """What makes the large matrix products, on a [u; v] that is there."""
+    """The large matrix products by torch's library, on a [u; v] that is there."""
     u, v, weight1 = (x.detach() for x in operands[:3])
     both, dz = torch.cat([u, v], 1), torch.randn_like(u)
 

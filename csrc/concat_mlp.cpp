@@ -1,4 +1,5 @@
-// concat_mlp: argument checks, the matrix products through torch's own library, and registration.
+// concat_mlp: argument checks, the matrix products through torch's own library where they are not ours, and
+// registration.
 #include "concat_mlp.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -6,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <optional>
 #include <tuple>
 
 #include "binding.h"
@@ -201,16 +203,28 @@ const int64_t* seed_of(const OptionalTensor& seed) {
 
 uint64_t read_seed(const OptionalTensor& seed) { return seed ? static_cast<uint64_t>(*seed_of(seed)) : 0; }
 
-#ifdef MTFAST_WITH_CUDA
 Source source_of(const Tensor& from, const OptionalTensor& rows) {
   return {from.const_data_ptr(), from.stride(0), from.size(0), rows ? rows->const_data_ptr() : nullptr,
           rows && rows->scalar_type() == ScalarType::Long};
 }
 
+#ifdef MTFAST_WITH_CUDA
 Tensor scratch_like(const Tensor& like, int64_t size) {
   return torch::stable::new_empty(like, {size}, ScalarType::Float);
 }
 #endif
+
+// What the CPU's own products work in.
+struct ProductScratch {
+  int64_t workers, bytes;
+  Tensor memory;
+
+  ProductScratch(const Layer& layer, const Tensor& u)
+      : workers(torch::stable::get_num_threads()),
+        bytes(cpu_scratch_bytes(layer, u.size(1))),
+        memory(torch::stable::new_empty(u, {workers * bytes}, ScalarType::Byte)) {}
+  CpuScratch get() { return {memory.mutable_data_ptr(), bytes, workers}; }
+};
 
 template <bool kCuda>
 std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tensor& weight1,
@@ -224,7 +238,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tenso
   check_vector("bias2", bias2, u, layer.outputs);
   Tensor y = torch::stable::new_empty(u, {batch, layer.outputs});
   const bool in_one = kCuda && u.element_size() == 2;  // the product too is a kernel of our own
-  const int64_t block = kCuda ? batch : std::min(kForwardRows, batch);
+  const bool multiplies = !kCuda && cpu_multiplies(layer, u.size(1));
+  const int64_t block = kCuda || (multiplies && save_hidden) ? batch : std::min(kForwardRows, batch);
   Tensor z = torch::stable::new_empty(u, {save_hidden ? batch : in_one ? 0 : block, layer.inner});
   if (batch == 0) return {y, z};
   if constexpr (kCuda) {
@@ -251,11 +266,19 @@ std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tenso
     }
 #endif
   } else {
-    Tensor both = torch::stable::new_empty(u, {u.element_size() == 2 ? block : 0, 2 * u.size(1)});
+    const int64_t hidden = u.size(1);
+    Tensor both = torch::stable::new_empty(u, {u.element_size() == 2 && !multiplies ? block : 0, 2 * hidden});
+    std::optional<ProductScratch> scratch;
+    if (multiplies) scratch.emplace(layer, u);
     for (int64_t begin = 0; begin < batch; begin += block) {
       const int64_t end = std::min(batch, begin + block);
       const Tensor part = torch::stable::narrow(z, 0, save_hidden ? begin : 0, end - begin);
-      hidden_rows(part, both, u, v, weight1, bias1, u_rows, v_rows, begin, end);
+      if (multiplies)
+        cpu_hidden(layer, scratch->get(), source_of(u, u_rows), source_of(v, v_rows), hidden,
+                   source_of(weight1, std::nullopt), bias1.const_data_ptr(), begin, end,
+                   part.mutable_data_ptr());
+      else
+        hidden_rows(part, both, u, v, weight1, bias1, u_rows, v_rows, begin, end);
       cpu_forward(layer, read_seed(seed), begin, end, part.const_data_ptr(), weight2.const_data_ptr(),
                   bias2.const_data_ptr(), y.mutable_data_ptr());
     }
@@ -279,7 +302,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool need_u = needs & 1, need_v = needs & 2, need_weight1 = needs & 4;
   const bool need_dz = need_u || need_v || need_weight1;
   const int64_t hidden = u.size(1), block = kCuda ? batch : cpu_backward_rows(batch);
-  Tensor dz = torch::stable::new_empty(u, {need_dz ? block : 0, layer.inner});
+  Tensor dz = torch::stable::new_empty(u, {need_dz ? block + block % 2 : 0, layer.inner});
+  std::optional<ProductScratch> scratch;
+  if (!kCuda && need_dz && cpu_multiplies(layer, hidden)) scratch.emplace(layer, u);
   Tensor du = torch::stable::new_empty(u, {need_u ? batch : 0, hidden});
   Tensor dv = torch::stable::new_empty(u, {need_v ? batch : 0, hidden});
   Tensor dweight1 = torch::stable::new_empty(u, {need_weight1 ? layer.inner : 0, 2 * hidden});
@@ -290,6 +315,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   // What follows from the gradient of rows begin .. end of the hidden layer, which dz then holds.
   const auto from_dz = [&](int64_t begin, int64_t end) {
     if (!need_dz) return;
+    if (scratch) {
+      const auto rows_at = [&](Tensor to) {
+        return torch::stable::narrow(to, 0, begin, end - begin).mutable_data_ptr();
+      };
+      if (need_u || need_v)
+        cpu_input_gradients(layer, scratch->get(), dz_at, end - begin, source_of(weight1, std::nullopt),
+                            hidden, need_u ? rows_at(du) : nullptr, need_v ? rows_at(dv) : nullptr);
+      if (need_weight1)
+        cpu_weight1_gradient(layer, scratch->get(), dz_at, source_of(u, u_rows), source_of(v, v_rows), hidden,
+                             begin, end, dweight1.mutable_data_ptr());
+      return;
+    }
     const Tensor part = torch::stable::narrow(dz, 0, 0, end - begin);
     if (need_u) product(torch::stable::narrow(du, 0, begin, end - begin), part, half(weight1, 0));
     if (need_v) product(torch::stable::narrow(dv, 0, begin, end - begin), part, half(weight1, 1));

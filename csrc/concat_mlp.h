@@ -28,6 +28,14 @@ struct Layer {
   double scale = 1.0;      // of what is kept: 65536 / (65536 - threshold)
 };
 
+// Where a product reads one side: rows of `data`, or those that `rows` (int32 or int64, or null) names.
+struct Source {
+  const void* data;
+  int64_t pitch, count;  // elements from one row to the next, rows there are
+  const void* rows;
+  int32_t wide_rows;  // int64
+};
+
 // ---- CPU; every matrix is contiguous and of the layer's dtype ----
 
 // Rows begin .. end of y [batch, outputs], from those of the hidden layer, which z [end - begin, inner]
@@ -46,16 +54,34 @@ void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void*
                   void* dz, const std::function<void(int64_t begin, int64_t end)>& done, void* dbias1,
                   void* dweight2, void* dbias2);
 
-// ---- CUDA ----
+// ---- CPU, bfloat16: the large products too, which read u and v where they are ----
 
-// Where the product reads one side: rows of `data`, or those that `rows` (int32 or int64, or null) names. A
-// row out of range reads as zeros and makes its output NaN.
-struct Source {
-  const void* data;
-  int64_t pitch, count;  // elements from one row to the next, rows there are
-  const void* rows;
-  int32_t wide_rows;  // int64
+// Whether the processor, the dtype and the sizes allow them.
+bool cpu_multiplies(const Layer& layer, int64_t hidden);
+
+// What they work in, aligned to 64 bytes; `bytes` for each worker.
+struct CpuScratch {
+  void* data;
+  int64_t bytes, workers;
 };
+int64_t cpu_scratch_bytes(const Layer& layer, int64_t hidden);
+
+// Rows begin .. end of z = [u; v] @ weight1.T + bias1, to z [end - begin, inner].
+void cpu_hidden(const Layer& layer, const CpuScratch& scratch, const Source& u, const Source& v,
+                int64_t hidden, const Source& weight1, const void* bias1, int64_t begin, int64_t end,
+                void* z);
+
+// du and dv (each [rows, hidden] or null) = dz [rows, inner] @ weight1, by halves.
+void cpu_input_gradients(const Layer& layer, const CpuScratch& scratch, const void* dz, int64_t rows,
+                         const Source& weight1, int64_t hidden, void* du, void* dv);
+
+// dweight1 [inner, 2 * hidden] = dz.T @ [u; v] over rows begin .. end, whose gradient of the hidden layer dz
+// holds; added to what is there unless begin is 0. dz is reordered, and if its rows are odd needs room for
+// one more.
+void cpu_weight1_gradient(const Layer& layer, const CpuScratch& scratch, void* dz, const Source& u,
+                          const Source& v, int64_t hidden, int64_t begin, int64_t end, void* dweight1);
+
+// ---- CUDA; a row out of range reads as zeros and makes its output NaN ----
 
 constexpr int kSmallestTile = 64;  // columns of the hidden layer that a block of the forward covers, at least
 constexpr int kChunkRows = 32;     // rows whose sums a block of the backward takes, at least

@@ -14,20 +14,26 @@ using namespace simd;
 
 constexpr int kStrip = 128;  // columns that one vector of sixteen Philox calls serves
 constexpr int kStripVectors = kStrip / kLanes;
-constexpr int64_t kFewRows = 8;  // rows summed before the sum is carried on in double
+constexpr int kFewRows = 8;  // rows summed before the sum is carried on in double
 
-// The 16-bit draws of columns first .. first + 127 of a row, in column order.
+// The draws of columns first .. first + 127 of a row, as Philox makes them.
 template <Isa isa>
-MTFAST_INLINE void draw_strip(uint64_t seed, int64_t row, int64_t first, uint16_t (&draws)[kStrip]) {
+MTFAST_INLINE void draw_strip(uint64_t seed, int64_t row, int64_t first, u32x16 (&words)[4]) {
   const u32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  u32x16 words[4];
   philox16<isa>(seed, lanes + static_cast<uint32_t>(first / 8), u32x16{} + static_cast<uint32_t>(row), 0,
                 Purpose::kConcatMlpDropout, words);
-  for (int group = 0; group < 4; ++group)   // 32 columns, from four calls
-    for (int tile = 0; tile < 4; ++tile) {  // 8 columns of them: word `tile` of each call
-      const char* from = reinterpret_cast<const char*>(&words[tile]) + group * 16;
-      std::memcpy(reinterpret_cast<char*>(draws) + (group * 4 + tile) * 16, from, 16);
-    }
+}
+
+// Of the strip's columns 16 * vector .. 16 * vector + 15: `scale` where kept, 0 where dropped. Four calls
+// serve 32 columns, each with two neighbours of every 8.
+template <Isa isa, class V>
+MTFAST_INLINE V keep_factor(const u32x16 (&words)[4], int vector, uint32_t threshold, V scale) {
+  const u32x16 call = {0, 0, 1, 1, 2, 2, 3, 3, 16, 16, 17, 17, 18, 18, 19, 19};
+  const u32x16 to_top = {16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0};
+  const int word = vector % 2 * 2;
+  const u32x16 draws =
+      __builtin_shuffle(words[word], words[word + 1], call + static_cast<uint32_t>(vector / 2 * 4)) << to_top;
+  return select<isa, Less>(draws, u32x16{} + (threshold << 16), V{}, scale);
 }
 
 template <class V>
@@ -35,25 +41,25 @@ MTFAST_INLINE V normal_cdf(V x) {
   return splat<V>(0.5) * (splat<V>(1) + erf(x * splat<V>(0.70710678118654752)));
 }
 
-// h = act(x) over a strip, and with kSlope dh/dx.
-template <bool kSlope, class V>
-MTFAST_INLINE void activate(Activation activation, V (&x)[kStripVectors], V (&slope)[kStripVectors]) {
+// h = act(x), and with kSlope dh/dx.
+template <Isa isa, bool kSlope, class V, int kCount>
+MTFAST_INLINE void activate(Activation activation, V (&x)[kCount], V (&slope)[kCount]) {
   switch (activation) {
     case Activation::kRelu:
-      for (int j = 0; j < kStripVectors; ++j) {
-        if (kSlope) slope[j] = (x[j] <= V{}) ? V{} : splat<V>(1);
-        x[j] = (x[j] < V{}) ? V{} : x[j];
+      for (int j = 0; j < kCount; ++j) {
+        if (kSlope) slope[j] = select<isa, LessEqual>(x[j], V{}, V{}, splat<V>(1));
+        x[j] = select<isa, Less>(x[j], V{}, V{}, x[j]);
       }
       break;
     case Activation::kGelu:
-      for (int j = 0; j < kStripVectors; ++j) {
+      for (int j = 0; j < kCount; ++j) {
         const V cdf = normal_cdf(x[j]);
         if (kSlope) slope[j] = cdf + x[j] * exp(x[j] * x[j] * splat<V>(-0.5)) * splat<V>(0.39894228040143268);
         x[j] *= cdf;
       }
       break;
     default:  // kTanh
-      for (int j = 0; j < kStripVectors; ++j) {
+      for (int j = 0; j < kCount; ++j) {
         x[j] = tanh(x[j]);
         if (kSlope) slope[j] = splat<V>(1) - x[j] * x[j];
       }
@@ -95,9 +101,8 @@ struct ForwardRows {
   MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const Constants<T>& constants, const T* z, T* y,
                          int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
-    using M = typename Compute<T>::mask;
     const int64_t inner = layer.inner, stride = constants.stride;
-    alignas(64) uint16_t draws[kStrip];
+    u32x16 draws[4];
     for (int64_t row = begin; row < end; ++row) {
       V total[kMaxOutputs] = {};
       for (int64_t first = 0; first < inner; first += kStrip) {
@@ -106,11 +111,11 @@ struct ForwardRows {
           const int64_t column = first + j * kLanes;
           h[j] = column < inner ? load(z + (row - begin) * inner + column, inner - column) : V{};
         }
-        activate<false>(layer.activation, h, unused);
+        activate<isa, false>(layer.activation, h, unused);
         if (layer.threshold != 0) {
           draw_strip<isa>(seed, row, first, draws);
           for (int j = 0; j < kStripVectors; ++j)
-            h[j] *= keep_factor<V, M>(draws + j * kLanes, layer.threshold, splat<V>(layer.scale));
+            h[j] *= keep_factor<isa>(draws, j, layer.threshold, splat<V>(layer.scale));
         }
         for (int o = 0; o < layer.outputs; ++o) {
           const auto* weight = constants.weight2.data() + o * stride + first;
@@ -126,50 +131,57 @@ struct ForwardRows {
   }
 };
 
-// sums: [1 + outputs, stride], db1 and then the rows of dW2, added to. dz: of row `begin` and those after it.
+// Rows begin .. end, at most kFewRows, whose sums are added to sums [1 + outputs, stride]: db1 and then the
+// rows of dW2. dz: of row `begin` and those after it.
 template <class T>
 struct BackwardRows {
   template <Isa isa>
   MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const Constants<T>& constants, const T* dy,
-                         const T* z, T* dz, typename Compute<T>::scalar* sums, int64_t begin, int64_t end) {
+                         const T* z, T* dz, double* sums, int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
-    using M = typename Compute<T>::mask;
-    const int64_t inner = layer.inner, stride = constants.stride;
-    alignas(64) uint16_t draws[kStrip];
-    for (int64_t row = begin; row < end; ++row) {
-      const V dy_row = load(dy + row * layer.outputs, layer.outputs);
-      for (int64_t first = 0; first < inner; first += kStrip) {
-        V h[kStripVectors], slope[kStripVectors], grad[kStripVectors] = {};
-        for (int j = 0; j < kStripVectors; ++j) {
-          const int64_t column = first + j * kLanes;
-          h[j] = column < inner ? load(z + row * inner + column, inner - column) : V{};
-        }
-        activate<true>(layer.activation, h, slope);
-        if (layer.threshold != 0) {
-          draw_strip<isa>(seed, row, first, draws);
-          for (int j = 0; j < kStripVectors; ++j) {
-            const V factor = keep_factor<V, M>(draws + j * kLanes, layer.threshold, splat<V>(layer.scale));
-            h[j] *= factor;
-            slope[j] *= factor;
+    const int64_t inner = layer.inner, stride = constants.stride, rows = end - begin;
+    u32x16 draws[kFewRows][4];
+    V dy_rows[kFewRows] = {};
+    for (int64_t i = 0; i < rows; ++i) dy_rows[i] = load(dy + (begin + i) * layer.outputs, layer.outputs);
+    for (int64_t first = 0; first < inner; first += kStrip) {
+      if (layer.threshold != 0)
+        for (int64_t i = 0; i < rows; ++i) draw_strip<isa>(seed, begin + i, first, draws[i]);
+      const int64_t past = std::min(inner, first + kStrip);
+      for (int64_t column = first; column < past; column += kLanes) {
+        V h[kFewRows], slope[kFewRows], grad[kFewRows] = {}, total = {};
+        for (int64_t i = 0; i < kFewRows; ++i)
+          h[i] = i < rows ? load(z + (begin + i) * inner + column, inner - column) : V{};
+        activate<isa, true>(layer.activation, h, slope);
+        if (layer.threshold != 0)
+          for (int64_t i = 0; i < rows; ++i) {
+            const V factor = keep_factor<isa>(draws[i], static_cast<int>(column - first) / kLanes,
+                                              layer.threshold, splat<V>(layer.scale));
+            h[i] *= factor;
+            slope[i] *= factor;
           }
-        }
         for (int o = 0; o < layer.outputs; ++o) {
-          const auto* weight = constants.weight2.data() + o * stride + first;
-          auto* dweight = sums + (1 + o) * stride + first;
-          for (int j = 0; j < kStripVectors; ++j) {
-            grad[j] += dy_row[o] * unpack(weight + j * kLanes);
-            pack(dweight + j * kLanes, unpack(dweight + j * kLanes) + dy_row[o] * h[j]);
+          const V weight = unpack(constants.weight2.data() + o * stride + column);
+          V dweight = {};
+          for (int64_t i = 0; i < kFewRows; ++i) {
+            grad[i] += dy_rows[i][o] * weight;
+            dweight += dy_rows[i][o] * h[i];
           }
+          add(sums + (1 + o) * stride + column, dweight);
         }
-        for (int j = 0; j < kStripVectors; ++j) {
-          const int64_t column = first + j * kLanes;
-          if (column >= inner) break;
-          grad[j] *= slope[j];
-          pack(sums + column, unpack(sums + column) + grad[j]);
-          if (dz != nullptr) store(dz + (row - begin) * inner + column, grad[j], inner - column);
+        for (int64_t i = 0; i < rows; ++i) {
+          grad[i] *= slope[i];
+          total += grad[i];
+          if (dz != nullptr) store(dz + i * inner + column, grad[i], inner - column);
         }
+        add(sums + column, total);
       }
     }
+  }
+
+ private:
+  template <class V>
+  MTFAST_INLINE void add(double* to, V x) {
+    pack(to, unpack(to) + __builtin_convertvector(x, f64x16));
   }
 };
 
@@ -212,7 +224,6 @@ void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void*
                   void* dweight2, void* dbias2) {
   for_dtype(layer.dtype, [&](auto zero) {
     using T = decltype(zero);
-    using S = typename Compute<T>::scalar;
     using V = typename Compute<T>::vec;
     const Constants<T> constants(layer, weight2, nullptr);
     // Sums over fixed chunks of rows, added in order: the same bits for every number of threads. Eight rows
@@ -225,15 +236,12 @@ void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void*
     for (int64_t first = 0; first < layer.batch; first += block) {
       const int64_t past = std::min(layer.batch, first + block);
       torch::stable::parallel_for(first / rows, (past + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
-        std::vector<S> few(size);
         for (int64_t chunk = begin; chunk < end; ++chunk) {
           const int64_t last = std::min(past, (chunk + 1) * rows);
           for (int64_t row = chunk * rows; row < last; row += kFewRows) {
-            std::fill(few.begin(), few.end(), S{0});
             T* dz_row = dz == nullptr ? nullptr : static_cast<T*>(dz) + (row - first) * layer.inner;
             call_best(BackwardRows<T>{}, layer, seed, constants, dy_rows, static_cast<const T*>(z), dz_row,
-                      few.data(), row, std::min(last, row + kFewRows));
-            for (int64_t i = 0; i < size; ++i) sums[chunk * size + i] += few[i];
+                      sums.data() + chunk * size, row, std::min(last, row + kFewRows));
           }
         }
       });

@@ -42,24 +42,6 @@ MTFAST_INLINE void scatter(const AttentionTensor& x, const C* from, int64_t firs
   }
 }
 
-// One stage of a transpose in registers: exchanges the off-diagonal S x S blocks of each 2S x 2S block.
-template <int S>
-MTFAST_INLINE void exchange(f32x16 (&x)[kLanes]) {
-  i32x16 low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = (i & S) ? kLanes + i - S : i;
-    high[i] = (i & S) ? kLanes + i : i + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & S) continue;
-    const f32x16 a = x[i], b = x[i + S];
-    x[i] = __builtin_shuffle(a, b, low);
-    x[i + S] = __builtin_shuffle(a, b, high);
-  }
-}
-
 // to [D, ld] = from [rows, D] transposed; rows a multiple of the lanes.
 MTFAST_INLINE void transpose(double* to, int64_t ld, const double* from, int64_t rows, int64_t D) {
   for (int64_t d = 0; d < D; ++d)
@@ -71,10 +53,7 @@ MTFAST_INLINE void transpose(float* to, int64_t ld, const float* from, int64_t r
       f32x16 x[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) x[i] = unpack(from + (r + i) * D + d);
-      exchange<1>(x);
-      exchange<2>(x);
-      exchange<4>(x);
-      exchange<8>(x);
+      transpose16(x);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) pack(to + (d + i) * ld + r, x[i]);
     }
@@ -193,6 +172,14 @@ MTFAST_INLINE int64_t draw(uint16_t* draws, uint64_t seed, int64_t head, int64_t
     }
   }
   return groups * 8;
+}
+
+// Of sixteen 16-bit draws: `scale` where kept, 0 where the draw is below the threshold.
+template <class V, class Mask>
+MTFAST_INLINE V keep_factor(const uint16_t* draws, uint32_t threshold, V scale) {
+  u16x16 draw;
+  std::memcpy(&draw, draws, sizeof draw);
+  return __builtin_convertvector(draw, Mask) >= static_cast<int>(threshold) ? scale : V{};
 }
 
 }  // namespace mtfast::attention

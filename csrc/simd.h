@@ -139,6 +139,32 @@ MTFAST_INLINE auto maximum(V x) {
   return lanes[0];
 }
 
+// One stage of a transpose in registers: exchanges the off-diagonal S x S blocks of each 2S x 2S block.
+template <int S>
+MTFAST_INLINE void exchange(f32x16 (&x)[kLanes]) {
+  i32x16 low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = (i & S) ? kLanes + i - S : i;
+    high[i] = (i & S) ? kLanes + i : i + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & S) continue;
+    const f32x16 a = x[i], b = x[i + S];
+    x[i] = __builtin_shuffle(a, b, low);
+    x[i + S] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// x[i][j] and x[j][i] change places.
+MTFAST_INLINE void transpose16(f32x16 (&x)[kLanes]) {
+  exchange<1>(x);
+  exchange<2>(x);
+  exchange<4>(x);
+  exchange<8>(x);
+}
+
 // ---- exp2, exp (saturating at 88.3), erf and tanh: within 2 units in the last place of float ----
 
 // For x below 126 (and 0 from -126 down, all but): x = n + f with |f| <= 1/2, Taylor series of 2^f, n into

@@ -109,12 +109,39 @@ MTFAST_INLINE void philox16(uint64_t seed, u32x16 c0, u32x16 c1, uint32_t c2_all
   words[3] = c3;
 }
 
-// Of sixteen 16-bit draws: `scale` where kept, 0 where the draw is below the threshold.
-template <class V, class Mask>
-MTFAST_INLINE V keep_factor(const uint16_t* draws, uint32_t threshold, V scale) {
-  u16x16 draw;
-  std::memcpy(&draw, draws, sizeof draw);
-  return __builtin_convertvector(draw, Mask) >= static_cast<int>(threshold) ? scale : V{};
+struct Less {
+  template <class A>
+  MTFAST_INLINE auto of(A a, A b) {
+    return a < b;
+  }
+};
+struct LessEqual {
+  template <class A>
+  MTFAST_INLINE auto of(A a, A b) {
+    return a <= b;
+  }
+};
+
+// a < b (or a <= b) ? yes : no, by lanes. On AVX2 by halves: of all sixteen, GCC makes scalar code there.
+template <Isa isa, class Comparison, class A, class V>
+MTFAST_INLINE V select(A a, A b, V yes, V no) {
+  if constexpr (isa == Isa::kAvx2 && sizeof(V) == sizeof(A)) {
+    typedef std::decay_t<decltype(A{}[0])> HalfA __attribute__((vector_size(sizeof(A) / 2)));
+    typedef std::decay_t<decltype(V{}[0])> HalfV __attribute__((vector_size(sizeof(V) / 2)));
+    HalfA x[2], y[2];
+    HalfV of_yes[2], of_no[2];
+    std::memcpy(x, &a, sizeof a);
+    std::memcpy(y, &b, sizeof b);
+    std::memcpy(of_yes, &yes, sizeof yes);
+    std::memcpy(of_no, &no, sizeof no);
+    for (int i = 0; i < 2; ++i) of_yes[i] = Comparison::of(x[i], y[i]) ? of_yes[i] : of_no[i];
+    std::memcpy(&yes, of_yes, sizeof yes);
+    return yes;
+  } else if constexpr (sizeof(V) == sizeof(A)) {
+    return Comparison::of(a, b) ? yes : no;
+  } else {
+    return __builtin_convertvector(Comparison::of(a, b), i64x16) ? yes : no;
+  }
 }
 
 }  // namespace mtfast::simd

@@ -1,0 +1,92 @@
+#include "bf16_product.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#define MTFAST_BF16 "arch=x86-64-v4,avx512bf16,prefer-vector-width=512"
+
+namespace mtfast::simd {
+namespace {
+
+MTFAST_INLINE uint32_t first_lanes(int64_t count) {
+  return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+// Rows row .. row + kRows - 1 of the product.
+template <int kRows>
+__attribute__((target(MTFAST_BF16))) void multiply_tile(const PanelProduct& p, int64_t row) {
+  bf16* to = p.to + row * p.to_pitch;
+  __m512 sum[kRows][kPanelVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanelVectors; ++j)
+      if (p.start != nullptr) {
+        sum[i][j] = _mm512_loadu_ps(p.start + (row + i) * p.start_pitch + j * kLanes);
+      } else {
+        const auto mask = static_cast<__mmask16>(first_lanes(p.columns - j * kLanes));
+        const __m256i there = _mm256_maskz_loadu_epi16(mask, to + i * p.to_pitch + j * kLanes);
+        sum[i][j] = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(there), 16);
+      }
+  const Pairs* b = p.b;
+  for (int part = 0; part < p.parts; ++part) {
+    const bf16* a[kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) a[i] = p.a[part][row + i];
+    for (int64_t k = 0; k < p.pairs; ++k, ++b) {
+      __m512i column[kPanelVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanelVectors; ++j) column[j] = _mm512_load_si512(b->of[j * kLanes]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, a[i] + k * p.step, sizeof pair);
+        const __m512i both = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanelVectors; ++j)
+          sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)both, (__m512bh)column[j]);
+      }
+    }
+  }
+  if (p.sums != nullptr) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanelVectors; ++j)
+        _mm512_storeu_ps(p.sums + (row + i) * kPanel + j * kLanes, sum[i][j]);
+    return;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kPanelVectors; j += 2)
+      _mm512_mask_storeu_epi16(to + i * p.to_pitch + j * kLanes, first_lanes(p.columns - j * kLanes),
+                               (__m512i)_mm512_cvtne2ps_pbh(sum[i][j + 1], sum[i][j]));
+}
+
+}  // namespace
+
+bool has_bf16_product() {
+  static const bool has = best_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
+                          !__builtin_cpu_supports("amx-bf16");
+  return has;
+}
+
+void multiply(const PanelProduct& p) {
+  constexpr decltype(&multiply_tile<1>) kLast[kTileRows] = {
+      nullptr, multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>, multiply_tile<5>};
+  int64_t row = 0;
+  for (; row + kTileRows <= p.rows; row += kTileRows) multiply_tile<kTileRows>(p, row);
+  if (row < p.rows) kLast[p.rows - row](p, row);
+}
+
+}  // namespace mtfast::simd
+#else
+namespace mtfast::simd {
+
+bool has_bf16_product() { return false; }
+
+void multiply(const PanelProduct&) {}
+
+}  // namespace mtfast::simd
+#endif
