@@ -16,23 +16,24 @@ constexpr int kStrip = 128;  // columns that one vector of sixteen Philox calls 
 constexpr int kStripVectors = kStrip / kLanes;
 constexpr int kFewRows = 8;  // rows summed before the sum is carried on in double
 
-// The draws of columns first .. first + 127 of a row, as Philox makes them.
+// The draws of columns first .. first + 127 of a row, each in the upper half of its lane.
 template <Isa isa>
-MTFAST_INLINE void draw_strip(uint64_t seed, int64_t row, int64_t first, u32x16 (&words)[4]) {
+MTFAST_INLINE void draw_strip(uint64_t seed, int64_t row, int64_t first, u32x16 (&draws)[kStripVectors]) {
   const u32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  u32x16 words[4];
   philox16<isa>(seed, lanes + static_cast<uint32_t>(first / 8), u32x16{} + static_cast<uint32_t>(row), 0,
                 Purpose::kConcatMlpDropout, words);
-}
-
-// Of the strip's columns 16 * vector .. 16 * vector + 15: `scale` where kept, 0 where dropped. Four calls
-// serve 32 columns, each with two neighbours of every 8.
-template <Isa isa, class V>
-MTFAST_INLINE V keep_factor(const u32x16 (&words)[4], int vector, uint32_t threshold, V scale) {
+  // Four calls serve 32 columns, each with two neighbours of every 8.
   const u32x16 call = {0, 0, 1, 1, 2, 2, 3, 3, 16, 16, 17, 17, 18, 18, 19, 19};
   const u32x16 to_top = {16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0};
-  const int word = vector % 2 * 2;
-  const u32x16 draws =
-      __builtin_shuffle(words[word], words[word + 1], call + static_cast<uint32_t>(vector / 2 * 4)) << to_top;
+#pragma GCC unroll 8
+  for (int j = 0; j < kStripVectors; ++j)
+    draws[j] = __builtin_shuffle(words[j % 2 * 2], words[j % 2 * 2 + 1], call + j / 2 * 4u) << to_top;
+}
+
+// `scale` where kept, 0 where dropped.
+template <Isa isa, class V>
+MTFAST_INLINE V keep_factor(u32x16 draws, uint32_t threshold, V scale) {
   return select<isa, Less>(draws, u32x16{} + (threshold << 16), V{}, scale);
 }
 
@@ -102,7 +103,7 @@ struct ForwardRows {
                          int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
     const int64_t inner = layer.inner, stride = constants.stride;
-    u32x16 draws[4];
+    u32x16 draws[kStripVectors];
     for (int64_t row = begin; row < end; ++row) {
       V total[kMaxOutputs] = {};
       for (int64_t first = 0; first < inner; first += kStrip) {
@@ -115,7 +116,7 @@ struct ForwardRows {
         if (layer.threshold != 0) {
           draw_strip<isa>(seed, row, first, draws);
           for (int j = 0; j < kStripVectors; ++j)
-            h[j] *= keep_factor<isa>(draws, j, layer.threshold, splat<V>(layer.scale));
+            h[j] *= keep_factor<isa>(draws[j], layer.threshold, splat<V>(layer.scale));
         }
         for (int o = 0; o < layer.outputs; ++o) {
           const auto* weight = constants.weight2.data() + o * stride + first;
@@ -140,7 +141,7 @@ struct BackwardRows {
                          const T* z, T* dz, double* sums, int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
     const int64_t inner = layer.inner, stride = constants.stride, rows = end - begin;
-    u32x16 draws[kFewRows][4];
+    u32x16 draws[kFewRows][kStripVectors];
     V dy_rows[kFewRows] = {};
     for (int64_t i = 0; i < rows; ++i) dy_rows[i] = load(dy + (begin + i) * layer.outputs, layer.outputs);
     for (int64_t first = 0; first < inner; first += kStrip) {
@@ -154,8 +155,8 @@ struct BackwardRows {
         activate<isa, true>(layer.activation, h, slope);
         if (layer.threshold != 0)
           for (int64_t i = 0; i < rows; ++i) {
-            const V factor = keep_factor<isa>(draws[i], static_cast<int>(column - first) / kLanes,
-                                              layer.threshold, splat<V>(layer.scale));
+            const V factor =
+                keep_factor<isa>(draws[i][(column - first) / kLanes], layer.threshold, splat<V>(layer.scale));
             h[i] *= factor;
             slope[i] *= factor;
           }
