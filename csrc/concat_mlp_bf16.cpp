@@ -135,7 +135,7 @@ struct Weight1Gradient {
     auto* sums = reinterpret_cast<float*>(packed->panel + kDepth);
     alignas(64) const float zeros[kPanel] = {};
     bf16* to = dweight1 + (panel < panels ? 0 : hidden) + column;
-    for (int64_t row = begin; row < end; row += 2 * kDepth) {
+    for (int64_t row = begin; row < end || row == begin; row += 2 * kDepth) {  // an empty sum is one too
       const int64_t past = std::min(end, row + 2 * kDepth), deep = (row - begin) / (2 * kDepth);
       if (packed->turns_to(panel + 2 * panels * deep))
         interleave_rows(packed->panel, panel < panels ? u : v, row, past, column, columns);

@@ -188,9 +188,10 @@ def test_rows_of_one_matrix_strided_and_repeated(device: str) -> None:
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_empty_batch(device: str) -> None:
-    operands = cast(draw(0, 16, 20, 2, seed=0), torch.float32, device)
-    y, *grads = by(concat_mlp)(operands, torch.empty(0, 2, device=device), dropout_p=0.1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_batch(dtype: torch.dtype, device: str) -> None:
+    operands = cast(draw(0, 16, 20, 2, seed=0), dtype, device)
+    y, *grads = by(concat_mlp)(operands, torch.empty(0, 2, device=device, dtype=dtype), dropout_p=0.1)
     assert y.shape == (0, 2)
     for grad, operand in zip(grads, operands, strict=True):
         assert grad.shape == operand.shape and not grad.any()
