@@ -3,6 +3,8 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own header
+
 #define MTFAST_BF16 "arch=x86-64-v4,avx512bf16,prefer-vector-width=512"
 
 namespace mtfast::simd {

@@ -28,8 +28,7 @@ struct PanelProduct {
   int64_t start_pitch = 0;       // 0: all rows start alike
   bf16* to = nullptr;
   int64_t to_pitch = 0;
-  float* sums =
-      nullptr;  // [rows, kPanel], which may be `start`: unless null, the result goes there, not to `to`
+  float* sums = nullptr;  // unless null, the result is left in these [rows, kPanel], which may be `start`
 };
 
 void multiply(const PanelProduct& product);

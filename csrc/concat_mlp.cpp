@@ -302,9 +302,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool need_u = needs & 1, need_v = needs & 2, need_weight1 = needs & 4;
   const bool need_dz = need_u || need_v || need_weight1;
   const int64_t hidden = u.size(1), block = kCuda ? batch : cpu_backward_rows(batch);
-  Tensor dz = torch::stable::new_empty(u, {need_dz ? block + block % 2 : 0, layer.inner});
   std::optional<ProductScratch> scratch;
   if (!kCuda && need_dz && cpu_multiplies(layer, hidden)) scratch.emplace(layer, u);
+  const int64_t dz_rows = scratch ? block + block % 2 : block;  // our own products take rows in pairs
+  Tensor dz = torch::stable::new_empty(u, {need_dz ? dz_rows : 0, layer.inner});
   Tensor du = torch::stable::new_empty(u, {need_u ? batch : 0, hidden});
   Tensor dv = torch::stable::new_empty(u, {need_v ? batch : 0, hidden});
   Tensor dweight1 = torch::stable::new_empty(u, {need_weight1 ? layer.inner : 0, 2 * hidden});
