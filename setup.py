@@ -6,7 +6,6 @@ Environment: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, MTFAST_SKIP_CUDA_BUILD=1
 """
 
 import os
-import re
 import sys
 from glob import glob
 from pathlib import Path
@@ -15,30 +14,22 @@ import pybind11
 import torch
 from setuptools import Extension, setup
 
+sys.path.insert(0, str(Path(__file__).parent))  # which builds do not have there by themselves
+from mtfast.toolkit import toolkit
+
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # torch 2.10
 
 
-def toolkit() -> tuple[Path | None, str]:
+def cuda() -> tuple[Path | None, str]:
     """The CUDA toolkit to build with, or None and why there is none."""
     if os.environ.get("MTFAST_SKIP_CUDA_BUILD") == "1":
         return None, "MTFAST_SKIP_CUDA_BUILD=1"
     if not torch.version.cuda:
         return None, f"torch {torch.__version__} is not a CUDA build"
-    why = "no toolkit at CUDA_HOME or /usr/local/cuda"
-    for home in map(Path, filter(None, [os.environ.get("CUDA_HOME"), "/usr/local/cuda"])):
-        runtime = home / "include" / "cuda_runtime_api.h"
-        if not (home / "bin" / "nvcc").exists() or not runtime.exists():
-            why = f"{home} holds no bin/nvcc or no include/cuda_runtime_api.h"
-            continue
-        found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", runtime.read_text())
-        major = int(found[1]) // 1000 if found else 0
-        if major == int(torch.version.cuda.split(".")[0]):
-            return home, ""
-        why = f"{home} is CUDA {major}, torch was built with CUDA {torch.version.cuda}"
-    return None, why
+    return toolkit(int(torch.version.cuda.split(".")[0]))
 
 
-home, why_not = toolkit()
+home, why_not = cuda()
 if home:
     os.environ["CUDA_HOME"] = str(home)  # read when torch.utils.cpp_extension is imported
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")

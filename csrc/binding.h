@@ -1,6 +1,12 @@
 // What every op's binding needs of torch, on the stable ABI: argument checks, the device guard and the
-// stream.
+// stream, registration.
+//
+// MTFAST_WITH_CUDA: the CUDA implementations are there too. MTFAST_CUDA_ON_CPU: they alone are, over kernels
+// that run on the CPU (tests/cuda_on_cpu), and torch finds them for tensors of the CPU.
 #pragma once
+#ifdef MTFAST_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,17 +20,12 @@
 
 #include "dtype.h"
 
-#ifndef USE_CUDA
-// Exported by libtorch in CUDA builds only.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
-#endif
-
 namespace mtfast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Library = torch::stable::detail::StableLibrary;
 
 // Raises RuntimeError in Python with the parts put together. A message names the argument, what it is and
 // what would be right: check(x.dim() == 1, "mask_tokens: cu_seqlens must have 1 dimension, found ", x.dim()).
@@ -62,13 +63,41 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& x) 
   check(x.is_contiguous(), op, ": ", name, " must be contiguous: pass ", name, ".contiguous()");
 }
 
-// Dtype and shape of cu_seqlens, and on the CPU its values: it starts at 0, never falls and ends at total.
-inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t total) {
+// Every row of a tensor with its last dimension contiguous begins on 16 bytes, which CUDA kernels move at a
+// time.
+inline bool on_16_bytes(const Tensor& x) {
+  const int64_t bytes = static_cast<int64_t>(x.element_size());
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) return false;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d)
+    if (x.size(d) > 1 && x.stride(d) * bytes % 16 != 0) return false;
+  return true;
+}
+
+// Contiguous and, for CUDA, on 16 bytes: the tensor itself where it is, else a copy.
+template <bool kCuda>
+Tensor laid_out(const Tensor& x) {
+  const Tensor whole = torch::stable::contiguous(x);
+  return kCuda && !on_16_bytes(whole) ? torch::stable::clone(whole) : whole;
+}
+
+// Dropout's seed: an int64 tensor of one element on the device of `like`.
+inline void check_seed(const char* op, const OptionalTensor& seed, const char* like_name,
+                       const Tensor& like) {
+  check(seed.has_value(), op, ": dropout needs a seed");
+  check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
+        ": seed must be an int64 tensor of one element");
+  check_same_device(op, "seed", *seed, like_name, like);
+}
+
+// Dtype and shape of cu_seqlens, and unless they lie on a GPU its values: it starts at 0, never falls and
+// ends at total.
+template <bool kCuda>
+void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t total) {
   check(cu_seqlens.scalar_type() == ScalarType::Int, op, ": cu_seqlens must be int32");
   check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op,
         ": cu_seqlens must have the shape [sequences + 1], found ", cu_seqlens.dim(), " dimensions");
   check_contiguous(op, "cu_seqlens", cu_seqlens);
-  if (!cu_seqlens.is_cpu()) return;
+  if (kCuda) return;
   const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t sequences = cu_seqlens.size(0) - 1;
   check(cu[0] == 0, op, ": cu_seqlens must start at 0, found ", cu[0]);
@@ -79,14 +108,18 @@ inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t t
         cu[sequences]);
 }
 
+#ifdef MTFAST_WITH_CUDA
 // For its lifetime the tensor's device is current; stream() is torch's current stream there.
 class OnDeviceOf {
+#ifdef MTFAST_CUDA_ON_CPU
+ public:
+  explicit OnDeviceOf(const Tensor&) {}
+  void* stream() const { return nullptr; }
+#else
  public:
   explicit OnDeviceOf(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {}
-
   void* stream() const {
     void* stream = nullptr;
-    check(aoti_torch_get_current_cuda_stream != nullptr, "mtfast: this torch has no CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     return stream;
   }
@@ -94,11 +127,28 @@ class OnDeviceOf {
  private:
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
+#endif
 };
 
 // A launch function returns 0 or a cudaError_t.
 inline void check_launch(const char* op, int error) {
-  check(error == 0, op, ": the CUDA kernel could not be launched, cudaError ", error);
+  check(error == 0, op,
+        ": the CUDA kernel could not be launched: ", cudaGetErrorString(static_cast<cudaError_t>(error)),
+        " (cudaError ", error, ")");
 }
+#endif
 
 }  // namespace mtfast
+
+// Registers what register_all<kCuda>(library) has, for every device that this build serves.
+#if defined(MTFAST_CUDA_ON_CPU)
+#define MTFAST_REGISTER(register_all) \
+  STABLE_TORCH_LIBRARY_IMPL(mtfast, CPU, library) { register_all<true>(library); }
+#elif defined(MTFAST_WITH_CUDA)
+#define MTFAST_REGISTER(register_all)                                               \
+  STABLE_TORCH_LIBRARY_IMPL(mtfast, CPU, library) { register_all<false>(library); } \
+  STABLE_TORCH_LIBRARY_IMPL(mtfast, CUDA, library) { register_all<true>(library); }
+#else
+#define MTFAST_REGISTER(register_all) \
+  STABLE_TORCH_LIBRARY_IMPL(mtfast, CPU, library) { register_all<false>(library); }
+#endif

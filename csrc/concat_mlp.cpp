@@ -3,6 +3,9 @@
 #include "concat_mlp.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#ifdef MTFAST_WITH_CUDA
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -13,13 +16,10 @@
 #include "binding.h"
 
 #ifdef MTFAST_WITH_CUDA
-// Exported by libtorch in CUDA builds only.
+// Exported by libtorch in CUDA builds only; one built with CUDA loads into the others too.
 extern "C" {
-__attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle a,
-                                                            AtenTensorHandle b);
-__attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle to,
-                                                               AtenTensorHandle a, AtenTensorHandle b,
-                                                               double beta, double alpha);
+__attribute__((weak)) decltype(aoti_torch_cuda_mm_out) aoti_torch_cuda_mm_out;
+__attribute__((weak)) decltype(aoti_torch_cuda_addmm_out) aoti_torch_cuda_addmm_out;
 }
 #endif
 
@@ -65,18 +65,20 @@ void check_in_range(const char* name, const Tensor& rows, int64_t size) {
           " has ", size, " rows");
 }
 
-// Checks the row indices, on the CPU their values too, and returns how many rows there are.
+// Checks the row indices, unless they lie on a GPU their values too, and returns how many rows there are.
+template <bool kCuda>
 int64_t check_rows(const char* name, const OptionalTensor& rows, const Tensor& from) {
   if (!rows) return from.size(0);
   check(rows->dim() == 1 && rows->is_contiguous() && rows->device() == from.device(), "concat_mlp: ", name,
         "_rows must be a contiguous vector on the inputs' device");
   const bool wide = rows->scalar_type() == ScalarType::Long;
   check(wide || rows->scalar_type() == ScalarType::Int, "concat_mlp: ", name, "_rows must be int32 or int64");
-  if (rows->is_cpu()) (wide ? check_in_range<int64_t> : check_in_range<int32_t>)(name, *rows, from.size(0));
+  if (!kCuda) (wide ? check_in_range<int64_t> : check_in_range<int32_t>)(name, *rows, from.size(0));
   return rows->size(0);
 }
 
 // Checks every operand and returns the batch size.
+template <bool kCuda>
 int64_t check_operands(const Tensor& u, const Tensor& v, const Tensor& weight1, const Tensor& weight2,
                        const OptionalTensor& u_rows, const OptionalTensor& v_rows, const OptionalTensor& seed,
                        double dropout_p) {
@@ -87,13 +89,11 @@ int64_t check_operands(const Tensor& u, const Tensor& v, const Tensor& weight1, 
   check_matrix("v", v, u, v.size(0), hidden);
   check_matrix("weight1", weight1, u, inner, 2 * hidden);
   check_matrix("weight2", weight2, u, weight2.size(0), inner);
-  check(weight2.is_contiguous(), "concat_mlp: weight2 must be contiguous");
-  const int64_t batch = check_rows("u", u_rows, u), v_batch = check_rows("v", v_rows, v);
+  check_contiguous("concat_mlp", "weight1", weight1);
+  check_contiguous("concat_mlp", "weight2", weight2);
+  const int64_t batch = check_rows<kCuda>("u", u_rows, u), v_batch = check_rows<kCuda>("v", v_rows, v);
   check(batch == v_batch, "concat_mlp: u gives ", batch, " rows and v gives ", v_batch);
-  check(dropout_p == 0 || seed, "concat_mlp: dropout needs a seed");
-  check(!seed ||
-            (seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->device() == u.device()),
-        "concat_mlp: seed must be an int64 tensor of one element on the device of u");
+  if (dropout_p != 0) check_seed("concat_mlp", seed, "u", u);
   return batch;
 }
 
@@ -160,11 +160,12 @@ void copy_rows(const Tensor& from, const OptionalTensor& rows, int64_t begin, in
 }
 
 // Rows begin .. end of what a product reads: of `from` itself, or a copy of those `rows` names.
+template <bool kCuda>
 Tensor rows_of(const Tensor& from, const OptionalTensor& rows, int64_t begin, int64_t end) {
   Tensor source = rows ? *rows : from;
   const Tensor part = torch::stable::narrow(source, 0, begin, end - begin);
   if (!rows) return part;
-  if (from.is_cuda()) {
+  if constexpr (kCuda) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(from),
                                       torch::stable::detail::from(int64_t{0}),
                                       torch::stable::detail::from(part)};
@@ -180,12 +181,13 @@ Tensor rows_of(const Tensor& from, const OptionalTensor& rows, int64_t begin, in
 // z [end - begin, inner] = [u; v] @ weight1.T + bias1 for rows begin .. end. In 16 bits a rounding between
 // the two halves would turn signs around, so there the rows are laid side by side in `both`, which has room
 // for as many; otherwise the halves are added up in z and `both` is left alone.
+template <bool kCuda>
 void hidden_rows(const Tensor& z, Tensor& both, const Tensor& u, const Tensor& v, const Tensor& weight1,
                  const Tensor& bias1, const OptionalTensor& u_rows, const OptionalTensor& v_rows,
                  int64_t begin, int64_t end) {
   if (u.element_size() > 2) {
-    add_product(z, bias1, rows_of(u, u_rows, begin, end), transposed(half(weight1, 0)));
-    add_product(z, z, rows_of(v, v_rows, begin, end), transposed(half(weight1, 1)));
+    add_product(z, bias1, rows_of<kCuda>(u, u_rows, begin, end), transposed(half(weight1, 0)));
+    add_product(z, z, rows_of<kCuda>(v, v_rows, begin, end), transposed(half(weight1, 1)));
     return;
   }
   const int64_t side = u.size(1) * static_cast<int64_t>(u.element_size());
@@ -232,7 +234,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tenso
                                    const OptionalTensor& u_rows, const OptionalTensor& v_rows,
                                    int64_t activation, double dropout_p, const OptionalTensor& seed,
                                    bool save_hidden) {
-  const int64_t batch = check_operands(u, v, weight1, weight2, u_rows, v_rows, seed, dropout_p);
+  const int64_t batch = check_operands<kCuda>(u, v, weight1, weight2, u_rows, v_rows, seed, dropout_p);
   const Layer layer = layer_of(u, batch, weight1, weight2, activation, dropout_p);
   check_vector("bias1", bias1, u, layer.inner);
   check_vector("bias2", bias2, u, layer.outputs);
@@ -258,7 +260,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tenso
                                      static_cast<float*>(partial.mutable_data_ptr()), y.mutable_data_ptr(),
                                      device.stream()));
     } else {
-      hidden_rows(z, z, u, v, weight1, bias1, u_rows, v_rows, 0, batch);
+      hidden_rows<kCuda>(z, z, u, v, weight1, bias1, u_rows, v_rows, 0, batch);
       check_launch("concat_mlp",
                    mtfast_concat_mlp_output(&layer, z.const_data_ptr(), weight2.const_data_ptr(),
                                             bias2.const_data_ptr(), seed_of(seed), y.mutable_data_ptr(),
@@ -278,7 +280,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& v, const Tenso
                    source_of(weight1, std::nullopt), bias1.const_data_ptr(), begin, end,
                    part.mutable_data_ptr());
       else
-        hidden_rows(part, both, u, v, weight1, bias1, u_rows, v_rows, begin, end);
+        hidden_rows<kCuda>(part, both, u, v, weight1, bias1, u_rows, v_rows, begin, end);
       cpu_forward(layer, read_seed(seed), begin, end, part.const_data_ptr(), weight2.const_data_ptr(),
                   bias2.const_data_ptr(), y.mutable_data_ptr());
     }
@@ -294,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& u, const Tensor& v, const Tensor& weight1, const Tensor& weight2,
     const Tensor& z, const OptionalTensor& u_rows, const OptionalTensor& v_rows, int64_t activation,
     double dropout_p, const OptionalTensor& seed, int64_t needs) {
-  const int64_t batch = check_operands(u, v, weight1, weight2, u_rows, v_rows, seed, dropout_p);
+  const int64_t batch = check_operands<kCuda>(u, v, weight1, weight2, u_rows, v_rows, seed, dropout_p);
   const Layer layer = layer_of(u, batch, weight1, weight2, activation, dropout_p);
   check_matrix("dy", dy, u, batch, layer.outputs);
   check_matrix("z", z, u, batch, layer.inner);
@@ -316,17 +318,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   // What follows from the gradient of rows begin .. end of the hidden layer, which dz then holds.
   const auto from_dz = [&](int64_t begin, int64_t end) {
     if (!need_dz) return;
-    if (scratch) {
-      const auto rows_at = [&](Tensor to) {
-        return torch::stable::narrow(to, 0, begin, end - begin).mutable_data_ptr();
-      };
-      if (need_u || need_v)
-        cpu_input_gradients(layer, scratch->get(), dz_at, end - begin, source_of(weight1, std::nullopt),
-                            hidden, need_u ? rows_at(du) : nullptr, need_v ? rows_at(dv) : nullptr);
-      if (need_weight1)
-        cpu_weight1_gradient(layer, scratch->get(), dz_at, source_of(u, u_rows), source_of(v, v_rows), hidden,
-                             begin, end, dweight1.mutable_data_ptr());
-      return;
+    if constexpr (!kCuda) {
+      if (scratch) {
+        const auto rows_at = [&](Tensor to) {
+          return torch::stable::narrow(to, 0, begin, end - begin).mutable_data_ptr();
+        };
+        if (need_u || need_v)
+          cpu_input_gradients(layer, scratch->get(), dz_at, end - begin, source_of(weight1, std::nullopt),
+                              hidden, need_u ? rows_at(du) : nullptr, need_v ? rows_at(dv) : nullptr);
+        if (need_weight1)
+          cpu_weight1_gradient(layer, scratch->get(), dz_at, source_of(u, u_rows), source_of(v, v_rows),
+                               hidden, begin, end, dweight1.mutable_data_ptr());
+        return;
+      }
     }
     const Tensor part = torch::stable::narrow(dz, 0, 0, end - begin);
     if (need_u) product(torch::stable::narrow(du, 0, begin, end - begin), part, half(weight1, 0));
@@ -346,8 +350,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           add_product(out, out, transposed(part), from);
       }
     };
-    add(half(dweight1, 0), rows_of(u, u_rows, begin, end));
-    add(half(dweight1, 1), rows_of(v, v_rows, begin, end));
+    add(half(dweight1, 0), rows_of<kCuda>(u, u_rows, begin, end));
+    add(half(dweight1, 1), rows_of<kCuda>(v, v_rows, begin, end));
   };
   if constexpr (kCuda) {
 #ifdef MTFAST_WITH_CUDA
@@ -369,17 +373,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {du, dv, dweight1, dbias1, dweight2, dbias2};
 }
 
+template <bool kCuda>
+void register_all(Library& library) {
+  library.impl("concat_mlp", TORCH_BOX(&forward<kCuda>));
+  library.impl("concat_mlp_backward", TORCH_BOX(&backward<kCuda>));
+}
+MTFAST_REGISTER(register_all)
+
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(mtfast, CPU, m) {
-  m.impl("concat_mlp", TORCH_BOX(&forward<false>));
-  m.impl("concat_mlp_backward", TORCH_BOX(&backward<false>));
-}
-#ifdef MTFAST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(mtfast, CUDA, m) {
-  m.impl("concat_mlp", TORCH_BOX(&forward<true>));
-  m.impl("concat_mlp_backward", TORCH_BOX(&backward<true>));
-}
-#endif
-
 }  // namespace mtfast::concat_mlp

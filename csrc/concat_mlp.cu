@@ -25,18 +25,20 @@ __device__ __forceinline__ int64_t source_row(const Source& from, int64_t i, int
   return row >= 0 && row < from.count ? row : -1;
 }
 
-// Sixteen bytes of a row into shared memory, zeros beyond `columns` and where there is no row.
+// Sixteen bytes of row `row` of `from` into shared memory, zeros beyond `columns` and where `row` is
+// negative.
 template <bool kAligned, class T>
-__device__ __forceinline__ void copy_chunk(T* to, const T* row, int64_t column, int64_t columns) {
+__device__ __forceinline__ void copy_chunk(T* to, const T* from, int64_t row, int64_t pitch, int64_t column,
+                                           int64_t columns) {
   if constexpr (kAligned) {
-    const bool there = row != nullptr && column < columns;
-    ptx::cp_async_16(to, there ? row + column : to, there ? 16 : 0);
+    const bool there = row >= 0 && column < columns;
+    ptx::cp_async_16(to, there ? from + row * pitch + column : from, there ? 16 : 0);
   } else {
     Eight<T> eight;
     MTFAST_UNROLL
     for (int i = 0; i < 8; ++i) {
       round_to(eight.x[i], 0.f);
-      if (row != nullptr && column + i < columns) eight.x[i] = row[column + i];
+      if (row >= 0 && column + i < columns) eight.x[i] = from[row * pitch + column + i];
     }
     uint4 word;
     memcpy(&word, &eight, sizeof word);
@@ -113,11 +115,10 @@ __global__ void __launch_bounds__(kColumns * 2, kColumns == 64 ? 2 : 1)
       MTFAST_UNROLL
       for (int i = 0; i < kCopies; ++i) {
         const int at = first + i * kStep, row = right ? v_row[i] : u_row[i];
-        copy_chunk<kAligned>(inputs + swizzled(at, chunk), row < 0 ? nullptr : side + row * pitch, column,
+        copy_chunk<kAligned>(inputs + swizzled(at, chunk), side, row, pitch, column, hidden);
+        copy_chunk<kAligned>(inputs + kRows * kDepth + swizzled(at, chunk), weight1,
+                             column0 + at < layer.inner ? (column0 + at) * 2 + right : -1, hidden, column,
                              hidden);
-        const T* weight = weight1 + ((column0 + at) * 2 + right) * hidden;
-        copy_chunk<kAligned>(inputs + kRows * kDepth + swizzled(at, chunk),
-                             column0 + at < layer.inner ? weight : nullptr, column, hidden);
       }
     }
     ptx::cp_async_commit();

@@ -113,9 +113,11 @@ int launch_backward(const Layer& layer, const void* dy, const void* z, const voi
                       : layer.outputs == 2 ? launch_pass<T, 2>
                       : layer.outputs <= 4 ? launch_pass<T, 4>
                                            : launch_pass<T, 8>;
-  if (const int error = launch(layer, static_cast<const T*>(dy), static_cast<const T*>(z),
-                               static_cast<const T*>(weight2), seed, static_cast<T*>(dz), partial, stream))
-    return error;
+  if (layer.batch > 0) {  // else there are no chunks, and their sums are 0
+    if (const int error = launch(layer, static_cast<const T*>(dy), static_cast<const T*>(z),
+                                 static_cast<const T*>(weight2), seed, static_cast<T*>(dz), partial, stream))
+      return error;
+  }
   return MTFAST_LAUNCH(dim3(blocks((1 + layer.outputs) * layer.inner, 256) + layer.outputs), dim3(256),
                        8 * sizeof(float), stream, add_chunks_kernel<T>, layer,
                        static_cast<int>(backward_chunks(layer.batch)), partial, static_cast<const T*>(dy),

@@ -68,6 +68,7 @@ Options options_of(std::vector<int64_t> special_ids, int64_t mask_token_id, int6
   return options;
 }
 
+template <bool kCuda>
 Batch batch_of(const Tensor& input_ids, const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
                const OptionalTensor& subword, int64_t vocab_size) {
   const auto dtype = input_ids.scalar_type();
@@ -93,7 +94,7 @@ Batch batch_of(const Tensor& input_ids, const OptionalTensor& positions, const O
   if (cu_seqlens) {
     check(input_ids.dim() == 1, kOp, ": cu_seqlens goes with input_ids [total], found 2 dimensions");
     check_same_device(kOp, "cu_seqlens", *cu_seqlens, "input_ids", input_ids);
-    check_cu_seqlens(kOp, *cu_seqlens, batch.total);
+    check_cu_seqlens<kCuda>(kOp, *cu_seqlens, batch.total);
     batch.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
     batch.sequences = cu_seqlens->size(0) - 1;
   }
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor> mask_tokens(const Tensor& input_ids, const OptionalTe
                                        double mask_fraction, double random_fraction, bool exact) {
   const Options options = options_of(std::move(special_ids), mask_token_id, vocab_size, seed, mlm_probability,
                                      mask_fraction, random_fraction);
-  const Batch batch = batch_of(input_ids, positions, cu_seqlens, subword, vocab_size);
+  const Batch batch = batch_of<kCuda>(input_ids, positions, cu_seqlens, subword, vocab_size);
   Tensor output = torch::stable::empty_like(input_ids), labels = torch::stable::empty_like(input_ids);
   if (batch.total == 0) return {output, labels};
   const bool wide = input_ids.scalar_type() == ScalarType::Long;
@@ -138,10 +139,11 @@ std::tuple<Tensor, Tensor> mask_tokens(const Tensor& input_ids, const OptionalTe
   return {output, labels};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mtfast, CPU, m) { m.impl("mask_tokens", TORCH_BOX(&mask_tokens<false>)); }
-#ifdef MTFAST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(mtfast, CUDA, m) { m.impl("mask_tokens", TORCH_BOX(&mask_tokens<true>)); }
-#endif
+template <bool kCuda>
+void register_all(Library& library) {
+  library.impl("mask_tokens", TORCH_BOX(&mask_tokens<kCuda>));
+}
+MTFAST_REGISTER(register_all)
 
 }  // namespace
 }  // namespace mtfast::mask_tokens

@@ -64,6 +64,14 @@ struct Tokens {
     while (goes_on(i, begin)) --i;
     return i;
   }
+  // Where sequence s begins or, for s = sequences, the last one ends. Offsets are moved into the batch: then
+  // whatever they are, sequences cover all tokens from the first bound to the last one.
+  __device__ __forceinline__ int64_t bound(int64_t s) const {
+    if (!batch.cu_seqlens) return s * batch.row_length;
+    const int64_t at = batch.cu_seqlens[s];
+    return at < 0 ? 0 : at < batch.total ? at : batch.total;
+  }
+  // Where the sequence of token i begins; i itself where offsets say that it begins later.
   __device__ __forceinline__ int64_t sequence_begin(int64_t i) const {
     if (!batch.cu_seqlens) return i - static_cast<uint32_t>(i) % static_cast<uint32_t>(batch.row_length);
     int32_t low = 0,
@@ -72,7 +80,8 @@ struct Tokens {
       const int32_t middle = low + (high - low) / 2;
       (batch.cu_seqlens[middle] <= i ? low : high) = middle;
     }
-    return batch.cu_seqlens[low];
+    const int64_t begin = bound(low);
+    return begin < i ? begin : i;
   }
 };
 
@@ -184,8 +193,17 @@ __global__ void __launch_bounds__(kExactThreads, 8)
   const Tokens<Id> tokens{batch, options};
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t sequence = blockIdx.x;
-  const int64_t begin = batch.cu_seqlens ? batch.cu_seqlens[sequence] : sequence * batch.row_length;
-  const int64_t end = batch.cu_seqlens ? batch.cu_seqlens[sequence + 1] : begin + batch.row_length;
+  // Tokens before the first sequence and after the last one, of which there should be none, stay as they are.
+  const auto pass = [&](int64_t first, int64_t past) {
+    for (int64_t i = first + thread; i < past; i += kExactThreads) {
+      output[i] = static_cast<Id>(tokens.id(i));
+      labels[i] = static_cast<Id>(-100);
+    }
+  };
+  if (sequence == 0) pass(0, tokens.bound(0));
+  if (sequence + 1 >= batch.sequences) pass(tokens.bound(batch.sequences), batch.total);
+  if (sequence >= batch.sequences) return;
+  const int64_t begin = tokens.bound(sequence), end = tokens.bound(sequence + 1);
   if (begin >= end) return;
   Draws choose(options.seed, Purpose::kMaskChoose);
   Draws replace(options.seed, Purpose::kMaskReplace);
@@ -256,10 +274,11 @@ int launch(const Batch& batch, const Options& options, bool is_exact, Id* output
   if (is_exact) {
     // Without a sync the longest packed sequence is unknown: draws beyond the cache are made again when
     // needed.
-    const int64_t longest = batch.cu_seqlens ? 4 * (batch.total / batch.sequences + 1) : batch.row_length;
+    const int64_t sequences = batch.sequences > 0 ? batch.sequences : 1;
+    const int64_t longest = batch.cu_seqlens ? 4 * (batch.total / sequences + 1) : batch.row_length;
     const int64_t cached = longest < kMostCachedDraws ? longest : kMostCachedDraws;
     const size_t bytes = sizeof(Selection) + static_cast<size_t>(cached) * sizeof(uint32_t);
-    const dim3 grid(static_cast<unsigned>(batch.sequences));
+    const dim3 grid(static_cast<unsigned>(sequences));
     if (batch.subword)
       return MTFAST_LAUNCH(grid, dim3(kExactThreads), bytes, stream, (exact<Id, true>), batch, options,
                            output, labels, static_cast<int>(cached));
@@ -287,7 +306,7 @@ extern "C" int mtfast_mask_tokens(const mtfast::mask_tokens::Batch* batch,
                                   const mtfast::mask_tokens::Options* options, int id_bytes, int exact,
                                   void* output_ids, void* labels, void* stream) {
   using namespace mtfast::mask_tokens;
-  if (batch->total == 0 || batch->sequences == 0) return 0;
+  if (batch->total == 0) return 0;
   if (id_bytes == 8)
     return launch(*batch, *options, exact != 0, static_cast<int64_t*>(output_ids),
                   static_cast<int64_t*>(labels), stream);

@@ -8,7 +8,8 @@
 namespace mtfast {
 namespace {
 
-// x as [rows, heads, head_dim]; the CUDA kernels move 16 bytes at a time.
+// x as [rows, heads, head_dim].
+template <bool kCuda>
 AttentionTensor layout(const char* op, const char* name, const Tensor& x, int64_t rows, const Tensor& like) {
   check(x.dim() == 3 && x.size(0) == rows && x.size(1) == like.size(1) && x.size(2) == like.size(2), op, ": ",
         name, " must be [", rows, ", ", like.size(1), ", ", like.size(2), "], found ", x.dim(),
@@ -17,12 +18,8 @@ AttentionTensor layout(const char* op, const char* name, const Tensor& x, int64_
   check_same_device(op, name, x, "k", like);
   check(x.numel() == 0 || x.stride(2) == 1, op, ": the last dimension of ", name,
         " must be contiguous, its stride is ", x.numel() ? x.stride(2) : 0);
-  if (!x.is_cpu() && x.numel() > 0) {
-    const int64_t bytes = x.element_size();
-    check(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(0) * bytes % 16 == 0 &&
-              x.stride(1) * bytes % 16 == 0,
-          op, ": every row of ", name, " must begin at a multiple of 16 bytes");
-  }
+  check(!kCuda || x.numel() == 0 || on_16_bytes(x), op, ": every row of ", name,
+        " must begin at a multiple of 16 bytes: pass ", name, ".clone()");
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
 }
 
@@ -32,12 +29,13 @@ AttentionTensor part(const Tensor& qkv, int64_t k) {
   return {data + k * qkv.stride(1) * static_cast<int64_t>(qkv.element_size()), qkv.stride(0), qkv.stride(2)};
 }
 
+template <bool kCuda>
 AttentionShape shape_of(const char* op, const Tensor& like, int64_t heads, int64_t head_dim,
                         const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p, double softmax_scale,
                         const OptionalTensor& seed) {
   AttentionShape shape;
   shape.dtype = dtype_of(op, "q", like);
-  check(shape.dtype != Dtype::kFloat64 || like.is_cpu(), op,
+  check(shape.dtype != Dtype::kFloat64 || !kCuda, op,
         ": float64 is for the CPU; on CUDA q must be bfloat16, float16 or float32");
   shape.total = like.size(0);
   shape.heads = heads;
@@ -46,11 +44,11 @@ AttentionShape shape_of(const char* op, const Tensor& like, int64_t heads, int64
         head_dim);
   check(shape.total < INT32_MAX, op, ": at most 2^31 - 2 tokens, found ", shape.total);
   check_same_device(op, "cu_seqlens", cu_seqlens, "k", like);
-  check_cu_seqlens(op, cu_seqlens, shape.total);
+  check_cu_seqlens<kCuda>(op, cu_seqlens, shape.total);
   shape.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   shape.sequences = cu_seqlens.size(0) - 1;
   check(max_seqlen >= 0, op, ": max_seqlen must not be negative, found ", max_seqlen);
-  if (cu_seqlens.is_cpu())
+  if (!kCuda)
     for (int64_t s = 0; s < shape.sequences; ++s)
       check(shape.cu_seqlens[s + 1] - shape.cu_seqlens[s] <= max_seqlen, op, ": max_seqlen is ", max_seqlen,
             ", but sequence ", s, " has ", shape.cu_seqlens[s + 1] - shape.cu_seqlens[s], " tokens");
@@ -59,14 +57,8 @@ AttentionShape shape_of(const char* op, const Tensor& like, int64_t heads, int64
   check(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), found ", dropout_p);
   shape.threshold = dropout_threshold(dropout_p);
   if (shape.threshold == 0) return shape;
-  check(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
-        ": dropout needs a seed, an int64 tensor of one element");
-  if (seed->is_cpu()) {
-    shape.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  } else {
-    check_same_device(op, "seed", *seed, "k", like);
-    shape.seed_on_device = static_cast<const int64_t*>(seed->const_data_ptr());
-  }
+  check_seed(op, seed, "k", like);
+  shape.seed = static_cast<const int64_t*>(seed->const_data_ptr());
   return shape;
 }
 
@@ -108,8 +100,9 @@ void launch(const char* op, const AttentionBackward& args, bool cls, const Tenso
 #ifdef MTFAST_WITH_CUDA
     const OnDeviceOf device(like);
     if (cls) return check_launch(op, mtfast_packed_attention_cls_backward(&args, device.stream()));
-    const int64_t rows = args.shape.max_seqlen > 64 ? args.shape.total : 0;
-    const Tensor delta = torch::stable::new_empty(like, {args.shape.heads, rows}, ScalarType::Float);
+    const AttentionShape& shape = args.shape;
+    const int64_t rows = shape.max_seqlen > attention_piece(shape.dtype, shape.head_dim) ? shape.total : 0;
+    const Tensor delta = torch::stable::new_empty(like, {shape.heads, rows}, ScalarType::Float);
     check_launch(op, mtfast_packed_attention_backward(&args, static_cast<float*>(delta.mutable_data_ptr()),
                                                       device.stream()));
 #endif
@@ -125,14 +118,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   const char* op = kCls ? "packed_attention_cls" : "packed_attention";
   check(k.dim() == 3, op, ": k must be [total, heads, head_dim], found ", k.dim(), " dimensions");
   AttentionForward args;
-  args.shape = shape_of(op, k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  args.shape =
+      shape_of<kCuda>(op, k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
   const int64_t rows = kCls ? args.shape.sequences : args.shape.total;
-  args.q = layout(op, "q", q, rows, k);
-  args.k = layout(op, "k", k, args.shape.total, k);
-  args.v = layout(op, "v", v, args.shape.total, k);
+  args.q = layout<kCuda>(op, "q", q, rows, k);
+  args.k = layout<kCuda>(op, "k", k, args.shape.total, k);
+  args.v = layout<kCuda>(op, "v", v, args.shape.total, k);
   Tensor out = torch::stable::new_empty(k, {rows, args.shape.heads, args.shape.head_dim});
   Tensor lse = new_lse(args.shape, k, rows);
-  args.out = layout(op, "out", out, rows, k);
+  args.out = layout<kCuda>(op, "out", out, rows, k);
   args.lse = lse.mutable_data_ptr();
   launch<kCuda>(op, args, kCls, q);
   return {out, lse};
@@ -144,48 +138,49 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout_any, const Tensor
                                             const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p,
                                             double softmax_scale, const OptionalTensor& seed) {
   const char* op = kCls ? "packed_attention_cls_backward" : "packed_attention_backward";
-  const Tensor dout = torch::stable::contiguous(dout_any);
+  const Tensor dout = laid_out<kCuda>(dout_any);
   AttentionBackward args;
-  args.shape = shape_of(op, k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  args.shape =
+      shape_of<kCuda>(op, k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
   const int64_t rows = kCls ? args.shape.sequences : args.shape.total;
-  args.q = layout(op, "q", q, rows, k);
-  args.k = layout(op, "k", k, args.shape.total, k);
-  args.v = layout(op, "v", v, args.shape.total, k);
-  args.out = layout(op, "out", out, rows, k);
-  args.dout = layout(op, "dout", dout, rows, k);
+  args.q = layout<kCuda>(op, "q", q, rows, k);
+  args.k = layout<kCuda>(op, "k", k, args.shape.total, k);
+  args.v = layout<kCuda>(op, "v", v, args.shape.total, k);
+  args.out = layout<kCuda>(op, "out", out, rows, k);
+  args.dout = layout<kCuda>(op, "dout", dout, rows, k);
   args.lse = lse_of(op, lse, args.shape, rows);
   Tensor dq = torch::stable::new_empty(k, {rows, args.shape.heads, args.shape.head_dim});
   Tensor dk = torch::stable::new_empty(k, {args.shape.total, args.shape.heads, args.shape.head_dim});
   Tensor dv = torch::stable::new_empty(k, {args.shape.total, args.shape.heads, args.shape.head_dim});
-  args.dq = layout(op, "dq", dq, rows, k);
-  args.dk = layout(op, "dk", dk, args.shape.total, k);
-  args.dv = layout(op, "dv", dv, args.shape.total, k);
+  args.dq = layout<kCuda>(op, "dq", dq, rows, k);
+  args.dk = layout<kCuda>(op, "dk", dk, args.shape.total, k);
+  args.dv = layout<kCuda>(op, "dv", dv, args.shape.total, k);
   launch<kCuda>(op, args, kCls, q);
   return {dq, dk, dv};
 }
 
-// Layout checks of the three parts ride on `layout`: a part differs from the whole in shape alone.
+template <bool kCuda>
 AttentionShape qkv_shape(const char* op, const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
                          double dropout_p, double softmax_scale, const OptionalTensor& seed) {
   check(qkv.dim() == 4 && qkv.size(1) == 3, op, ": qkv must be [total, 3, heads, head_dim], found ",
         qkv.dim(), " dimensions");
-  check_contiguous(op, "qkv", qkv);
-  return shape_of(op, qkv, qkv.size(2), qkv.size(3), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  return shape_of<kCuda>(op, qkv, qkv.size(2), qkv.size(3), cu_seqlens, max_seqlen, dropout_p, softmax_scale,
+                         seed);
 }
 
 template <bool kCuda>
 std::tuple<Tensor, Tensor> forward_qkv(const Tensor& qkv_any, const Tensor& cu_seqlens, int64_t max_seqlen,
                                        double dropout_p, double softmax_scale, const OptionalTensor& seed) {
   const char* op = "packed_attention_qkv";
-  const Tensor qkv = torch::stable::contiguous(qkv_any);
+  const Tensor qkv = laid_out<kCuda>(qkv_any);
   AttentionForward args;
-  args.shape = qkv_shape(op, qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  args.shape = qkv_shape<kCuda>(op, qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
   args.q = part(qkv, 0);
   args.k = part(qkv, 1);
   args.v = part(qkv, 2);
   Tensor out = torch::stable::new_empty(qkv, {args.shape.total, args.shape.heads, args.shape.head_dim});
   Tensor lse = new_lse(args.shape, qkv, args.shape.total);
-  args.out = layout(op, "out", out, args.shape.total, out);
+  args.out = layout<kCuda>(op, "out", out, args.shape.total, out);
   args.lse = lse.mutable_data_ptr();
   launch<kCuda>(op, args, false, qkv);
   return {out, lse};
@@ -196,9 +191,9 @@ Tensor backward_qkv(const Tensor& dout_any, const Tensor& qkv_any, const Tensor&
                     const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p, double softmax_scale,
                     const OptionalTensor& seed) {
   const char* op = "packed_attention_qkv_backward";
-  const Tensor dout = torch::stable::contiguous(dout_any), qkv = torch::stable::contiguous(qkv_any);
+  const Tensor dout = laid_out<kCuda>(dout_any), qkv = laid_out<kCuda>(qkv_any);
   AttentionBackward args;
-  args.shape = qkv_shape(op, qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  args.shape = qkv_shape<kCuda>(op, qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
   Tensor dqkv = torch::stable::empty_like(qkv);
   args.q = part(qkv, 0);
   args.k = part(qkv, 1);
@@ -206,8 +201,8 @@ Tensor backward_qkv(const Tensor& dout_any, const Tensor& qkv_any, const Tensor&
   args.dq = part(dqkv, 0);
   args.dk = part(dqkv, 1);
   args.dv = part(dqkv, 2);
-  args.out = layout(op, "out", out, args.shape.total, out);
-  args.dout = layout(op, "dout", dout, args.shape.total, out);
+  args.out = layout<kCuda>(op, "out", out, args.shape.total, out);
+  args.dout = layout<kCuda>(op, "dout", dout, args.shape.total, out);
   check(out.dim() == 3 && out.size(1) == args.shape.heads && out.size(2) == args.shape.head_dim &&
             out.scalar_type() == qkv.scalar_type(),
         op, ": out must be what the forward returned");
@@ -216,20 +211,16 @@ Tensor backward_qkv(const Tensor& dout_any, const Tensor& qkv_any, const Tensor&
   return dqkv;
 }
 
+template <bool kCuda>
+void register_all(Library& library) {
+  library.impl("packed_attention", TORCH_BOX((&forward<kCuda, false>)));
+  library.impl("packed_attention_backward", TORCH_BOX((&backward<kCuda, false>)));
+  library.impl("packed_attention_qkv", TORCH_BOX((&forward_qkv<kCuda>)));
+  library.impl("packed_attention_qkv_backward", TORCH_BOX((&backward_qkv<kCuda>)));
+  library.impl("packed_attention_cls", TORCH_BOX((&forward<kCuda, true>)));
+  library.impl("packed_attention_cls_backward", TORCH_BOX((&backward<kCuda, true>)));
+}
+MTFAST_REGISTER(register_all)
+
 }  // namespace
-
-#define MTFAST_PACKED_ATTENTION(device, cuda)                                    \
-  STABLE_TORCH_LIBRARY_IMPL(mtfast, device, m) {                                 \
-    m.impl("packed_attention", TORCH_BOX((&forward<cuda, false>)));              \
-    m.impl("packed_attention_backward", TORCH_BOX((&backward<cuda, false>)));    \
-    m.impl("packed_attention_qkv", TORCH_BOX((&forward_qkv<cuda>)));             \
-    m.impl("packed_attention_qkv_backward", TORCH_BOX((&backward_qkv<cuda>)));   \
-    m.impl("packed_attention_cls", TORCH_BOX((&forward<cuda, true>)));           \
-    m.impl("packed_attention_cls_backward", TORCH_BOX((&backward<cuda, true>))); \
-  }
-MTFAST_PACKED_ATTENTION(CPU, false)
-#ifdef MTFAST_WITH_CUDA
-MTFAST_PACKED_ATTENTION(CUDA, true)
-#endif
-
 }  // namespace mtfast

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kShortOnly>()
       reinterpret_cast<float*>(shared + 3 * L::kTile + L::kPlan) + warp_index() * kScratchPerWarp;
   const AttentionShape& shape = args.shape;
   const int heads = static_cast<int>(shape.heads), head = static_cast<int>(blockIdx.x) % heads;
-  const int window = static_cast<int>(blockIdx.x) / heads * kWindow;
+  const int window = static_cast<int>(blockIdx.x) / heads * L::kWindow;
   const int sequences = static_cast<int>(shape.sequences), total = static_cast<int>(shape.total);
   const float scale = log2_scale(shape);
   const Dropout dropout(shape, head);
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kShortOnly>()
   int cursor = warp == 0 ? max(lower_bound(shape.cu_seqlens, sequences, window) - 1, 0) : 0;
   for (;;) {
     if (warp == 0)
-      make_plan<Tile<T, kDim>::kMaxRows, kShortOnly>(plan, shape.cu_seqlens, sequences, total, window,
-                                                     cursor);
+      make_plan<L::kPiece, Tile<T, kDim>::kMaxRows, kShortOnly>(plan, shape.cu_seqlens, sequences, total,
+                                                                window, cursor);
     __syncthreads();
     if (plan.strips == 0) return;
     cursor = plan.next;
@@ -103,13 +103,13 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kShortOnly>()
       const int length = uniform(strip.length);
       Rows16<T, kDim> rows(q, mine ? 16 * i : 0);
       Softmax<kDim> softmax;
-      for (int from = 0; from < (is_long ? length : 1); from += kPiece) {
+      for (int from = 0; from < (is_long ? length : 1); from += L::kPiece) {
         if (is_long) {
           if (from > 0) __syncthreads();
           load_piece<T, kDim>({{k, args.k, head}, {v, args.v, head}}, strip, from);
           wait_for_loads();
         }
-        const int keys = min(length - from, kPiece);
+        const int keys = min(length - from, L::kPiece);
         MTFAST_NO_UNROLL
         for (int key = 0; key < keys && mine; key += 16) {
           Piece16 x;
@@ -149,7 +149,7 @@ extern "C" int mtfast_packed_attention_forward(const mtfast::AttentionForward* a
       if (const int error = allow_shared_memory(kernel, bytes)) return error;
       return MTFAST_LAUNCH(L::grid(args->shape), dim3(kThreads), bytes, stream, kernel, *args);
     };
-    return args->shape.max_seqlen <= kPiece ? launch(forward_kernel<decltype(element), dim.value, true>)
-                                            : launch(forward_kernel<decltype(element), dim.value, false>);
+    return args->shape.max_seqlen <= L::kPiece ? launch(forward_kernel<decltype(element), dim.value, true>)
+                                               : launch(forward_kernel<decltype(element), dim.value, false>);
   });
 }

@@ -17,11 +17,9 @@ struct Dropout {
 
   __device__ __forceinline__ Dropout(const AttentionShape& shape, int head)
       : threshold(shape.threshold),
-        seed(shape.seed),
+        seed(shape.threshold ? static_cast<uint64_t>(*shape.seed) : 0),
         head(head),
-        scale(65536.0f / (65536.0f - shape.threshold)) {
-    if (threshold && shape.seed_on_device) seed = static_cast<uint64_t>(*shape.seed_on_device);
-  }
+        scale(65536.0f / (65536.0f - shape.threshold)) {}
 
   // Bit i: is column 8 * group + i of this row kept?
   __device__ __forceinline__ uint32_t group(int row, int group) const {
@@ -77,9 +75,10 @@ struct Log2 {
 };
 
 // ln(2^most * weight), rounded once: its error is one of all the weights that the backward takes from it.
+// Where `high` is added as it is, the compiler must not make product and sum one rounding.
 __device__ __forceinline__ float log_sum(float most, float weight) {
-  const float high = most * kLn2, low = fmaf(most, kLn2, -high) + most * kLn2Rest;
-  const float log = logf(weight), sum = high + log;
+  const float high = __fmul_rn(most, kLn2), low = fmaf(most, kLn2, -high) + most * kLn2Rest;
+  const float log = logf(weight), sum = __fadd_rn(high, log);
   const float lost = fabsf(high) > fabsf(log) ? high - sum + log : log - sum + high;
   return sum + (lost + low);
 }
@@ -92,6 +91,7 @@ __device__ __forceinline__ float log2_scale(const AttentionShape& shape) {
 // What the kernels of one launch have in common.
 template <class T, int kDim>
 struct Launch {
+  static constexpr int kPiece = Tile<T, kDim>::kPiece, kWindow = attention::kWindow<kPiece>;
   static constexpr int kTile = Tile<T, kDim>::kElements * static_cast<int>(sizeof(T));
   static constexpr int kScratch = sizeof(T) == 4 ? kWarps * kScratchPerWarp * 4 : 0;
   static constexpr int kPlan = (sizeof(Plan) + 15) / 16 * 16;

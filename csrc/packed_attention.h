@@ -27,10 +27,16 @@ struct AttentionShape {
   int64_t max_seqlen = 0;
   Dtype dtype = Dtype::kFloat32;
   double softmax_scale = 1.0;
-  uint32_t threshold = 0;  // of dropout, in 1/65536
-  uint64_t seed = 0;       // used where seed_on_device is null
-  const int64_t* seed_on_device = nullptr;
+  uint32_t threshold = 0;         // of dropout, in 1/65536
+  const int64_t* seed = nullptr;  // on the tensors' device; may be null without dropout
 };
+
+// Tokens of a long sequence that a CUDA block takes at a time; sequences of at most as many are taken whole.
+// 64, but for float rows so wide that then the backward's tiles would not fit into 99 KiB, the shared memory
+// that a block has on compute capability 8.6, 8.9 and 12.x.
+constexpr int attention_piece(Dtype dtype, int64_t head_dim) {
+  return dtype == Dtype::kFloat32 && head_dim == 128 ? 32 : 64;
+}
 
 // q, out: [total, ...] or, with `cls`, [sequences, ...]: the one query of each sequence.
 // lse: [heads, rows of q], float (double for kFloat64), natural logarithm.
@@ -56,7 +62,8 @@ void packed_attention_backward_cpu(const AttentionBackward& args, bool cls, int6
 
 }  // namespace mtfast
 
-// Launch functions: 0 or a cudaError_t. delta is scratch, float [heads, total].
+// Launch functions: 0 or a cudaError_t. Every row of every tensor begins on 16 bytes. delta is scratch, float
+// [heads, total], needed where max_seqlen is more than a piece.
 extern "C" int mtfast_packed_attention_forward(const mtfast::AttentionForward* args, void* stream);
 extern "C" int mtfast_packed_attention_backward(const mtfast::AttentionBackward* args, float* delta,
                                                 void* stream);

@@ -13,7 +13,7 @@ enum class Part { kBoth, kQueries, kKeys };
 template <class T, int kDim>
 struct Backward {
   using L = Launch<T, kDim>;
-  static constexpr int kRows = Tile<T, kDim>::kMaxRows;
+  static constexpr int kRows = Tile<T, kDim>::kMaxRows, kPiece = L::kPiece;
   static constexpr size_t kBytes = 5 * L::kTile + 2 * kRows * 4 + L::kPlan + L::kScratch;
 
   const AttentionBackward& args;
@@ -180,15 +180,15 @@ __global__ void __launch_bounds__(kThreads, blocks_together<kDim>())
     backward_kernel(AttentionBackward args, float* global_delta) {
   const AttentionShape& shape = args.shape;
   const int heads = static_cast<int>(shape.heads), head = static_cast<int>(blockIdx.x) % heads;
-  const int window = static_cast<int>(blockIdx.x) / heads * kWindow;
+  const int window = static_cast<int>(blockIdx.x) / heads * Launch<T, kDim>::kWindow;
   const int sequences = static_cast<int>(shape.sequences), total = static_cast<int>(shape.total);
   Backward<T, kDim> b(args, global_delta, shared_memory<unsigned char>(), head);
   const int warp = warp_index();
   int cursor = warp == 0 ? max(lower_bound(shape.cu_seqlens, sequences, window) - 1, 0) : 0;
   for (;;) {
     if (warp == 0)
-      make_plan<Tile<T, kDim>::kMaxRows, kPart == Part::kBoth>(b.plan, shape.cu_seqlens, sequences, total,
-                                                               window, cursor);
+      make_plan<Tile<T, kDim>::kPiece, Tile<T, kDim>::kMaxRows, kPart == Part::kBoth>(
+          b.plan, shape.cu_seqlens, sequences, total, window, cursor);
     __syncthreads();
     if (b.plan.strips == 0) return;
     cursor = b.plan.next;
@@ -226,6 +226,7 @@ extern "C" int mtfast_packed_attention_backward(const mtfast::AttentionBackward*
     using T = decltype(element);
     constexpr int kDim = dim.value;
     constexpr size_t kBytes = Backward<T, kDim>::kBytes;
+    constexpr int kPiece = Launch<T, kDim>::kPiece;
     const auto launch = [&](auto kernel, float* global_delta) {
       if (const int error = allow_shared_memory(kernel, kBytes)) return error;
       return MTFAST_LAUNCH((Launch<T, kDim>::grid(args->shape)), dim3(kThreads), kBytes, stream, kernel,

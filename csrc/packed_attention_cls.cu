@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kThreads) cls_forward_kernel(AttentionForward 
     float k[C::kEach], v[C::kEach];
     c.read(k, args.k, c.begin + (exists ? key : 0));
     c.read(v, args.v, c.begin + (exists ? key : 0));
-    const float x = exists ? C::dot(q, k) * scale : (C::dot(q, k), kMinusInfinity);
+    const float score = C::dot(q, k) * scale;  // by all lanes, also those without a key
+    const float x = exists ? score : kMinusInfinity;
     const float top = fmaxf(most, x), shrink = ptx::exp2_approx(most - top);
     const float p = exists ? ptx::exp2_approx(x - top) : 0.0f;
     most = top;

@@ -2,8 +2,8 @@
 //
 // Every sequence is laid out in the tile from a multiple of 16 rows on, so a strip of 16 query rows belongs
 // to one sequence, short sequences fill tiles to 16 rows, and no result depends on what a sequence is packed
-// with. A block owns the pieces that begin in its window of kWindow tokens: whole sequences of at most 64
-// tokens, as many at once as the tile holds, or 64 rows of a longer one, alone.
+// with. A block owns the pieces that begin in its window of tokens: whole sequences of at most kPiece tokens,
+// as many at once as the tile holds, or kPiece rows of a longer one, alone.
 #pragma once
 #include "device/reduce.cuh"
 #include "device/runtime.cuh"
@@ -12,8 +12,9 @@ namespace mtfast::attention {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kWindow = 48;
-constexpr int kPiece = 64;  // rows of a long sequence, and keys at a time
+// Tokens of a block's window: fewer than a piece has, so that of each sequence at most one begins in it.
+template <int kPiece>
+constexpr int kWindow = kPiece / 4 * 3;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
@@ -35,7 +36,7 @@ constexpr int kMaxStrips = 6;
 
 struct Plan {
   int strips;
-  int is_long;  // one piece of a sequence of more than kPiece tokens
+  int is_long;  // one piece of a sequence of more tokens than that
   int next;     // sequence to go on with
   Strip strip[kMaxStrips];
 };
@@ -59,10 +60,10 @@ __device__ inline int lower_bound(const int32_t* cu, int sequences, int x) {
 // The next group of the window, by one warp. kTileRows bounds a group of short sequences. Lengths and places
 // that cannot be (wrong cu_seqlens) are passed over, as are long sequences where the caller promised there
 // are none.
-template <int kTileRows, bool kShortOnly>
+template <int kPiece, int kTileRows, bool kShortOnly>
 __device__ inline void make_plan(Plan& plan, const int32_t* cu, int sequences, int total, int window_begin,
                                  int sequence) {
-  const int lane = lane_index(), window_end = window_begin + kWindow;
+  const int lane = lane_index(), window_end = window_begin + kWindow<kPiece>;
   int strips = 0, is_long = 0;
   while (strips == 0) {
     const int s = sequence + lane;

@@ -24,7 +24,8 @@ struct Tile {
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr int kPerChunk = 16 / sizeof(T), kChunks = kDim / kPerChunk;
   static constexpr int kRow = kWide ? kDim + 4 : kDim;
-  static constexpr int kMaxRows = kWide || kDim == 128 ? 64 : 96;
+  static constexpr int kPiece = attention_piece(kWide ? Dtype::kFloat32 : Dtype::kBFloat16, kDim);
+  static constexpr int kMaxRows = kWide || kDim == 128 ? kPiece : 96;
   static constexpr int kElements = kMaxRows * kRow;
 
   T* data;
@@ -74,12 +75,12 @@ __device__ __forceinline__ void load_strips(const Source<T, kDim> (&sources)[kCo
   }
 }
 
-// kPiece rows of one sequence, from `offset` on.
+// A piece of one sequence, from `offset` on.
 template <class T, int kDim, int kCount>
 __device__ __forceinline__ void load_piece(const Source<T, kDim> (&sources)[kCount], const Strip& of,
                                            int offset) {
   constexpr int kChunks = Tile<T, kDim>::kChunks;
-  for (int i = threadIdx.x; i < kPiece * kChunks; i += kThreads) {
+  for (int i = threadIdx.x; i < Tile<T, kDim>::kPiece * kChunks; i += kThreads) {
     const int row = i / kChunks, c = i % kChunks, place = offset + row;
     MTFAST_UNROLL
     for (int s = 0; s < kCount; ++s) sources[s].copy(row, c, of.begin + place, place < of.length);

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mtfast.machine import cpu_name, version_of
+from mtfast.toolkit import homes
 
 # Asked of the package metadata, not imported: importing DeepSpeed alone takes seconds.
 PACKAGES = (
@@ -104,8 +105,8 @@ def _first_line(command: list[str]) -> str | None:
 
 def _nvcc() -> str | None:
     """Release and place of the CUDA compiler that a build would use."""
-    for home in filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda")):  # as setup.py looks for it
-        path = str(Path(home) / "bin" / "nvcc")
+    for home in homes():
+        path = str(home / "bin" / "nvcc")
         try:
             output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
         except (OSError, subprocess.SubprocessError):

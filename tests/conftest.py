@@ -8,9 +8,19 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 # Where checking values on a GPU would cost a synchronisation, ops do it only when asked to: here, always.
 os.environ.setdefault("MTFAST_CHECK_VALUES", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what needs a GPU where there is none, unless a marker expression asks for it."""
+    if torch.cuda.is_available() or config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 @pytest.fixture(scope="session")

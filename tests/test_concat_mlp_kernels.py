@@ -22,14 +22,15 @@ from concat_mlp_cases import (
     check_random_cases,
     draw,
 )
-from cuda_on_cpu.harness import CASES, DTYPES_IN_C, Case, Kernels, load_all, run_sanitized
+from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load_all, run_sanitized
 from cuda_on_cpu.machine_code import ARCHITECTURES, disassembled
 from torch import Tensor
 
 from mtfast.ops import concat_mlp_ref
 from mtfast.ops.concat_mlp import ACTIVATIONS
 
-SOURCES = ("concat_mlp.cu", "concat_mlp_backward.cu")
+# How many kernels each source has: by dtype, tile or number of outputs.
+SOURCES = {"concat_mlp.cu": 2 * 3 + 2 + 1, "concat_mlp_backward.cu": 3 * 4 + 3}
 
 
 class Layer(ctypes.Structure):
@@ -186,6 +187,19 @@ def test_rows_out_of_range_read_nothing_and_give_nan(run):
         rows = torch.tensor([0, 4, -1]), torch.tensor([3, 0, 1], dtype=torch.int32)
         y, *_ = run(operands, torch.ones(3, 2, dtype=dtype), u_rows=rows[0], v_rows=rows[1])
         assert y.isnan().all(1).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("architecture", SHARED_KIB)
+def test_every_kernel_fits_every_architecture(architecture):
+    kernels = load_all(SOURCES, Case(architecture=architecture))
+    run = emulated(*kernels)
+    for kernel in kernels:
+        kernel.take_launched()
+    for dtype in DTYPES:
+        for shape in ((3, 8, 16, 1), (3, 9, 16, 2), (3, 8, 16, 3), (3, 8, 16, 8), (1, 8, 8192, 1)):
+            dy = torch.ones(shape[0], shape[3], dtype=dtype)
+            run(cast(draw(*shape, seed=0), dtype, "cpu", (False,) * 3 + (True,) * 3), dy)
+    assert [kernel.take_launched() for kernel in kernels] == list(SOURCES.values())
 
 
 def small_shapes(*kernels: Kernels) -> None:

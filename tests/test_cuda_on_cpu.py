@@ -15,6 +15,8 @@ FAULTS = (
     "divergent barrier",
     "global race",
     "shuffle without all lanes",
+    "shuffle on two branches",
+    "copy from shared memory",
 )
 
 
@@ -66,6 +68,8 @@ RACES = Case(races=True)
             Case(),
             "lane 16, which has exited|thread 0 waits in a warp collective",
         ),
+        ("shuffle on two branches", Case(), "divergent warp collective .* came there on two branches"),
+        ("copy from shared memory", Case(), "cp.async: the source is in shared memory"),
     ],
 )
 def test_fault_is_caught(fault, case, seen):

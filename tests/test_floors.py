@@ -10,6 +10,7 @@ import mtfast
 ROOT = Path(mtfast.__file__).parent
 FLOORS = {
     "machine": 0,
+    "toolkit": 0,
     "ops": 0,
     "models": 1,
     "data": 1,

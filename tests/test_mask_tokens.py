@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import DEVICES, needs_cuda
 from mask_tokens_cases import (
     BERT,
     SPECIAL,
@@ -22,11 +23,6 @@ from mask_tokens_cases import (
 )
 
 from mtfast.ops import MaskedTokens, mask_tokens, mask_tokens_ref
-
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
-]
 
 
 @pytest.fixture(params=DEVICES)
@@ -131,7 +127,8 @@ def test_compile_and_export():
             assert torch.equal(value, right)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_cuda
+@pytest.mark.gpu
 def test_cuda_graph_replays(monkeypatch):
     # Looking at values waits for the GPU, which a capture does not allow.
     monkeypatch.setattr("mtfast.ops._library.CHECK_VALUES", False)
@@ -198,7 +195,8 @@ def test_unknown_strategy():
         mask_tokens(IDS, **BERT, strategy="all")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("options", "message"),
     [

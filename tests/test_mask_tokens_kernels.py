@@ -9,7 +9,7 @@ import ctypes
 
 import pytest
 import torch
-from cuda_on_cpu.harness import CASES, Kernels, load, run_sanitized
+from cuda_on_cpu.harness import CASES, SHARED_KIB, Case, Kernels, load, run_sanitized
 from cuda_on_cpu.machine_code import disassembled
 from mask_tokens_cases import (
     BERT,
@@ -24,6 +24,7 @@ from mask_tokens_cases import (
     check_seeds_are_independent,
     check_shares,
     check_whole_words,
+    offsets,
     ordinary_ids,
 )
 
@@ -31,6 +32,7 @@ from mtfast.ops import MaskedTokens, mask_tokens
 from mtfast.ops._philox import threshold
 
 SOURCE = "mask_tokens.cu"
+KERNELS = 2 * (3 + 2)  # of each id's dtype, those of "bernoulli" and those of "exact"
 RUNS = 64
 
 
@@ -167,7 +169,57 @@ def test_whole_words(strategy, mask):
     check_whole_words(mask, strategy)
 
 
+@pytest.mark.parametrize("architecture", SHARED_KIB)
+def test_every_kernel_fits_every_architecture(architecture):
+    kernels = load(SOURCE, Case(architecture=architecture))
+    mask = emulated(kernels)
+    kernels.take_launched()
+    for dtype in (torch.int32, torch.int64):
+        for options in ({}, {"positions": torch.arange(9000)}, {"subword": torch.rand(30522) < 0.3}):
+            for strategy in STRATEGIES:
+                mask(ordinary_ids(9000, dtype=dtype), strategy, **(BERT | options))
+    assert kernels.take_launched() == KERNELS
+
+
+HOSTILE = (
+    [0, 500, 120],
+    [-3, 20, 120],
+    [120, 7, 120],
+    [0, 120, 2**31 - 1],
+    [5, 20, 20, 100],
+    [7, -(2**31), 3],
+    [40, 40],
+    [0],
+    [130],
+)
+
+
+def check_wrong_offsets(kernels: Kernels) -> None:
+    """Nothing is read or written out of bounds, every token is written; one that no sequence covers stays."""
+    mask = emulated(kernels)
+    ids = ordinary_ids(120)
+    for bounds in HOSTILE:
+        for strategy in STRATEGIES:
+            for subword in (None, torch.ones(30522, dtype=torch.bool)):
+                options = BERT | {"strategy": strategy, "cu_seqlens": torch.tensor(bounds).int()}
+                masked = mask(ids, **(options | {"subword": subword}))
+                kept = masked.labels == -100
+                assert torch.equal(masked.input_ids[kept], ids[kept])
+                assert torch.equal(masked.labels[~kept], ids[~kept])
+    masked = mask(ids, "exact", **(BERT | {"cu_seqlens": torch.tensor([5, 20, 20, 100]).int()}))
+    expected = mask_tokens(
+        ids[5:100], positions=torch.arange(5, 100), cu_seqlens=offsets([15, 0, 80]), **BERT
+    )
+    assert_same(MaskedTokens(*(x[5:100] for x in masked)), expected)
+    assert bool((masked.labels[:5] == -100).all()) and bool((masked.labels[100:] == -100).all())
+
+
+def test_wrong_offsets():
+    check_wrong_offsets(load(SOURCE))
+
+
 def small_shapes(kernels: Kernels) -> None:
+    check_wrong_offsets(kernels)
     check_against_the_reference(emulated(kernels), range(0, 30, 2))
     check_against_the_reference(emulated(kernels, 1), range(1, 30, 2))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import DEVICES, needs_cuda
 from packed_attention_cases import (
     DTYPES,
     HEAD_DIMS,
@@ -28,7 +29,6 @@ from mtfast.ops import (
     packed_attention_qkv,
 )
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ops = torch.ops.mtfast
 
 
@@ -104,8 +104,9 @@ def test_mean_over_seeds_is_the_undropped_result(device):
     check_mean_over_seeds(run, 2000, device)
 
 
-def test_torch_manual_seed_governs_dropout():
-    batch = make_batch([12, 5], 1, 32, torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_manual_seed_governs_dropout(device):
+    batch = make_batch([12, 5], 1, 32, torch.float32, device=device)
 
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -136,9 +137,10 @@ def test_deterministic_whatever_the_threads(dtype, device, layout):
         torch.set_num_threads(threads)
 
 
-def test_opcheck():
-    batch = make_batch([5, 0, 17], 2, 32, torch.float32)
-    seed = torch.tensor([SEED % 2**62])
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    batch = make_batch([5, 0, 17], 2, 32, torch.float32, device=device)
+    seed = torch.tensor([SEED % 2**62], device=device)
     q, k, v = (x.requires_grad_() for x in batch.tensors)
     qkv = torch.stack((q, k, v), 1).detach().requires_grad_()
     tail = (batch.cu_seqlens, 17, 0.1, 0.2, seed)
@@ -149,18 +151,19 @@ def test_opcheck():
 
 @pytest.mark.parametrize("one_query", [False, True])
 @pytest.mark.parametrize("dynamic", [True, None])
-def test_compiles_once_for_changing_batches(dynamic, one_query):
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_once_for_changing_batches(device, dynamic, one_query):
     """Or, where torch is to find out by itself what changes, twice."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    module = PackedSelfAttention(64, 2, dropout_p=0.1)
+    module = PackedSelfAttention(64, 2, dropout_p=0.1).to(device)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for number, lengths in enumerate(([5, 6], [7, 8, 9], [20, 3, 1, 1], [64, 2, 7, 7, 7], [3] * 9)):
-        cu = offsets(lengths)
+        cu = offsets(lengths).to(device)
         rows = cu[:-1].long() if one_query else None
-        x = torch.randn(sum(lengths), 64)
-        seed = torch.tensor([number])
+        x = torch.randn(sum(lengths), 64, device=device)
+        seed = torch.tensor([number], device=device)
         out = compiled(x, cu, max(lengths), seed=seed, cls_rows=rows)
         torch.testing.assert_close(out, module(x, cu, max(lengths), seed=seed, cls_rows=rows))
         out.sum().backward()
@@ -224,7 +227,8 @@ def test_second_derivative_is_refused():
         first.sum().backward()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_cuda
+@pytest.mark.gpu
 def test_cuda_graph_capture():
     batch = make_batch([9, 30, 64], 4, 64, torch.bfloat16, device="cuda")
     q, k, v = (x.requires_grad_() for x in batch.tensors)
@@ -247,9 +251,31 @@ def test_cuda_graph_capture():
     assert all(torch.equal(a, b) for a, b in zip(captured, step(2), strict=True))
 
 
-def test_autocast():
-    batch = make_batch([5, 9], 2, 32, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@needs_cuda
+@pytest.mark.gpu
+def test_a_captured_graph_draws_anew():
+    """Without a seed; one that is a number of the host is refused."""
+    batch = make_batch([64], 4, 64, torch.bfloat16, device="cuda")
+
+    def step(seed: int | None = None) -> Tensor:
+        return packed_attention(*batch.tensors, batch.cu_seqlens, 64, dropout_p=0.5, seed=seed)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+            step(3)
+    graph.replay()
+    first = captured.clone()
+    graph.replay()
+    assert not torch.equal(captured, first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(device):
+    batch = make_batch([5, 9], 2, 32, torch.float32, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert packed_attention(*batch.tensors, batch.cu_seqlens, 9).dtype == torch.bfloat16
 
 

@@ -12,8 +12,17 @@ import math
 
 import pytest
 import torch
-from cuda_on_cpu.harness import CASES, DTYPES_IN_C, Case, Kernels, load_all, run_sanitized
-from cuda_on_cpu.machine_code import disassembled
+from cuda_on_cpu.harness import (
+    CASES,
+    DTYPES_IN_C,
+    SHARED_KIB,
+    Case,
+    KernelError,
+    Kernels,
+    load_all,
+    run_sanitized,
+)
+from cuda_on_cpu.machine_code import ARCHITECTURES, disassembled, ptx
 from packed_attention_cases import (
     DTYPES,
     HEAD_DIMS,
@@ -28,7 +37,13 @@ from packed_attention_cases import (
 )
 from torch import Tensor
 
-SOURCES = ("packed_attention.cu", "packed_attention_backward.cu", "packed_attention_cls.cu")
+# How many kernels each source has: for each dtype and head_dim of short sequences and of any, in one pass and
+# in two, forward and backward.
+SOURCES = {
+    "packed_attention.cu": 9 * 2,
+    "packed_attention_backward.cu": 9 * 3,
+    "packed_attention_cls.cu": 9 * 2,
+}
 
 
 class CTensor(ctypes.Structure):
@@ -46,8 +61,7 @@ class CShape(ctypes.Structure):
         ("dtype", ctypes.c_int),
         ("softmax_scale", ctypes.c_double),
         ("threshold", ctypes.c_uint32),
-        ("seed", ctypes.c_uint64),
-        ("seed_on_device", ctypes.c_void_p),
+        ("seed", ctypes.c_void_p),
     )
 
 
@@ -63,7 +77,7 @@ class CBackward(ctypes.Structure):
     )
 
 
-def shape_of(batch: Batch, dropout_p: float, seed: int) -> CShape:
+def shape_of(batch: Batch, dropout_p: float, seed: Tensor) -> CShape:
     total, heads, head_dim = batch.k.shape
     return CShape(
         batch.cu_seqlens.data_ptr(),
@@ -75,8 +89,7 @@ def shape_of(batch: Batch, dropout_p: float, seed: int) -> CShape:
         DTYPES_IN_C[batch.k.dtype],
         1 / math.sqrt(head_dim),
         round(dropout_p * 65536),
-        seed,
-        None,
+        seed.data_ptr(),
     )
 
 
@@ -84,7 +97,8 @@ def emulated(forward: Kernels, backward: Kernels, cls: Kernels) -> Run:
     """packed_attention, or for a batch with one query a sequence packed_attention_cls, by these kernels."""
 
     def run(batch: Batch, dropout_p: float = 0.0, seed: int = SEED) -> list[Tensor | None]:
-        shape = shape_of(batch, dropout_p, seed)
+        seed_there = torch.tensor([seed])
+        shape = shape_of(batch, dropout_p, seed_there)
         out, *grads = (torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (batch.q, *batch.tensors))
         lse = torch.full((batch.q.size(1), batch.q.size(0)), torch.nan)
         q, k, v, o, dout, dq, dk, dv = map(CTensor.of, (*batch.tensors, out, batch.dout, *grads))
@@ -95,7 +109,8 @@ def emulated(forward: Kernels, backward: Kernels, cls: Kernels) -> Run:
             cls.mtfast_packed_attention_cls_backward(backward_args, None)
             return [out, None, *grads]
         # As large as packed_attention.cpp makes it.
-        delta = torch.full((lse.size(0), lse.size(1) if batch.max_seqlen > 64 else 0), torch.nan)
+        piece = 32 if batch.q.dtype == torch.float32 and batch.q.size(2) == 128 else 64
+        delta = torch.full((lse.size(0), lse.size(1) if batch.max_seqlen > piece else 0), torch.nan)
         forward.mtfast_packed_attention_forward(forward_args, None)
         backward.mtfast_packed_attention_backward(backward_args, delta, None)
         return [out, lse, *grads]
@@ -150,6 +165,40 @@ def test_a_sequence_does_not_notice_the_others(dtype, run):
     check_a_sequence_does_not_notice_the_others(run, dtype)
 
 
+@pytest.mark.parametrize("architecture", SHARED_KIB)
+def test_every_kernel_fits_every_architecture(architecture):
+    kernels = load_all(SOURCES, Case(architecture=architecture))
+    run = emulated(*kernels)
+    for kernel in kernels:
+        kernel.take_launched()
+    for dtype in DTYPES:
+        for head_dim in HEAD_DIMS:
+            for lengths, layout in (([20, 3], "apart"), ([70], "apart"), ([5], "cls")):
+                run(make_batch(lengths, 1, head_dim, dtype, layout=layout))
+    assert [kernel.take_launched() for kernel in kernels] == list(SOURCES.values())
+
+
+def test_refused_shared_memory_leaves_no_error_behind(monkeypatch):
+    """Which torch would find after its own next launch and take for that one's."""
+    monkeypatch.setitem(SHARED_KIB, "sm_86", 50)
+    forward, *others = load_all(SOURCES, Case(architecture="sm_86"))
+    with pytest.raises(KernelError, match="returned 1"):
+        emulated(forward, *others)(make_batch([20], 1, 64, torch.float32))
+    assert forward.last_error == 0
+
+
+LOG_SUM = """#include "packed_attention.cuh"
+__global__ void log_sum(float* x) { x[0] = mtfast::attention::log_sum(x[1], x[2]); }
+"""
+
+
+def test_log_sum_leaves_no_rounding_to_the_compiler(tmp_path):
+    """It needs a product and a sum rounded each on its own: without .rn they may be rounded once together."""
+    source = tmp_path / "log_sum.cu"
+    source.write_text(LOG_SUM)
+    assert {"mul.rn.f32", "add.rn.f32"} <= set(ptx(source).split())
+
+
 def small_shapes_and_lies(*kernels: Kernels) -> None:
     run = emulated(*kernels)
     for dtype in DTYPES:
@@ -174,8 +223,7 @@ def test_sanitizers_are_silent():
 @pytest.mark.parametrize("source", SOURCES)
 def test_machine_code_uses_tensor_cores_and_wide_loads(source):
     kernels = disassembled(source, "")
-    # dtypes, head_dims, architectures; short and any, in one and in two passes, forward and backward
-    assert len(kernels) == 9 * 2 * (3 if "backward" in source else 2)
+    assert len(kernels) == SOURCES[source] * len(ARCHITECTURES)
     for kernel in kernels:
         what = f"{kernel.name} for {kernel.architecture}"
         if kernel.name.startswith("cls"):

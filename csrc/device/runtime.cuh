@@ -23,13 +23,6 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(mtfast_shared_memory);
 }
 
-// Lets a kernel use more than 48 KiB of shared memory; 0 or a cudaError_t.
-template <class Kernel>
-int allow_shared_memory(Kernel kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return 0;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
 }  // namespace mtfast
 
 // MTFAST_LAUNCH(grid, block, shared_bytes, stream, (kernel<A, B>), arguments...): 0 or a cudaError_t.
@@ -39,3 +32,19 @@ int allow_shared_memory(Kernel kernel, size_t bytes) {
    static_cast<int>(cudaGetLastError()))
 // clang-format on
 #endif
+
+namespace mtfast {
+
+// Lets a kernel use more than 48 KiB of shared memory; 0 or a cudaError_t, which is taken from the runtime,
+// so that nobody meets it again later.
+template <class Kernel>
+int allow_shared_memory(Kernel* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return 0;
+  const int error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(bytes));
+  if (error != 0) cudaGetLastError();
+  return error;
+}
+
+}  // namespace mtfast

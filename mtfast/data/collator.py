@@ -47,7 +47,7 @@ class FusedMaskingCollator(DataCollatorForLanguageModeling):
         self._special_ids = sorted(self.tokenizer.all_special_ids)
         self._subword: Tensor | None = None
         if self.whole_word_mask:
-            self._subword = torch.zeros(self._vocab_size, dtype=torch.bool)
+            self._subword = torch.zeros(self._vocab_size, dtype=torch.bool, device="cpu")
             continuing = [index for piece, index in vocabulary.items() if piece.startswith("##")]
             if not continuing:
                 raise ValueError(
@@ -61,7 +61,7 @@ class FusedMaskingCollator(DataCollatorForLanguageModeling):
         """(input_ids, labels) for int64 inputs [batch, length]; offset_mapping is not needed."""
         protected = None
         if special_tokens_mask is not None:
-            protected = torch.as_tensor(special_tokens_mask, dtype=torch.bool)
+            protected = torch.as_tensor(special_tokens_mask, dtype=torch.bool, device=inputs.device)
         masked = mask_tokens(
             inputs if protected is None else inputs.masked_fill(protected, self._special_ids[0]),
             special_ids=self._special_ids,
@@ -79,7 +79,7 @@ class FusedMaskingCollator(DataCollatorForLanguageModeling):
 
     def _next_seed(self) -> int:
         if self.seed is None:
-            return int(torch.randint(2**63 - 1, ()))
+            return int(torch.randint(2**63 - 1, (), device="cpu"))
         worker = torch.utils.data.get_worker_info()
         # Fields of 24 bits for the seed, 8 for the worker, 32 for the batch: different for different triples.
         seed = (self.seed % 2**23) << 40 | (worker.id % 256 if worker else 0) << 32 | self._batches % 2**32

@@ -88,7 +88,7 @@ class ReviewSamples(Tokenized):
 
     def masked_counts(self, mlm_probability: float, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Tokens that mask_tokens chooses in each sample (of ``rows``) with its "exact" strategy, int64."""
-        return exact_count(torch.tensor(self.candidates[rows]), mlm_probability).numpy()
+        return exact_count(torch.tensor(self.candidates[rows], device="cpu"), mlm_probability).numpy()
 
 
 def read_reviews(source: str | Path, limit: int | None = None, *, strict: bool = False) -> ReviewTable:

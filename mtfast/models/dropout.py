@@ -37,7 +37,7 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, training: bool) -> Tensor
 
 def _draw_keep(x: Tensor, threshold: int) -> Tensor:
     """1 where an element is kept and 0 where it is dropped, in x's shape and dtype."""
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     keep = words.view(torch.int16)[: x.numel()].view(x.shape).ge_(threshold - _LEVELS // 2)
     if x.dtype == torch.bfloat16:  # 16-bit integer arithmetic builds the number's bits: no conversion pass
         return keep.mul_(_ONE_IN_BFLOAT16).view(torch.bfloat16)

@@ -93,7 +93,9 @@ class LstmSentimentHead(nn.Module):
                 f"bounds must be [{n}, 2] on the host, found {list(bounds.shape)} on {bounds.device}"
             )
         if n == 0:  # a step without a sentence must still give every weight its (zero) gradient
-            states = self._final_states(tokens.new_zeros(1, tokens.size(1)), torch.tensor([[0, 1]]))[:0]
+            states = self._final_states(
+                tokens.new_zeros(1, tokens.size(1)), torch.tensor([[0, 1]], device="cpu")
+            )[:0]
         else:
             states = self._final_states(tokens, bounds)
         features = torch.cat([cls, states], dim=1)
@@ -106,7 +108,7 @@ class LstmSentimentHead(nn.Module):
             raise ValueError(f"bounds gives sentence {int(lengths.argmin())} no token besides [CLS]")
         lengths, order = lengths.sort(descending=True, stable=True)
         # The LSTM's layout is time-major: all first tokens, longest sentence first, then all second ones.
-        time = torch.arange(int(lengths[0]))[:, None]
+        time = torch.arange(int(lengths[0]), device="cpu")[:, None]
         inside = time < lengths
         rows = (bounds[order, 0] + time)[inside]
         moved = [x.to(tokens.device, non_blocking=True) for x in (rows, order, order.argsort())]

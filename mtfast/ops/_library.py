@@ -15,6 +15,8 @@ LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 # Whether ops look at the values of index tensors on a GPU, which waits for it. On the CPU they always do.
 CHECK_VALUES = os.environ.get("MTFAST_CHECK_VALUES") == "1"
 
+_SEED_LIMIT = 2**63 - 1
+
 
 @functools.cache
 def load() -> None:
@@ -99,6 +101,42 @@ def with_derivative(op_name: str, setup: Callable[..., None], derivative: Callab
         return Direct.apply(*inputs)
 
     return call
+
+
+def seed_tensor(seed: int | Tensor | None, dropout_p: float, like_name: str, like: Tensor) -> Tensor | None:
+    """Dropout's seed where kernels read it: an int64 tensor of one element on the device of `like`.
+
+    None draws one from torch's default generator of that device. Without dropout there is no seed.
+
+    Raises:
+        TypeError, ValueError: the seed is a tensor of another dtype, size or device.
+        RuntimeError: it is an int while a CUDA graph is captured, whose replays would all drop the same.
+    """
+    device = like.device
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            found = f"{seed.dtype} {list(seed.shape)}"
+            raise TypeError(f"seed must be an int or an int64 tensor of one element, found {found}")
+        if seed.device != device:
+            raise ValueError(f"seed is on {seed.device}, {like_name} on {device}: they must be on one device")
+    if dropout_p == 0.0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.view(1)
+    if seed is None:
+        return torch.randint(_SEED_LIMIT, (1,), dtype=torch.int64, device=device)
+    if _captured(device):
+        raise RuntimeError(
+            f"seed is the int {seed} while a CUDA graph is captured, all of whose replays would drop the "
+            f"same: pass an int64 tensor on {device} that changes between replays, or None"
+        )
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def _captured(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, total: int) -> None:

@@ -14,7 +14,6 @@ from mtfast.ops import _library, _philox
 ACTIVATIONS = ("relu", "gelu", "tanh")  # in the order of the C++ enum
 MAX_OUTPUTS = 8
 _NEED_U, _NEED_V, _NEED_WEIGHT1 = 1, 2, 4
-_SEED_LIMIT = 2**63 - 1
 _PURPOSE = 3  # Purpose::kConcatMlpDropout
 
 _library.load()
@@ -49,7 +48,8 @@ def concat_mlp(
             resolved to 1/65536; what is kept is scaled so that the expectation is the undropped element.
         seed: what dropout is drawn from: one seed, row and column of the hidden layer give one decision. An
             int, or an int64 tensor of one element on the inputs' device. None draws one from torch's default
-            generator of that device.
+            generator of that device. While a CUDA graph is captured an int is refused, since every replay
+            would drop the same.
         training: False switches dropout off.
 
     Returns:
@@ -57,11 +57,11 @@ def concat_mlp(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, activation or probability that does not fit.
-        RuntimeError: on the CPU, a row index out of range; a device or dtype without an implementation. A GPU
-            is not waited for to check indices: in 16 bits such a row of the result is NaN, and its gradient,
-            as float32's result, fails torch's own assertion on the device.
+        RuntimeError: an int seed in a capture; on the CPU, a row index out of range; a device or dtype
+            without an implementation. A GPU is not waited for to check indices: in 16 bits such a row of the
+            result is NaN, and its gradient, as float32's result, fails torch's own assertion on the device.
     """
-    _check(u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p, seed)
+    _check(u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p)
     operands = [u, v, weight1, bias1, weight2, bias2]
     if torch.is_autocast_enabled(u.device.type):
         dtype = torch.get_autocast_dtype(u.device.type)
@@ -69,27 +69,17 @@ def concat_mlp(
     operands = [x if x.stride(-1) == 1 else x.contiguous() for x in operands[:2]] + [
         x.contiguous() for x in operands[2:]
     ]
-    if not training:
-        dropout_p = 0.0
+    dropout_p = dropout_p if training else 0.0
     y, _ = _concat_mlp(
         *operands,
         None if u_rows is None else u_rows.contiguous(),
         None if v_rows is None else v_rows.contiguous(),
         ACTIVATIONS.index(activation),
         dropout_p,
-        _seed_tensor(seed, u.device) if dropout_p > 0 else None,
+        _library.seed_tensor(seed, dropout_p, "u", u),
         torch.is_grad_enabled() and any(x.requires_grad for x in operands),
     )
     return y
-
-
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed where the kernels read it: on the device, so that a CUDA graph draws anew each replay."""
-    if seed is None:
-        return torch.randint(_SEED_LIMIT, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        return seed.view(1)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def concat_mlp_ref(
@@ -125,7 +115,8 @@ def concat_mlp_ref(
 
 def dropout_keep(batch: int, inner: int, dropout_p: float, seed: int) -> Tensor:
     """bool [batch, inner]: what `concat_mlp` with this seed keeps of the hidden layer."""
-    row, column = torch.arange(batch)[:, None], torch.arange(inner)[None, :]
+    row, column = (torch.arange(n, device="cpu") for n in (batch, inner))
+    row, column = row[:, None], column[None, :]
     call = column // 32 * 4 + column % 8 // 2
     zero = torch.zeros_like(row + column)
     words = torch.stack(_philox.philox(call + zero, row + zero, zero, zero + _PURPOSE, seed), dim=-1)
@@ -270,7 +261,6 @@ def _check(
     v_rows: Tensor | None,
     activation: str,
     dropout_p: float,
-    seed: int | Tensor | None,
 ) -> None:
     """Raise for arguments that do not fit each other, naming what was found."""
     named = {"u": u, "v": v, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
@@ -313,5 +303,3 @@ def _check(
         for name in ("v", "weight1", "bias1", "weight2", "bias2"):
             if named[name].dtype != u.dtype:
                 raise TypeError(f"{name} is {named[name].dtype}, u is {u.dtype}: they must be of one dtype")
-    if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise TypeError(f"seed must be an int64 tensor of one element, found {seed.dtype} {list(seed.shape)}")

@@ -71,7 +71,8 @@ def mask_tokens(
         ValueError: strategy is unknown.
         RuntimeError: an argument has a wrong device, dtype, shape or value. On a GPU the values of
             input_ids and cu_seqlens are looked at only under MTFAST_CHECK_VALUES=1, since that waits for the
-            GPU; without it ids outside the vocabulary are left as they are.
+            GPU. Without it ids outside the vocabulary are left as they are, and wrong offsets give wrong
+            choices, never an access out of bounds.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, found {strategy!r}")

@@ -39,9 +39,10 @@ def packed_attention(
         max_seqlen: at least the longest sequence's length; a host integer, so that nothing syncs.
         dropout_p: probability in [0, 1) with which an attention weight is dropped, resolved to 1/65536.
         softmax_scale: default 1/sqrt(head_dim).
-        seed: of the dropout; an int, or an int64 tensor with one element on the CPU or on q's device. None
-            draws one from torch's default generator. What is dropped depends on (seed, head, the query's
-            place in the packed batch, the key's place in its sequence) alone.
+        seed: of the dropout; an int, or an int64 tensor of one element on q's device. None draws one from
+            torch's default generator of that device. What is dropped depends on (seed, head, the query's
+            place in the packed batch, the key's place in its sequence) alone. While a CUDA graph is captured
+            an int is refused, since every replay would drop the same.
         return_lse: also return the log-sum-exp of the scaled scores, float32 [heads, total]
             (float64 for float64 inputs); no gradient flows through it.
 
@@ -50,9 +51,9 @@ def packed_attention(
 
     Raises:
         TypeError, ValueError: the named argument has a wrong dtype, shape, device or value.
-        RuntimeError: on the CPU, also where cu_seqlens' values are wrong or max_seqlen is less than a length;
-            on CUDA reading them would sync, so there they are not looked at: wrong ones give wrong numbers,
-            never an access out of bounds.
+        RuntimeError: an int seed in a capture; on the CPU, also where cu_seqlens' values are wrong or
+            max_seqlen is less than a length. On CUDA reading them would sync, so there they are not looked
+            at: wrong ones give wrong numbers, never an access out of bounds.
     """
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
@@ -64,7 +65,7 @@ def packed_attention(
         max_seqlen,
         dropout_p,
         _scale(softmax_scale, q),
-        _seed_tensor(seed, dropout_p),
+        _library.seed_tensor(seed, dropout_p, "q", q),
     )
     return (out, lse.detach()) if return_lse else out
 
@@ -86,7 +87,12 @@ def packed_attention_qkv(
     q, k, v = qkv.unbind(1)
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
     out, lse = _calls["packed_attention_qkv"](
-        qkv, cu_seqlens, max_seqlen, dropout_p, _scale(softmax_scale, q), _seed_tensor(seed, dropout_p)
+        qkv,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p,
+        _scale(softmax_scale, q),
+        _library.seed_tensor(seed, dropout_p, "qkv", q),
     )
     return (out, lse.detach()) if return_lse else out
 
@@ -118,7 +124,7 @@ def packed_attention_cls(
         max_seqlen,
         dropout_p,
         _scale(softmax_scale, q),
-        _seed_tensor(seed, dropout_p),
+        _library.seed_tensor(seed, dropout_p, "q", q),
     )
     return out
 
@@ -272,19 +278,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def _seed_tensor(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
-    if dropout_p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            found = f"{seed.dtype} {list(seed.shape)}"
-            raise TypeError(f"seed must be an int or an int64 tensor of one element, found {found}")
-        return seed
-    return torch.full((1,), seed, dtype=torch.int64)
 
 
 def _check(

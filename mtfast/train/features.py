@@ -117,7 +117,7 @@ def encode(
         size += len(table.sequences)
     per_example = {task: table.sequences_per_example for task, table in tables.items()}
     dtype, hidden = next(encoder.parameters()).dtype, encoder.config.hidden_size
-    offsets = None if token_task is None else torch.tensor(tables[token_task].offsets)
+    offsets = None if token_task is None else torch.tensor(tables[token_task].offsets, device="cpu")
     heights = {"cls": size} | ({} if offsets is None else {"tokens": int(offsets[-1])})
     storage = _allocate(heights, hidden, dtype, device, directory)
     cls, tokens = storage["cls"], storage.get("tokens")

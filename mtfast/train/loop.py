@@ -227,7 +227,8 @@ class _Loop:
         self.progress.update(at.step, records[-1]["losses"], examples, tokens)
 
     def _weighted(self, losses: dict[str, float]) -> float:
-        return float(self.stage.total({k: torch.tensor(v, dtype=torch.float64) for k, v in losses.items()}))
+        values = {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in losses.items()}
+        return float(self.stage.total(values))
 
     def _last_good(self) -> str:
         if (self.state_directory / "latest.json").exists():

@@ -6,9 +6,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "machine.h"
@@ -46,6 +49,7 @@ struct Fiber : Thread {
   State state = State::kReady;
   const char* file = "";
   int line = 0;
+  const void* caller = nullptr;  // of the collective
   Collective what{};
   Operands* operands = nullptr;
   std::vector<Copy> uncommitted;
@@ -67,6 +71,9 @@ uint32_t priority[32];
 const std::function<void()>* kernel_body = nullptr;
 std::mt19937 random_bits;
 std::string error;
+std::map<const void*, size_t> allowed_shared;  // by kernel: cudaFuncSetAttribute
+std::set<const void*> launched;                // kernels, since it was last asked
+cudaError_t last_error = cudaSuccess;
 
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 asm(R"(
@@ -290,6 +297,7 @@ void collective(Collective what, unsigned mask, Operands& operands, const char* 
   self->operands = &operands;
   self->file = file;
   self->line = line;
+  self->caller = __builtin_return_address(0);
   self->state = State::kInCollective;
   const int first = self->warp * 32;
   const unsigned present = first + 32 <= threads ? ~0u : (1u << (threads - first)) - 1;
@@ -323,6 +331,9 @@ void collective(Collective what, unsigned mask, Operands& operands, const char* 
     if (f->what != what || f->line != line || std::strcmp(f->file, file) != 0)
       fail("divergent warp collective: lane %d is at %s:%d, lane %d at %s:%d", self->lane, file, line, l,
            f->file, f->line);
+    else if (f->caller != self->caller)
+      fail("divergent warp collective at %s:%d: lanes %d and %d came there on two branches", file, line,
+           self->lane, l);
     lane[l] = f->operands;
     thread[l] = f;
     released.push_back(first + l);
@@ -339,6 +350,11 @@ void copy_async(void* shared, const void* global, int bytes, void* caller) {
   }
   if (reinterpret_cast<uintptr_t>(shared) % 16 || (bytes && reinterpret_cast<uintptr_t>(global) % 16)) {
     fail("cp.async: an address is not aligned to 16 bytes");
+    return yield();
+  }
+  const auto* from = static_cast<const unsigned char*>(global);
+  if (from >= block.shared && from < block.shared + block.shared_bytes) {
+    fail("cp.async: the source is in shared memory");
     return yield();
   }
   const Copy copy{shared, global, bytes, caller};
@@ -359,15 +375,21 @@ void copy_async_wait(int pending) {
   }
 }
 
-int launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const char* kernel,
+int launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const Kernel& kernel,
            const std::function<void()>& body) {
   error.clear();
+  last_error = cudaSuccess;
   const size_t count = size_t{block_dim.x} * block_dim.y * block_dim.z;
-  if (count == 0 || count > 1024 || shared_bytes > 227 * 1024 || !grid.x || !grid.y || !grid.z ||
-      grid.y > 65535 || grid.z > 65535) {
-    error = std::string(kernel) + ": invalid launch configuration";
+  const size_t allowed = std::max<size_t>(48 * 1024, allowed_shared[kernel.address]);
+  if (count == 0 || count > 1024 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || shared_bytes > allowed) {
+    error = std::string(kernel.name) + ": invalid launch configuration: " + std::to_string(count) +
+            " threads, a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+            std::to_string(grid.z) + ", " + std::to_string(shared_bytes) + " bytes of shared memory where " +
+            std::to_string(allowed) + " are allowed";
     return cudaErrorInvalidConfiguration;
   }
+  launched.insert(kernel.address);
   threads = static_cast<int>(count);
   kernel_body = &body;
   random_bits.seed(config.seed);
@@ -380,13 +402,30 @@ int launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const char* kernel,
       for (unsigned x = 0; x < grid.x && error.empty(); ++x) run_block(block_dim, make_uint3(x, y, z), grid);
   current = nullptr;
   if (error.empty() && races_found() == 0) return 0;
-  error = std::string(kernel) + ": " + error;
+  error = std::string(kernel.name) + ": " + error;
   return cudaErrorLaunchFailure;
 }
 
 }  // namespace cuda_on_cpu
 
-extern "C" void cuda_on_cpu_configure(int order, unsigned seed, int late_copies, int races) {
-  cuda_on_cpu::config = {static_cast<cuda_on_cpu::Order>(order), seed, late_copies != 0, races != 0};
+using namespace cuda_on_cpu;
+
+extern "C" {
+// What the kernels' launch functions call of the CUDA runtime.
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (static_cast<size_t>(bytes) > config.shared_limit) return last_error = cudaErrorInvalidValue;
+  allowed_shared[kernel] = static_cast<size_t>(bytes);
+  return cudaSuccess;
 }
-extern "C" const char* cuda_on_cpu_error() { return cuda_on_cpu::error.c_str(); }
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+const char* cudaGetErrorString(cudaError_t) { return error.empty() ? "refused" : error.c_str(); }
+
+void cuda_on_cpu_configure(int order, unsigned seed, int late_copies, int races, int64_t shared_limit) {
+  if (shared_limit != static_cast<int64_t>(config.shared_limit)) allowed_shared.clear();
+  config = {static_cast<Order>(order), seed, late_copies != 0, races != 0, static_cast<size_t>(shared_limit)};
+}
+const char* cuda_on_cpu_error() { return error.c_str(); }
+int cuda_on_cpu_last_error() { return last_error; }
+// How many kernels were launched since it was last asked.
+int64_t cuda_on_cpu_take_launched() { return static_cast<int64_t>(std::exchange(launched, {}).size()); }
+}

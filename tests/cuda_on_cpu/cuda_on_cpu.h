@@ -44,6 +44,9 @@ struct Operands {
 
 // Whose call it is, for messages.
 #define CUDA_ON_CPU_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+// What ends in a collective is part of the kernel's code, so that each place which calls it has an address of
+// its own.
+#define CUDA_ON_CPU_INLINE inline __attribute__((always_inline))
 
 unsigned char* shared_memory();
 void sync_threads(const char* file, int line);
@@ -51,7 +54,16 @@ void collective(Collective what, unsigned mask, Operands& operands, const char* 
 void copy_async(void* shared, const void* global, int bytes, void* caller);
 void copy_async_commit();
 void copy_async_wait(int pending);
-int launch(dim3 grid, dim3 block, size_t shared_bytes, const char* kernel, const std::function<void()>& body);
+struct Kernel {
+  const void* address;
+  const char* name;
+};
+int launch(dim3 grid, dim3 block, size_t shared_bytes, const Kernel& kernel,
+           const std::function<void()>& body);
+template <class... Arguments>
+const void* address_of(void (*kernel)(Arguments...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
 void note_access(const void* address, size_t bytes, bool write, bool atomic, void* caller);
 
 template <class T, class F>
@@ -70,27 +82,27 @@ __attribute__((no_sanitize("thread"))) T atomic_update(T* address, F f) {
 #define gridDim (cuda_on_cpu::current->grid_dim)
 #define warpSize 32
 
-inline void __syncthreads(CUDA_ON_CPU_CALLER) { cuda_on_cpu::sync_threads(file, line); }
-inline void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE void __syncthreads(CUDA_ON_CPU_CALLER) { cuda_on_cpu::sync_threads(file, line); }
+CUDA_ON_CPU_INLINE void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_CALLER) {
   cuda_on_cpu::Operands none{};
   cuda_on_cpu::collective(cuda_on_cpu::Collective::kSync, mask, none, file, line);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_CALLER) {
   cuda_on_cpu::Operands o{};
   o.word[0] = predicate != 0;
   cuda_on_cpu::collective(cuda_on_cpu::Collective::kBallot, mask, o, file, line);
   return o.word[0];
 }
-inline int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_CALLER) {
   return __ballot_sync(mask, predicate, file, line) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_CALLER) {
   return __ballot_sync(mask, !predicate, file, line) == 0;
 }
 
 namespace cuda_on_cpu {
 template <class T>
-T shuffle(unsigned mask, T value, int source, const char* file, int line) {
+CUDA_ON_CPU_INLINE T shuffle(unsigned mask, T value, int source, const char* file, int line) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   Operands o{};
   std::memcpy(o.word, &value, sizeof(T));
@@ -106,22 +118,22 @@ inline int lane_or_self(int source, int width) {
 }  // namespace cuda_on_cpu
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32, CUDA_ON_CPU_CALLER) {
   const int lane = cuda_on_cpu::current->lane;
   return cuda_on_cpu::shuffle(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), file, line);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, CUDA_ON_CPU_CALLER) {
   const int source = cuda_on_cpu::lane_or_self(cuda_on_cpu::current->lane ^ bits, width);
   return cuda_on_cpu::shuffle(mask, value, source, file, line);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, int delta, int width = 32, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE T __shfl_down_sync(unsigned mask, T value, int delta, int width = 32, CUDA_ON_CPU_CALLER) {
   const int source = cuda_on_cpu::lane_or_self(cuda_on_cpu::current->lane + delta, width);
   return cuda_on_cpu::shuffle(mask, value, source, file, line);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, int delta, int width = 32, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE T __shfl_up_sync(unsigned mask, T value, int delta, int width = 32, CUDA_ON_CPU_CALLER) {
   const int source = cuda_on_cpu::lane_or_self(cuda_on_cpu::current->lane - delta, width);
   return cuda_on_cpu::shuffle(mask, value, source, file, line);
 }
@@ -155,6 +167,17 @@ inline unsigned __float_as_uint(float x) {
   return y;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+// Never contracted to one rounding, as they would be to the compiler's eyes.
+inline float __fmul_rn(float a, float b) {
+  float product = a * b;
+  asm("" : "+x"(product));
+  return product;
+}
+inline float __fadd_rn(float a, float b) {
+  float sum = a + b;
+  asm("" : "+x"(sum));
+  return sum;
+}
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __frcp_rn(float x) { return 1 / x; }
@@ -171,23 +194,18 @@ template <class T>
 T* shared_memory() {
   return reinterpret_cast<T*>(cuda_on_cpu::shared_memory());
 }
-template <class Kernel>
-int allow_shared_memory(Kernel, size_t bytes) {
-  return bytes > 227 * 1024 ? static_cast<int>(cudaErrorInvalidValue) : 0;
-}
-
 namespace ptx {
 
 namespace detail {
-inline void matrix(cuda_on_cpu::Collective what, uint32_t (&r)[4], const void* row, const char* file,
-                   int line) {
+CUDA_ON_CPU_INLINE void matrix(cuda_on_cpu::Collective what, uint32_t (&r)[4], const void* row,
+                               const char* file, int line) {
   cuda_on_cpu::Operands o{};
   o.address = row;
   cuda_on_cpu::collective(what, ~0u, o, file, line);
   std::memcpy(r, o.word, sizeof r);
 }
-inline void mma(cuda_on_cpu::Collective what, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                const char* file, int line) {
+CUDA_ON_CPU_INLINE void mma(cuda_on_cpu::Collective what, float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                            uint32_t b1, const char* file, int line) {
   cuda_on_cpu::Operands o{};
   std::memcpy(o.word, a, sizeof a);
   o.word[4] = b0;
@@ -198,16 +216,18 @@ inline void mma(cuda_on_cpu::Collective what, float (&c)[4], const uint32_t (&a)
 }
 }  // namespace detail
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE void ldmatrix_x4(uint32_t (&r)[4], const void* row, CUDA_ON_CPU_CALLER) {
   detail::matrix(cuda_on_cpu::Collective::kMatrix, r, row, file, line);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, CUDA_ON_CPU_CALLER) {
   detail::matrix(cuda_on_cpu::Collective::kMatrixTransposed, r, row, file, line);
 }
-inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                 CUDA_ON_CPU_CALLER) {
   detail::mma(cuda_on_cpu::Collective::kMmaBf16, c, a, b0, b1, file, line);
 }
-inline void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, CUDA_ON_CPU_CALLER) {
+CUDA_ON_CPU_INLINE void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                 CUDA_ON_CPU_CALLER) {
   detail::mma(cuda_on_cpu::Collective::kMmaFp16, c, a, b0, b1, file, line);
 }
 // Not inlined: the return address is the kernel's line in a race report.
@@ -227,5 +247,6 @@ inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 }  // namespace ptx
 }  // namespace mtfast
 
-#define MTFAST_LAUNCH(grid, block, shared_bytes, stream, kernel, ...) \
-  cuda_on_cpu::launch(grid, block, shared_bytes, #kernel, [&] { (kernel)(__VA_ARGS__); })
+#define MTFAST_LAUNCH(grid, block, shared_bytes, stream, kernel, ...)                          \
+  cuda_on_cpu::launch(grid, block, shared_bytes, {cuda_on_cpu::address_of((kernel)), #kernel}, \
+                      [&] { (kernel)(__VA_ARGS__); })

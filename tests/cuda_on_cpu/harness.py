@@ -27,6 +27,7 @@ import hashlib
 import importlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,13 +40,22 @@ from typing import Any
 import pytest
 import torch
 
+from mtfast.toolkit import homes
+
 # csrc/dtype.h
 DTYPES_IN_C = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 EMULATION = [HERE / name for name in ("cuda_on_cpu.cpp", "race.cpp", "warp.cpp")]
 ORDERS = ("forward", "reverse", "random", "warp priority")
+# KiB of shared memory that a block may have: the CUDA programming guide, "Technical Specifications per
+# Compute Capability".
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_120": 99}
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+
+# What the emulation defines of the CUDA runtime is meant for the kernels it is linked with alone.
+LINKED = ("-shared", "-Wl,-Bsymbolic")
 
 
 class KernelError(RuntimeError):
@@ -61,27 +71,25 @@ class Case:
     races: bool = False
     sanitized: bool = False
     seed: int = 0
+    architecture: str = "sm_90"  # whose limits hold
 
     def __str__(self) -> str:
         copies = "late" if self.late_copies else "early"
         extra = ("-races" if self.races else "") + ("-sanitized" if self.sanitized else "")
-        return f"{self.order}-{copies}{extra}".replace(" ", "_")
+        return f"{self.order}-{copies}{extra}-{self.architecture}".replace(" ", "_")
 
 
 CASES = (
     Case(),
-    Case(order="reverse", late_copies=False),
-    Case(order="random", seed=1),
-    Case(order="warp priority", races=True),
+    Case(order="reverse", late_copies=False, architecture="sm_86"),
+    Case(order="random", seed=1, architecture="sm_80"),
+    Case(order="warp priority", races=True, architecture="sm_120"),
 )
 
 
 def toolkit() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME or /usr/local/cuda, when it holds the headers."""
-    for home in map(Path, filter(None, [os.environ.get("CUDA_HOME"), "/usr/local/cuda"])):
-        if (home / "include" / "cuda_runtime.h").exists():
-            return home
-    return None
+    """The CUDA toolkit whose headers kernels are compiled with."""
+    return next((home for home in homes() if (home / "include" / "cuda_runtime.h").exists()), None)
 
 
 class Kernels:
@@ -92,12 +100,23 @@ class Kernels:
         self._library.cuda_on_cpu_error.restype = ctypes.c_char_p
         self._case = case
 
+    @property
+    def last_error(self) -> int:
+        """The cudaError_t that cudaGetLastError would give somebody else now."""
+        return self._library.cuda_on_cpu_last_error()
+
+    def take_launched(self) -> int:
+        """How many different kernels were launched since this was last asked."""
+        return self._library.cuda_on_cpu_take_launched()
+
     def __getattr__(self, name: str) -> Any:
         launch = getattr(self._library, name)
 
         def call(*arguments: Any) -> None:
+            case = self._case
+            limit = ctypes.c_int64(SHARED_KIB[case.architecture] * 1024)
             self._library.cuda_on_cpu_configure(
-                ORDERS.index(self._case.order), self._case.seed, self._case.late_copies, self._case.races
+                ORDERS.index(case.order), case.seed, case.late_copies, case.races, limit
             )
             error = launch(*map(_as_argument, arguments))
             if error:
@@ -148,43 +167,50 @@ def run_sanitized(function: str, *sources: str | Path) -> str:
     return done.stdout
 
 
+def contracted() -> list[str]:
+    """Flags with which products and sums become one rounding, as nvcc makes them, where the processor can."""
+    has_fma = re.search(r"^flags\b.* fma\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return ["-mfma", "-ffp-contract=fast"] if has_fma else []
+
+
 def _find(source: str | Path) -> Path:
     path = Path(source)
     return path if path.is_absolute() else CSRC / path
 
 
 def _build(source: Path, races: bool, sanitized: bool) -> Path:
-    home = toolkit()
-    if home is None:
-        pytest.skip("no CUDA headers: neither CUDA_HOME nor /usr/local/cuda holds include/cuda_runtime.h")
-    if platform.machine() != "x86_64" or sys.platform != "linux":
-        pytest.skip("the emulation switches fibers by x86-64 Linux code")
-    flags = ["-std=c++17", "-g", "-fPIC", "-DMTFAST_CUDA_ON_CPU", f"-I{CSRC}", f"-I{HERE}"]
-    flags += [
-        "-isystem",
-        str(home / "include"),
-        "-Wno-unknown-pragmas",
-        "-Wno-attributes",
-        "-fno-strict-aliasing",
-    ]
-    flags += ["-O1", *(SANITIZED if sanitized else [])]
-    flags += ["-DCUDA_ON_CPU_RACES"] if races else []
-    # Kernels take longer to compile than to run, so they are hardly optimised. Only they are instrumented for
-    # races: the emulation itself is the detector.
-    kernel_flags = [*flags, *(["-O0"] if sanitized else []), *(["-fsanitize=thread"] if races else [])]
-    link_flags = list(SANITIZED) if sanitized else []
-    objects = [_object(part, flags) for part in EMULATION]
-    kernel = _object(source, [*kernel_flags, "-x", "c++"])
-    library = kernel.with_suffix(".so")
+    objects = kernel_objects([source], races, sanitized)
+    library = objects[0].with_suffix(".so")
     if not library.exists():
-        with _written_at_once(library) as unfinished:
-            _compile(
-                [*link_flags, "-shared", *map(str, [kernel, *objects]), "-ldl", "-lpthread", "-o", unfinished]
-            )
+        flags = [*LINKED, *(SANITIZED if sanitized else ())]
+        with written_at_once(library) as unfinished:
+            compile_with([*flags, *map(str, objects), "-ldl", "-lpthread", "-o", unfinished])
     return library
 
 
-def _object(source: Path, flags: list[str]) -> Path:
+def kernel_objects(sources: Iterable[str | Path], races: bool = False, sanitized: bool = False) -> list[Path]:
+    """Object files of these kernels (in csrc, or paths) and of the emulation they run on, in this order."""
+    home = toolkit()
+    if home is None:
+        pytest.skip("no CUDA headers: CUDA_HOME, /usr/local/cuda or nvcc on PATH should lead to them")
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        pytest.skip("the emulation switches fibers by x86-64 Linux code")
+    flags = ["-std=c++17", "-g", "-fPIC", "-DMTFAST_CUDA_ON_CPU", f"-I{CSRC}", f"-I{HERE}"]
+    flags += ["-isystem", str(home / "include"), "-Wno-unknown-pragmas", "-Wno-attributes"]
+    flags += ["-fno-strict-aliasing"]
+    # Without jump threading a place in the source stays one in the code, as collectives need it.
+    flags += ["-O1", "-fno-thread-jumps", *(SANITIZED if sanitized else [])]
+    flags += ["-DCUDA_ON_CPU_RACES"] if races else []
+    # Kernels take longer to compile than to run, so they are hardly optimised. Only they are instrumented for
+    # races: the emulation itself is the detector.
+    kernel_flags = [*flags, *contracted(), *(["-O0"] if sanitized else [])]
+    kernel_flags += ["-fsanitize=thread"] if races else []
+    kernels = [object_of(_find(source), [*kernel_flags, "-x", "c++"]) for source in sources]
+    return [*kernels, *(object_of(part, flags) for part in EMULATION)]
+
+
+def object_of(source: Path, flags: list[str]) -> Path:
+    """The object file of `source`, compiled unless it is there."""
     digest = hashlib.sha256(
         _shared_digest() + source.read_bytes() + "\0".join([str(source), *flags]).encode()
     )
@@ -192,8 +218,8 @@ def _object(source: Path, flags: list[str]) -> Path:
     folder.mkdir(exist_ok=True, mode=0o700)
     compiled = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
     if not compiled.exists():
-        with _written_at_once(compiled) as unfinished:
-            _compile([*flags, "-c", str(source), "-o", unfinished])
+        with written_at_once(compiled) as unfinished:
+            compile_with([*flags, "-c", str(source), "-o", unfinished])
     return compiled
 
 
@@ -205,13 +231,15 @@ def _shared_digest() -> bytes:
 
 
 @contextlib.contextmanager
-def _written_at_once(path: Path) -> Iterator[str]:
+def written_at_once(path: Path) -> Iterator[str]:
+    """A name to write `path` under; it gets its own when it is whole."""
     unfinished = path.with_name(f"{os.getpid()}-{threading.get_ident()}-{path.name}")
     yield str(unfinished)
     unfinished.rename(path)
 
 
-def _compile(arguments: list[str]) -> None:
+def compile_with(arguments: list[str]) -> None:
+    """Run g++; RuntimeError with its output when it fails."""
     done = subprocess.run(["g++", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"g++ {' '.join(arguments)}\n{done.stderr}")

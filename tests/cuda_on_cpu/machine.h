@@ -11,6 +11,7 @@ struct Config {
   unsigned seed = 0;
   bool late_copies = true;  // cp.async lands when it is waited for, or at once
   bool races = false;
+  size_t shared_limit = 227 * 1024;  // bytes that a block may ask for
 };
 extern Config config;
 

@@ -43,11 +43,9 @@ def compiled(source: str) -> list[Kernel]:
 
     Skips without nvcc. A spill or local memory is a RuntimeError.
     """
-    home = toolkit()
-    if home is None or not (home / "bin" / "nvcc").exists():
-        pytest.skip("no nvcc: neither CUDA_HOME nor /usr/local/cuda holds bin/nvcc")
+    nvcc = _nvcc()
     with ThreadPoolExecutor() as pool:
-        built = pool.map(functools.partial(_compiled, home, source), ARCHITECTURES)
+        built = pool.map(functools.partial(_compiled, nvcc, source), ARCHITECTURES)
         return [kernel for kernels in built for kernel in kernels]
 
 
@@ -58,8 +56,21 @@ def disassembled(source: str, name: str) -> list[Kernel]:
     return [kernel for kernel in compiled(source) if kernel.name.startswith(name)]
 
 
+def ptx(source: Path) -> str:
+    """What nvcc hands to the assembler for a source that includes headers of csrc. Skips without nvcc."""
+    command = [_nvcc(), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_80", "-ptx", source, "-o", "-"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _nvcc() -> Path:
+    home = toolkit()
+    if home is None or not (home / "bin" / "nvcc").exists():
+        pytest.skip("no nvcc: neither CUDA_HOME nor /usr/local/cuda holds bin/nvcc")
+    return home / "bin" / "nvcc"
+
+
 @functools.cache
-def _compiled(home: Path, source: str, architecture: str) -> list[Kernel]:
+def _compiled(nvcc: Path, source: str, architecture: str) -> list[Kernel]:
     files = sorted([CSRC / source, *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files) + architecture.encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"mtfast-machine-code-{os.getuid()}"
@@ -68,7 +79,7 @@ def _compiled(home: Path, source: str, architecture: str) -> list[Kernel]:
     if not (cubin.exists() and log.exists()):
         target = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
         checks = "-v,-warn-spills,-warn-lmem-usage,-Werror"
-        command = [home / "bin" / "nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas", checks]
+        command = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas", checks]
         done = subprocess.run(
             [*command, "-gencode", target, "-cubin", CSRC / source, "-o", cubin],
             capture_output=True,

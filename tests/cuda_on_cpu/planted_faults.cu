@@ -16,7 +16,9 @@ enum Fault {
   kSharedOutOfBounds,
   kDivergentBarrier,
   kGlobalRace,
-  kShuffleWithoutAll
+  kShuffleWithoutAll,
+  kShuffleOnTwoBranches,
+  kCopyFromShared
 };
 
 constexpr int kThreads = 64, kTile = 4 * kThreads;
@@ -34,7 +36,11 @@ __global__ void sum_tiles(const float* input, float* output, int tiles, Fault fa
     for (int i = 0; i < 4; ++i) sum += tile[i * kThreads + thread];  // other threads' copies
     if (fault != kNoBarrierBeforeRefill) __syncthreads();
   }
-  sum = warp_sum(sum);
+  if (fault == kShuffleOnTwoBranches)
+    sum = thread % 2 == 0 ? warp_sum(sum) : -warp_sum(-sum);
+  else
+    sum = warp_sum(sum);
+  if (fault == kCopyFromShared) ptx::cp_async_16(tile + 4 * thread, tile, 0);
   if (thread % 32 == 0) partial[thread / 32 + (fault == kSharedOutOfBounds)] = sum;
   if (fault != kDivergentBarrier || thread < 32) __syncthreads();
   if (thread == 0) output[blockIdx.x] = partial[0] + partial[1];

@@ -1,0 +1,21 @@
+"""The ops' CUDA bindings without a GPU, over the emulated kernels: the ops' own tests, where they are about
+more than arithmetic, and what bindings must do besides."""
+
+from cuda_on_cpu.binding import run_bound
+
+FILES = [f"tests/test_{op}.py" for op in ("packed_attention", "concat_mlp", "mask_tokens")]
+# Left out is what is slow on the emulation and is tested on it elsewhere, float64, which is for the CPU, and
+# values that a GPU is not waited for to check.
+LEFT_OUT = (
+    "random", "one_query_a", "twice", "million", "independent", "uniform", "200", "seeds", "large",
+    "thousands", "documented", "reference_says", "exact_chooses", "threads", "notice", "gradcheck",
+    "without_gradients", "wrong_arguments", "out_of_range",
+)  # fmt: skip
+
+
+def test_the_ops_own_tests_hold():
+    run_bound(*FILES, "-k", " and ".join(f"not {word}" for word in LEFT_OUT))
+
+
+def test_what_bindings_must_do():
+    run_bound("tests/cuda_bindings_cases.py")
