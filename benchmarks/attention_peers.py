@@ -31,11 +31,11 @@ class PackedAttention(AutogradPeer):
         self.inputs, self.seed = (batch.qkv,), seed
 
     def forward(self) -> Tensor:
-        batch = self.batch
+        batch, (qkv,) = self.batch, self.inputs
         if self.seed is not None:
             self.seed += 1
         out = packed_attention_qkv(
-            batch.qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p=batch.dropout_p, seed=self.seed
+            qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p=batch.dropout_p, seed=self.seed
         )
         assert isinstance(out, Tensor)
         return out
@@ -52,7 +52,8 @@ class Padded(AutogradPeer):
         if batch.qkv.device.type == "cpu" and 6 * scores > _free_memory():  # a GPU's allocator says so itself
             raise UnsuitableError(f"padded scores of {scores / 2**30:.1f} GiB are too much for this machine")
         self.batch = batch
-        *self.inputs, self.dout = batch.padded
+        *self.inputs, dout = batch.padded
+        self.douts = (dout,)
         self.mask = None if batch.inside.all() else batch.inside[:, None, None, :]
 
     def packed(self, results: list[Tensor]) -> list[Tensor]:
@@ -119,7 +120,7 @@ class PerSequence(AutogradPeer):
 
     def forward(self) -> Tensor:
         outs = []
-        for part in self.batch.qkv.split(self.batch.lengths):
+        for part in self.inputs[0].split(self.batch.lengths):
             q, k, v = part.permute(1, 2, 0, 3).unsqueeze(1).unbind()
             out = scaled_dot_product_attention(q, k, v, dropout_p=self.batch.dropout_p)
             outs.append(out[0].transpose(0, 1))
@@ -197,7 +198,7 @@ class FlashAttention2(Peer):
             out, lse, state, unused, _ = aten._flash_attention_forward(q, k, v, *where, False)
             if not backward:
                 return [out]
-            grads = aten._flash_attention_backward(self.dout, q, k, v, out, lse, *where, state, unused)
+            grads = aten._flash_attention_backward(*self.douts, q, k, v, out, lse, *where, state, unused)
         return [out, *grads]
 
 
@@ -232,7 +233,7 @@ class FlexAttention(AutogradPeer):
         _no_dropout(batch)
         super().__init__(batch)
         self.inputs = [x.detach().transpose(0, 1)[None].contiguous().requires_grad_() for x in batch.apart]
-        self.dout = batch.dout.transpose(0, 1)[None].contiguous()
+        self.douts = (batch.dout.transpose(0, 1)[None].contiguous(),)
         self.block_mask = document_mask(batch.lengths, batch.qkv.device)
         torch._dynamo.reset()  # past its limit of recompilations it would run uncompiled
         self.compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -13,36 +13,36 @@ two sequences. On the CPU it is measured at one step of 160 examples too, as is 
 Each peer works on the layout that suits it best, made beforehand, and is compared with the float64 reference
 first. GB/s and TFLOP/s count what the packed problem needs, whatever a variant does: q, k and v read and out
 written once; with the backward those, dout and out read again and three gradients written. "graph" replays a
-CUDA graph, as a training step of fixed size does: for the sizes at which launching is what costs.
+CUDA graph, as a training step of fixed size does. On a GPU inputs that the L2 could hold are several, taken
+in turn (benchmarks/timing.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
-from benchmarks.attention_batch import HEAD_DIM, HEADS, Batch, check, suitable
+from benchmarks.attention_batch import HEAD_DIM, HEADS, Batch, Peer, difference, suitable
 from benchmarks.attention_peers import PEERS, FlashAttention2, PackedAttention
-from benchmarks.common import (
-    Call,
-    Case,
-    Row,
+from benchmarks.cases import CLOCK, Case, op_parser, run_cases
+from benchmarks.common import Row, rows_of
+from benchmarks.lengths import DISTRIBUTIONS, MIXTURES, STEP, draw_examples, draw_tokens
+from benchmarks.timing import (
+    Variant,
+    copies,
     copy_bandwidth,
+    graph_of,
     graphs,
+    l2_bytes,
     measure,
-    op_parser,
     peak_mib,
-    rows_of,
-    run_cases,
     say_once,
 )
-from benchmarks.lengths import DISTRIBUTIONS, MIXTURES, STEP, draw_examples, draw_tokens
 
 BASELINES = (FlashAttention2.name, "padded sdpa", PackedAttention.name)  # the first that was measured
-GRAPH_TOKENS = 16384  # above, launches hide behind the kernels
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Problem:
         typical = self.by_examples or (self.distribution in ("quora", "mixture", "512") and self.size > 4096)
         if typical and self.dropout_p and self.backward:
             return 0
-        return 1 if self.distribution == "quora" and self.size > GRAPH_TOKENS and not self.backward else 2
+        return 1 if self.distribution == "quora" and self.size > 16384 and not self.backward else 2
 
 
 def main(argv: list[str]) -> int:
@@ -82,7 +82,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", help="default 4096, on a GPU also 16384 and 131072")
     parser.add_argument("--distributions", nargs="+", default=DISTRIBUTIONS, choices=DISTRIBUTIONS)
     parser.add_argument("--dtypes", nargs="+", help="default bfloat16, on the CPU also float32")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds a variant")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     gpu = options.device.type == "cuda"
@@ -118,21 +117,28 @@ def problems(
 def compare(problem: Problem, device: torch.device, bandwidth: float, budget_s: float) -> list[Row]:
     """The rows of one case; why a peer is left out is told once."""
     batch = Batch.random(problem.lengths, problem.dtype, device, problem.dropout_p)
-    check(PackedAttention, Batch.random((1, 30, 9, 64, 5), problem.dtype, device, 0.0))
-    check(PackedAttention, Batch.random((7, 130, 64), problem.dtype, device, 0.0))
-    calls: dict[str, Call] = {PackedAttention.name: partial(PackedAttention(batch).run, problem.backward)}
-    for kind in PEERS[device.type]:
-        peer = suitable(kind, batch, problem.backward)
-        if isinstance(peer, str):
-            say_once(f"left out: {kind.name}: {peer}")
-        else:
-            calls[kind.name] = partial(peer.run, problem.backward)
-    peaks = {name: peak_mib(call, device) for name, call in calls.items()}
-    if device.type == "cuda" and len(batch.qkv) <= GRAPH_TOKENS:
-        seeded = PackedAttention(batch, torch.zeros(1, dtype=torch.int64, device=device))
-        again = {PackedAttention.name: partial(seeded.run, problem.backward)}
-        calls |= graphs(again | {name: calls[name] for name in calls if name == FlashAttention2.name})
-    timings = measure(calls, device, budget_s=budget_s)
+    with CLOCK.paused():
+        wrong = wrong_result(problem.dtype, device)
+        peers: list[Peer] = [PackedAttention(batch)]
+        for kind in PEERS[device.type]:
+            peer = suitable(kind, batch, problem.backward)
+            if isinstance(peer, str):
+                say_once(f"left out: {kind.name}: {peer}")
+            else:
+                peers.append(peer)
+    touched = (8 if problem.backward else 4) * batch.dout.nbytes  # q, k, v and out, and the gradient of each
+    count = copies(touched, l2_bytes(device))
+
+    def variant(peer: Peer) -> Variant:
+        several = (peer, *(peer.again() for _ in range(count - 1)))
+        return [partial(each.run, problem.backward) for each in several]
+
+    variants = {peer.name: variant(peer) for peer in peers}
+    peaks = {name: peak_mib(calls[0], device) for name, calls in variants.items()}
+    seeded = PackedAttention(batch, torch.zeros(1, dtype=torch.int64, device=device))
+    packed = {name: calls for name, calls in variants.items() if name == FlashAttention2.name}
+    variants |= graphs({PackedAttention.name: variant(seeded), **packed}, device)
+    timings = measure(variants, device, budget_s=budget_s)
     tensors, products = (12, 14) if problem.backward else (4, 4)
     moved = tensors * batch.dout.nbytes
     flop = products * sum(n * n for n in batch.lengths) * HEADS * HEAD_DIM
@@ -145,4 +151,12 @@ def compare(problem: Problem, device: torch.device, bandwidth: float, budget_s: 
         copy_gb_per_s=bandwidth / 1e9,
         tflop_per_s={name: flop / timing.median / 1e12 for name, timing in timings.items()},
         peak_mib=peaks,
+        wrong=dict.fromkeys((PackedAttention.name, graph_of(PackedAttention.name)), wrong),
     )
+
+
+@cache
+def wrong_result(dtype: torch.dtype, device: torch.device) -> str:
+    """What is wrong with this project's result, on long sequences or short; nothing when it is right."""
+    batches = (Batch.random(lengths, dtype, device, 0.0) for lengths in ((1, 30, 9, 64, 5), (7, 130, 64)))
+    return next(filter(None, (difference(PackedAttention, batch) for batch in batches)), "")

@@ -90,7 +90,12 @@ def _natural(case: str) -> list[tuple[int, str]]:
 
 
 def _cell(row: dict[str, str]) -> str:
-    """Time, its ratio to the baseline's unless it is the baseline, and memory where it was measured."""
+    """Time, its ratio to the baseline's unless it is the baseline, and memory where it was measured.
+
+    The time of a wrong result is none.
+    """
+    if row.get("wrong"):
+        return "wrong"
     facts = [] if row["ratio_to_baseline"] == "1.0" else [f"{float(row['ratio_to_baseline']):.2f}x"]
     if row.get("peak_mib"):
         size = float(row["peak_mib"])

@@ -9,22 +9,12 @@ import pytest
 import torch
 
 from benchmarks import attention_peers as peers
-from benchmarks import common, concat_mlp, mask_tokens, packed_attention, report
+from benchmarks import cases, common, concat_mlp, mask_tokens, packed_attention, report, timing
 
 CPU = torch.device("cpu")
 
 
-def test_peak_memory_of_known_allocations():
-    def call():
-        large = torch.empty(2**20, dtype=torch.float64)  # 8 MiB
-        result = large[: 2**19].clone()  # 4 MiB
-        del large
-        return result
-
-    assert common.peak_mib(call, CPU) == 12.0
-
-
-def test_rows_have_rates_and_shares():
+def test_rows_have_rates_and_shares(capsys):
     timings = {
         name: common.Timing(seconds, seconds, seconds, 5) for name, seconds in (("a", 0.5), ("b", 1.0))
     }
@@ -36,47 +26,153 @@ def test_rows_have_rates_and_shares():
         gb_per_s={"a": 3.0, "b": 1.5},
         copy_gb_per_s=12.0,
         peak_mib={"a": 0.012345},
+        kernels={"a": 3},
+        idle_share={"a": 0.25},
+        wrong={"a": "", "b": "out off by 0.31 of its norm"},
     )
     assert [row["ratio_to_baseline"] for row in rows] == [2.0, 1.0]
     assert [row["share_of_copy"] for row in rows] == [0.25, 0.125]
     assert rows[0]["peak_mib"] == 0.01235 and "peak_mib" not in rows[1]
+    assert (rows[0]["kernels"], rows[0]["idle_share"], rows[0]["wrong"]) == (3, 0.25, "")
+    common.print_rows(rows)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "3.0 kernels" in first and "0.25 idle" in first and "WRONG" not in first
+    assert "WRONG: out off by 0.31 of its norm" in second
 
 
-OPERATIONS = [
-    (mask_tokens, ["--most-tokens", "512", "--no-compile"], {"eager", "bernoulli", "exact"}),
-    (concat_mlp, ["--batches", "4", "--dtypes", "bfloat16", "--no-compile"], {"eager", "mtfast", "products"}),
-    (
-        packed_attention,
-        ["--distributions", "sst", "--tokens", "60", "--dtypes", "float32"],
-        {"mtfast", *(kind.name for kind in peers.PEERS["cpu"])},
-    ),
-]
+SMALL = {  # each benchmark cut down to a few cases
+    mask_tokens: ["--most-tokens", "8192", "--no-compile"],
+    concat_mlp: ["--batches", "4", "--hidden", "64", "--dtypes", "bfloat16", "--no-compile"],
+    packed_attention: ["--distributions", "sst", "--tokens", "60", "--dtypes", "float32"],
+}
+VARIANTS = {
+    mask_tokens: {"eager", "bernoulli", "exact"},
+    concat_mlp: {"eager", "mtfast", "products"},
+    packed_attention: {"mtfast", *(kind.name for kind in peers.PEERS["cpu"])},
+}
+each_op = pytest.mark.parametrize("benchmark", SMALL, ids=lambda module: module.__name__.split(".")[-1])
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "arguments", "variants"), OPERATIONS, ids=lambda x: getattr(x, "__name__", "")
-)
-def test_benchmarks_of_ops_leave_their_rows(benchmark, arguments, variants, tmp_path):
-    common_arguments = ["--device", "cpu", "--budget", "0", "--threads", str(torch.get_num_threads())]
-    assert benchmark.main([*arguments, *common_arguments, "--results", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*.csv")
-    rows = list(csv.DictReader(path.open()))
-    cases = {row["case"] for row in rows}
-    assert {(row["case"], row["variant"]) for row in rows} == {(c, v) for c in cases for v in variants}
+@pytest.fixture(autouse=True)
+def forget():
+    """What one test has found out or told does not hold for the next; all draw the same."""
+    torch.manual_seed(0)
+    yield
+    for cached in (concat_mlp.difference, packed_attention.wrong_result, timing.say_once):
+        cached.cache_clear()
+
+
+def run(benchmark, results, *more):
+    """The exit status of the small benchmark and its rows."""
+    arguments = ["--device", "cpu", "--budget", "0", "--threads", str(torch.get_num_threads()), *more]
+    status = benchmark.main([*SMALL[benchmark], *arguments, "--results", str(results)])
+    return status, [row for path in results.glob("*.csv") for row in csv.DictReader(path.open())]
+
+
+@each_op
+def test_benchmarks_of_ops_leave_their_rows(benchmark, tmp_path):
+    status, rows = run(benchmark, tmp_path)
+    assert status == 0
+    names = {row["case"] for row in rows}
+    assert {(row["case"], row["variant"]) for row in rows} == {
+        (case, variant) for case in names for variant in VARIANTS[benchmark]
+    }
     for row in rows:
         assert float(row["median_us"]) > 0 and float(row["peak_mib"]) > 0 and row["commit"]
         assert float(row["gb_per_s" if row["share_of_copy"] else "tflop_per_s"]) > 0
+        assert row["wrong"] == row["kernels"] == row["idle_share"] == ""
 
 
-def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
-    wrong = lambda *operands, **options: 1.05 * concat_mlp.concat_mlp_ref(*operands, **options)  # noqa: E731
-    monkeypatch.setattr(concat_mlp, "concat_mlp", wrong)
-    concat_mlp.check.cache_clear()
-    arguments = ["--device", "cpu", "--batches", "4", "--dtypes", "float32", "--no-compile"]
-    assert concat_mlp.main([*arguments, "--results", str(tmp_path)]) == 1
-    assert "y is wrong by" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-    concat_mlp.check.cache_clear()
+def test_what_training_does_comes_first(monkeypatch):
+    names = []
+    for module in (concat_mlp, mask_tokens):
+        monkeypatch.setattr(module, "run_cases", lambda found, options: names.extend(c.name for c in found))
+    concat_mlp.main([])
+    assert names[:2] == ["heads 2048 x 768 bfloat16", "full 2048 x 768 bfloat16"]
+    assert len(set(names)) == len(names) == 3 * 3 * 2 * 2
+    names.clear()
+    monkeypatch.setattr(mask_tokens, "copy_bandwidth", lambda device: 1.0)
+    mask_tokens.main([])
+    assert names[:2] == ["16 x 512 int64", "2048 x 128 int64"]
+    assert len(set(names)) == len(names) == 6
+
+
+def spoil_concat_mlp(monkeypatch):
+    right = concat_mlp.concat_mlp
+    monkeypatch.setattr(concat_mlp, "concat_mlp", lambda *x, **options: 1.5 * right(*x, **options))
+
+
+def spoil_packed_attention(monkeypatch):
+    right = peers.packed_attention_qkv
+    monkeypatch.setattr(peers, "packed_attention_qkv", lambda *x, **options: 1.5 * right(*x, **options))
+
+
+def spoil_mask_tokens(monkeypatch):
+    def places_of_another_seed(ids, **options):
+        return mask_tokens.mask_tokens_ref(ids, **{**options, "seed": 2})
+
+    monkeypatch.setattr(mask_tokens, "mask_tokens", places_of_another_seed)
+
+
+SPOILED = {
+    concat_mlp: (spoil_concat_mlp, {"mtfast"}, "y off by 0."),
+    packed_attention: (spoil_packed_attention, {"mtfast"}, "out off by 0."),
+    mask_tokens: (spoil_mask_tokens, {"bernoulli", "exact"}, "are not the reference's"),
+}
+
+
+@each_op
+def test_a_wrong_result_is_marked_in_its_rows(benchmark, tmp_path, monkeypatch, capsys):
+    spoil, names, reason = SPOILED[benchmark]
+    spoil(monkeypatch)
+    # As if these were captured: a graph's row is that of the variant it is of.
+    monkeypatch.setattr(
+        benchmark, "graphs", lambda variants, device: {timing.graph_of(n): v for n, v in variants.items()}
+    )
+    status, rows = run(benchmark, tmp_path)
+    output = capsys.readouterr().out
+    assert status == 1
+    assert {row["variant"].removesuffix(", graph") for row in rows} == VARIANTS[benchmark]
+    assert {row["variant"] for row in rows if "graph" in row["variant"]} >= {f"{n}, graph" for n in names}
+    for row in rows:
+        assert float(row["median_us"]) > 0
+        if row["variant"].removesuffix(", graph") in names:
+            assert reason in row["wrong"]
+            assert f"wrong: {row['case']}, {row['variant']}: {row['wrong']}\n" in output
+        else:
+            assert row["wrong"] == ""
+    table = report.render(f"<!-- results: {rows[0]['benchmark']} -->\n<!-- end -->", tmp_path)
+    lines = [line.split(" | ") for line in table.split("\n") if line.startswith("| ")]
+    for name, cell in zip(lines[0], lines[2], strict=True):
+        assert (cell.strip(" |") == "wrong") == (name.strip(" |").removesuffix(", graph") in names)
+
+
+@each_op
+def test_every_size_is_captured(benchmark, tmp_path, monkeypatch):
+    captured = []
+    monkeypatch.setattr(benchmark, "graphs", lambda variants, device: captured.append(set(variants)) or {})
+    _, rows = run(benchmark, tmp_path)
+    wanted = {"mtfast"} if benchmark is packed_attention else VARIANTS[benchmark]
+    assert captured == [wanted] * len({row["case"] for row in rows})
+
+
+def test_a_check_that_cannot_be_made_fails_the_case(tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(concat_mlp, "difference", fails)
+    assert run(concat_mlp, tmp_path) == (1, [])
+    assert "failed: heads 4 x 64 bfloat16, full" in capsys.readouterr().out
+
+
+def test_a_peer_that_masks_something_else_is_left_out(tmp_path, monkeypatch, capsys):
+    def masks_all(inputs, special):
+        return inputs, inputs.clone()
+
+    monkeypatch.setattr(mask_tokens, "eager_masking", masks_all)
+    status, rows = run(mask_tokens, tmp_path)
+    assert status == 0 and {row["variant"] for row in rows} == {"bernoulli", "exact"}
+    assert "left out: eager: 1.0" in capsys.readouterr().out
 
 
 def row(case, variant, median, benchmark="op"):
@@ -106,8 +202,11 @@ def test_files_with_fewer_columns_stay_readable(tmp_path):
     path = common.results_path(CPU, tmp_path)
     older = "benchmark,case,variant,median_us,ratio_to_baseline,device,driver,threads,torch,commit,date\n"
     path.write_text(older + "op,a,x,1500,2.0,AMD,,2,2.13.0,abc1234,2026-01-01\n")
-    common.write_results([row("b", "x", 3)], CPU, tmp_path)
+    assert "| a | 1.50 ms (2.00x) |" in report.render("<!-- results: op -->\n<!-- end -->", tmp_path)
+    common.write_results([row("b", "x", 3) | {"kernels": 4, "wrong": "y off, by much"}], CPU, tmp_path)
     assert medians(path) == {("op", "a", "x"): 1500, ("op", "b", "x"): 3}
+    found = [(r["kernels"], r["idle_share"], r["wrong"]) for r in csv.DictReader(path.open())]
+    assert found == [("", "", ""), ("4", "", "y off, by much")]
     table = report.render("<!-- results: op -->\n<!-- end -->", tmp_path)
     assert "AMD, 2 threads, torch 2.13.0, commit abc1234:\n\n| case | x |" in table
     assert "| a | 1.50 ms (2.00x) |" in table
@@ -128,11 +227,11 @@ def test_tables_have_a_line_a_case_and_a_column_a_variant(tmp_path):
 
 
 def test_a_section_can_ask_for_some_cases(tmp_path):
-    cases = ("quora 4096 p=0.1 fwd", "quora 4096 p=0.1 fwd+bwd", "sst 4096 p=0.1 fwd")
-    common.write_results([row(case, "x", 3) for case in cases], CPU, tmp_path)
+    names = ("quora 4096 p=0.1 fwd", "quora 4096 p=0.1 fwd+bwd", "sst 4096 p=0.1 fwd")
+    common.write_results([row(name, "x", 3) for name in names], CPU, tmp_path)
     text = "<!-- results: op quora fwd -->\nold\n<!-- end -->"
     found = report.render(text, tmp_path)
-    assert [case for case in cases if f"| {case} |" in found] == ["quora 4096 p=0.1 fwd"]
+    assert [name for name in names if f"| {name} |" in found] == ["quora 4096 p=0.1 fwd"]
     assert report.render(found, tmp_path) == found
 
 
@@ -143,19 +242,51 @@ class Options(argparse.Namespace):
 
 def test_a_benchmark_out_of_time_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     clock = [0.0]
-    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(cases, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def takes(name, seconds):
         clock[0] += seconds
         return [row(name, "x", 1)]
 
-    cases = [
-        common.Case(name, partial(takes, name, s)) for name, s in zip("abcd", (14, 8, 1, 1), strict=True)
-    ]
+    found = [cases.Case(name, partial(takes, name, s)) for name, s in zip("abcd", (14, 8, 1, 1), strict=True)]
     # After a and b 22 s are gone, and another case like a would end after 36.
-    assert common.run_cases(cases, Options(tmp_path, seconds=35)) == 0
+    assert cases.run_cases(found, Options(tmp_path, seconds=35)) == 0
     assert set(medians(common.results_path(CPU, tmp_path))) == {("op", "a", "x"), ("op", "b", "x")}
     assert "out of time: 2 of 4 cases left out, from 'c' on" in capsys.readouterr().out
+
+
+def test_a_paused_clock_counts_what_is_outside_once(monkeypatch):
+    times = [0.0]
+    monkeypatch.setattr(cases, "time", SimpleNamespace(monotonic=lambda: times[0]))
+    clock = cases.CaseClock()
+    with pytest.raises(ZeroDivisionError), clock.paused():
+        times[0] += 1
+        with clock.paused():
+            times[0] += 2
+        times[0] += 4
+        _ = 1 / 0
+    times[0] += 8
+    assert clock.now() == 8
+
+
+FIRST_CALLS = {concat_mlp: "running", mask_tokens: "running", packed_attention: "wrong_result"}
+
+
+@each_op
+def test_first_calls_do_not_make_a_case_long(benchmark, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(cases, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(mask_tokens, "SHAPES", ((4, 128), (4, 64), (2, 128), (2, 64)))
+    first_calls = getattr(benchmark, FIRST_CALLS[benchmark])
+
+    def slowly(*arguments):
+        clock[0] += 40
+        return first_calls(*arguments)
+
+    monkeypatch.setattr(benchmark, FIRST_CALLS[benchmark], slowly)
+    # The third case begins after 80 s and could be done at once; with the 40 s it takes it would be too long.
+    _, rows = run(benchmark, tmp_path, "--seconds", "100")
+    assert len({row["case"] for row in rows}) == 3
 
 
 def test_a_case_that_fails_takes_no_other_with_it(tmp_path, capsys):
@@ -165,20 +296,47 @@ def test_a_case_that_fails_takes_no_other_with_it(tmp_path, capsys):
         )
         raise RuntimeError("no such kernel")
 
-    cases = [
-        common.Case("a", lambda: [row("a", "x", 1)]),
-        common.Case("b", fails),
-        common.Case("c", lambda: [row("c", "x", 2)]),
+    found = [
+        cases.Case("a", lambda: [row("a", "x", 1)]),
+        cases.Case("b", fails),
+        cases.Case("c", lambda: [row("c", "x", 2)]),
     ]
-    assert common.run_cases(cases, Options(tmp_path)) == 1
+    assert cases.run_cases(found, Options(tmp_path)) == 1
     assert set(medians(common.results_path(CPU, tmp_path))) == {("op", "a", "x"), ("op", "c", "x")}
     output = capsys.readouterr().out
     assert "RuntimeError: no such kernel" in output and "failed: b" in output
 
 
-def test_variants_that_do_not_run_are_left_out(capsys):
-    def fails():
-        raise RuntimeError("Cannot find a working\ntriton installation")
+INPUTS = {  # what a variant calls, with its inputs first
+    concat_mlp: {"mtfast": (concat_mlp, "concat_mlp"), "eager": (concat_mlp, "concat_mlp_ref")},
+    mask_tokens: {"bernoulli": (mask_tokens, "mask_tokens"), "eager": (mask_tokens, "eager_masking")},
+    packed_attention: {"mtfast": (peers, "packed_attention_qkv")},
+}
 
-    assert list(common.running({"eager": lambda: None, "compile": fails})) == ["eager"]
-    assert "left out: compile: RuntimeError: Cannot find a working triton" in capsys.readouterr().out
+
+@each_op
+def test_what_fits_in_the_l2_has_several_inputs(benchmark, tmp_path, monkeypatch):
+    read = []
+
+    def watched(function, tensor, *rest, **options):
+        read.append(tensor.data_ptr())
+        return function(tensor, *rest, **options)
+
+    for module, name in INPUTS[benchmark].values():
+        monkeypatch.setattr(module, name, partial(watched, getattr(module, name)))
+    monkeypatch.setattr(benchmark, "l2_bytes", lambda device: 1)
+    monkeypatch.setattr(benchmark, "copies", lambda touched, l2: 3 if touched > l2 == 1 else 1)
+
+    def measure(variants, device, budget_s):
+        assert {len(calls) for calls in variants.values()} == {3}
+        for name in INPUTS[benchmark]:
+            read.clear()
+            for _ in range(2):
+                for call in variants[name]:
+                    call()
+            assert len(set(read)) == 3, name
+        return dict.fromkeys(variants, common.Timing(1.0, 1.0, 1.0, 1))
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    status, rows = run(benchmark, tmp_path)
+    assert status == 0 and rows
