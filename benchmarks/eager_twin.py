@@ -2,21 +2,25 @@
 
 Hugging Face's BertModel with SDPA, each task padded to the longest sentence of its own sub-batch and encoded
 by itself, the same heads, the same weights. Of mtfast there is only the data and the weights to start from.
+`varlen_attention` is what such a model needs to run on sequences back to back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertModel
+from transformers import AttentionInterface, BertModel
 
 from mtfast.data.tokenized import TokenizedTask
 from mtfast.models.multitask import MultiTaskHeads
+
+VARLEN = "torch_varlen"  # varlen_attention's name in transformers
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,12 @@ def pad_task(table: TokenizedTask, examples: np.ndarray) -> PaddedTask:
     return PaddedTask(input_ids, mask, torch.from_numpy(table.labels[examples]))
 
 
-class EagerTwin(nn.Module):
-    """BertModel with a linear sentiment head and the pair MLP on concatenated [CLS] vectors."""
+class EagerHeads(nn.Module):
+    """A linear sentiment head and the pair MLP on concatenated [CLS] vectors, with the weights of `heads`."""
 
-    def __init__(self, checkpoint: str, heads: MultiTaskHeads, dropout_p: float) -> None:
+    def __init__(self, hidden: int, heads: MultiTaskHeads, dropout_p: float) -> None:
         super().__init__()
-        self.bert = BertModel.from_pretrained(
-            checkpoint,
-            attn_implementation="sdpa",
-            add_pooling_layer=False,
-            hidden_dropout_prob=dropout_p,
-            attention_probs_dropout_prob=dropout_p,
-        )
-        hidden, inner = self.bert.config.hidden_size, heads.config.inner
+        inner = heads.config.inner
         self.dropout = nn.Dropout(dropout_p)
         self.sentiment = nn.Linear(hidden, 5)
         self.pair_hidden = nn.Linear(2 * hidden, inner)
@@ -74,11 +71,6 @@ class EagerTwin(nn.Module):
         ):
             mine.load_state_dict({name: weights[f"{theirs}.{name}"] for name in ("weight", "bias")})
 
-    def encode(self, task: PaddedTask) -> Tensor:
-        """[CLS] states [sequences, hidden]."""
-        out = self.bert(input_ids=task.input_ids, attention_mask=task.attention_mask)
-        return out.last_hidden_state[:, 0]
-
     def sentiment_logits(self, cls: Tensor) -> Tensor:
         """[n, hidden] -> [n, 5]"""
         return self.sentiment(self.dropout(cls)).float()
@@ -88,11 +80,6 @@ class EagerTwin(nn.Module):
         first, second = cls.chunk(2)
         hidden = self.dropout(torch.relu(self.pair_hidden(torch.cat([first, second], dim=1))))
         return self.pair_out(hidden).float()
-
-    def forward(self, batch: Mapping[str, PaddedTask]) -> dict[str, Tensor]:
-        """Each task's mean loss, a float32 scalar."""
-        cls = {name: self.encode(task) for name, task in batch.items()}
-        return self.losses(cls, {name: task.labels for name, task in batch.items()})
 
     def losses(self, cls: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each task's mean loss from its [CLS] states and labels [examples]."""
@@ -106,18 +93,83 @@ class EagerTwin(nn.Module):
         }
 
 
+class EagerTwin(EagerHeads):
+    """Those heads on BertModel: one that is given, or a checkpoint's with SDPA."""
+
+    def __init__(self, bert: str | BertModel, heads: MultiTaskHeads, dropout_p: float) -> None:
+        if isinstance(bert, str):
+            bert = BertModel.from_pretrained(
+                bert,
+                attn_implementation="sdpa",
+                add_pooling_layer=False,
+                hidden_dropout_prob=dropout_p,
+                attention_probs_dropout_prob=dropout_p,
+            )
+        super().__init__(bert.config.hidden_size, heads, dropout_p)
+        self.bert = bert
+
+    def encode(self, task: PaddedTask) -> Tensor:
+        """[CLS] states [sequences, hidden]."""
+        out = self.bert(input_ids=task.input_ids, attention_mask=task.attention_mask)
+        return out.last_hidden_state[:, 0]
+
+    def forward(self, batch: Mapping[str, PaddedTask]) -> dict[str, Tensor]:
+        """Each task's mean loss, a float32 scalar."""
+        cls = {name: self.encode(task) for name, task in batch.items()}
+        return self.losses(cls, {name: task.labels for name, task in batch.items()})
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float,
+    dropout: float = 0.0,
+    **unused: object,
+) -> tuple[Tensor, None]:
+    """Attention inside each sequence of one row, as transformers' AttentionInterface has it.
+
+    In 16 bits on a GPU torch's FlashAttention-2 for varying lengths, else one sequence after the other.
+
+    Args:
+        query, key, value: [1, heads, total, head_dim].
+
+    Returns:
+        [1, total, heads, head_dim], and no attention weights.
+    """
+    if query.is_cuda and query.dtype != torch.float32:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        where = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout, False, False)
+        return torch.ops.aten._flash_attention_forward(q, k, v, *where, scale=scaling)[0][None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    return torch.cat([attend(q, k, v) for q, k, v in parts], dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+
+
 class MasterAdamW:
     """AdamW on float32 copies of a model's bf16 weights."""
 
     def __init__(self, model: nn.Module, learning_rate: float) -> None:
         self.weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p.detach().float().clone() for p in self.weights]
+        self.grads = [torch.empty_like(master) for master in self.masters]
+        for master, grad in zip(self.masters, self.grads, strict=True):
+            master.grad = grad
         self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=0.01, fused=True)
 
     def step(self) -> None:
-        """Update from the weights' gradients and clear those."""
-        for master, weight in zip(self.masters, self.weights, strict=True):
-            master.grad = None if weight.grad is None else weight.grad.float()
+        """Update from the weights' gradients, each of which must be there, and clear those."""
+        torch._foreach_copy_(self.grads, [w.grad for w in self.weights if w.grad is not None])
+        for weight in self.weights:
             weight.grad = None
         self.optimizer.step()
         with torch.no_grad():
