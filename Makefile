@@ -10,7 +10,7 @@ help:
 	@echo "make demo     train the demo recipe and write its report (about two minutes)"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff, clang-format and mypy"
-	@echo "make gpu      on a machine with a GPU: build for it, test, sanitize, benchmark"
+	@echo "make gpu      on a machine with a GPU: build for it, test, benchmark, sanitize"
 	@echo "make install  only build and install into .venv"
 
 install: $(INSTALLED)
@@ -50,8 +50,11 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# With .venv's Python where its torch has CUDA, else with PYTHON: a machine with a GPU may come with all it takes.
 gpu:
-	$(PYTHON) -m benchmarks gpu
+	python=$(BIN)/python; \
+	$$python -c "import sys, torch; sys.exit(torch.version.cuda is None)" 2> /dev/null || python="$(PYTHON)"; \
+	$$python -m benchmarks gpu $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info mtfast/*.so

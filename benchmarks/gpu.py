@@ -1,234 +1,201 @@
-"""Everything worth doing in a short visit to a GPU: build, tests, benchmarks, compute-sanitizer.
+"""Everything worth doing in a short visit to a GPU, in two parts.
 
-    python -m benchmarks gpu [--seconds 590] [--results DIR] [--prebuilt]
+    python -m benchmarks gpu [--part 1|2] [--prebuilt FILE] [--results DIR] [--commit HASH]
+    python -m benchmarks gpu --plan        what would run, and for how long
+    python -m benchmarks gpu --rehearse    every step on the CPU, on small shapes: no GPU is needed
 
-Builds the ops for this GPU in place, runs the GPU's part of the ops' tests, the ops' benchmarks, whose rows
-go to benchmarks/results/<gpu>-<date>.csv case by case, and compute-sanitizer's memcheck and racecheck on
-small shapes where it is installed. Where DeepSpeed is, and MTFAST_TEST_DATA and MTFAST_TEST_CHECKPOINT name
-real data and a checkpoint, the stage benchmarks too. Needs torch, pytest, setuptools, ninja, pybind11 and a
-CUDA toolkit.
+Part 1, at most 240 s, is what is right: versions and peaks, the build, every kernel once against float64,
+the ops' GPU tests. Part 2, at most 400 s, is how fast: the ops' benchmarks, whole training steps, ncu on the
+main kernels; and compute-sanitizer on small shapes. Both need a library for this GPU: --prebuilt brings one,
+else it is built.
 
-A step that fails does not stop the others, but is told at the end and in the exit status; without a build
-that succeeds there are no others. Each step may take its share of the time that is left when it begins, and
-is ended after that; benchmarks end by themselves before. Where the sources are a copy without a repository,
-MTFAST_COMMIT should say which commit they are.
+Each step is a process of its own with its share of the time that is left, so that none takes another with it;
+one that needs what is not installed here is left out. Results go to $OUT where that is set, else to
+benchmarks/results/: rows in <gpu>-<date>.csv, case by case, smoke.jsonl, ncu.csv, all that was printed in
+visit-<part>.log and what became of each step in visit-<part>.json. Needs torch and pytest; to build also
+setuptools, ninja, pybind11 and a CUDA toolkit.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import os
-import shutil
-import signal
-import subprocess
+import shlex
 import sys
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, environment, results_path
+from benchmarks.build import LIBRARY
+from benchmarks.common import RESULTS, commit, default_device, environment
+from benchmarks.kernels import SANITIZERS, profiled, sanitized
+from benchmarks.visit import Outcome, Step, Visit, table
 
-ROOT = Path(__file__).parents[1]
+SECONDS = {1: 240, 2: 400}
 OPS = ("packed_attention", "concat_mlp", "mask_tokens")
-BUILD_TOOLS = ("setuptools", "ninja", "pybind11")
-OURS = ("mtfast", "bernoulli", "exact")  # variants, as the benchmarks call them
+WORKERS = 6  # of pytest: their references are computed on the CPU
 
 
 @dataclass(frozen=True)
-class Step:
-    """A command, and how many seconds it gets when all steps take what they may; a visit is scaled to fit."""
+class Place:
+    """Where the visit is: a GPU, or a CPU that stands for one.
 
-    name: str
-    command: list[str]
-    seconds: int
-    environment: Mapping[str, str] = field(default_factory=dict)
-    ends_itself: bool = False  # takes --seconds
+    results: where files are written.
+    prebuilt: a library built elsewhere.
+    """
+
+    device: torch.device
+    results: Path
+    prebuilt: Path | None
+
+    @property
+    def is_rehearsal(self) -> bool:
+        return self.device.type != "cuda"
+
+    def benchmark(self, name: str, *arguments: str, results: bool = True, small: str = "") -> list[str]:
+        """The command of a benchmark here; `small` is what cuts it down for a rehearsal."""
+        command = [sys.executable, "-m", "benchmarks", name, "--device", str(self.device), *arguments]
+        if results:
+            command += ["--results", str(self.results)]
+        return command + shlex.split(small if self.is_rehearsal else "")
 
 
 def main(argv: list[str]) -> int:
-    """Run all steps; 0 when none failed."""
+    """Run the steps; 0 when none failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=590, help="of the whole visit (default: 590)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results file")
-    parser.add_argument("--prebuilt", action="store_true", help="use the library that is there")
-    parser.add_argument("--small-shapes", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, choices=(1, 2), help="one of the two parts (default: both)")
+    parser.add_argument("--prebuilt", type=Path, metavar="FILE", help="a library built elsewhere")
+    parser.add_argument("--results", type=Path, help="directory of the results (default: $OUT)")
+    parser.add_argument("--commit", help="which commit the sources are, where they are no repository")
+    parser.add_argument("--plan", action="store_true", help="print what would run")
+    parser.add_argument("--rehearse", action="store_true", help="run every step without a GPU, small")
     options = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("python -m benchmarks gpu: torch sees no GPU here", file=sys.stderr)
-        return 2
-    device = torch.device("cuda")
-    if options.small_shapes:
-        small_shapes(device)
+    if options.commit:
+        os.environ["MTFAST_COMMIT"] = options.commit
+    parts = [options.part] if options.part else [1, 2]
+    place = place_of(options)
+    steps = {part: (part_1, part_2)[part - 1](place) for part in parts}
+    if place.is_rehearsal:
+        os.environ["OMP_NUM_THREADS"] = "1"  # what is so small is slower on more
+    if options.plan:
+        for part in parts:
+            print(f"Part {part}, at most {SECONDS[part]} s\n{plan(steps[part], SECONDS[part])}\n")
         return 0
-    print(", ".join(f"{key} {value}" for key, value in environment(device).items()), flush=True)
-    wanted = ("pytest",) if options.prebuilt else ("pytest", *BUILD_TOOLS)
-    if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
-        print(f"not installed: {', '.join(missing)}; python -m pip install {' '.join(missing)}", flush=True)
-    failed = run_steps(steps(options.results.resolve(), options.prebuilt), options.seconds)
-    print_ours(results_path(device, options.results))
-    print(f"failed: {', '.join(failed)}" if failed else "all steps passed")
-    return 1 if failed else 0
+    if not torch.cuda.is_available() and not options.rehearse:
+        print("python -m benchmarks gpu: torch sees no GPU here; --rehearse needs none", file=sys.stderr)
+        return 2
+    outcomes: list[Outcome] = []
+    for part in parts:
+        facts = environment(place.device) | {"part": part, "rehearsal": place.is_rehearsal}
+        visit = Visit(f"visit-{part}", place.results, facts)
+        visit.say(", ".join(f"{key} {value}" for key, value in facts.items()))
+        if commit() == "unknown":
+            visit.say("these sources are no repository: say with --commit which commit they are")
+        outcomes += visit.run(steps[part], SECONDS[part])
+    print(f"\n{table(outcomes)}\nin {place.results}")
+    return 1 if any(outcome.bad for outcome in outcomes) else 0
 
 
-def steps(results: Path, prebuilt: bool) -> list[Step]:
-    """What there is to do on this machine, in this order."""
-    python = [sys.executable, "-m"]
-    found = []
-    if not prebuilt:
-        found.append(
-            Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, build_settings())
-        )
-    files = [f"tests/test_{op}.py" for op in OPS]
+def place_of(options: argparse.Namespace) -> Place:
+    """The place that the options describe. A rehearsal's figures are no results, so they go to a folder of
+    their own unless one is named, and it takes the library that is there."""
+    if options.rehearse:
+        results = options.results or Path(tempfile.mkdtemp(prefix="mtfast-rehearsal-"))
+        return Place(torch.device("cpu"), results.resolve(), options.prebuilt or LIBRARY)
+    results = options.results or Path(os.environ.get("OUT") or RESULTS)
+    device = default_device() if not options.plan else torch.device("cuda")
+    return Place(device, results.resolve(), options.prebuilt)
+
+
+def part_1(place: Place) -> list[Step]:
+    """What is right."""
+    return [
+        Step("peaks", place.benchmark("peaks", small="--mib 4 --size 128"), 20),
+        build(place),
+        Step("smoke", place.benchmark("smoke"), 50, needs="build"),
+        *(gpu_tests(place, op, seconds) for op, seconds in zip(OPS, (35, 25, 20), strict=True)),
+    ]
+
+
+def part_2(place: Place) -> list[Step]:
+    """How fast, and what compute-sanitizer finds."""
+    return [
+        build(place),
+        measured(place, "packed_attention", 100, "--tokens 64 --distributions quora --dtypes float32"),
+        measured(place, "concat_mlp", 50, "--batches 8 --hidden 16 --no-compile"),
+        measured(place, "mask_tokens", 25, "--most-tokens 512 --no-compile"),
+        ncu(place),
+        *(sanitizer(place, name) for name in SANITIZERS),
+        # Last, since what is compiled there may take longer than there is time.
+        measured(
+            place,
+            "steps",
+            110,
+            "--layers 1 --hidden 64 --heads 2 --examples 4 --no-compile",
+            why_not="" if importlib.util.find_spec("transformers") else "transformers is not installed",
+        ),
+    ]
+
+
+def measured(place: Place, name: str, seconds: int, small: str, why_not: str = "") -> Step:
+    """A benchmark that ends by itself with the cases done by then."""
+    command = place.benchmark(name, "--budget", "0.3", small=f"--budget 0.02 {small}")
+    return Step(name, command, seconds, needs="build", ends_itself=True, why_not=why_not)
+
+
+def build(place: Place) -> Step:
+    """A library for this device in its place."""
+    prebuilt = ["--prebuilt", str(place.prebuilt.resolve())] if place.prebuilt else []
+    return Step("build", place.benchmark("build", *prebuilt, results=False), 120)
+
+
+def gpu_tests(place: Place, op: str, seconds: int) -> Step:
+    """The op's tests that are marked `gpu`."""
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", f"tests/test_{op}.py"]
     # Tests look at values that ops do not look at on a GPU otherwise; benchmarks must not wait for that.
     settings = {"MTFAST_CHECK_VALUES": "1"}
-    tests = ["pytest", "-q", "--tb=short", "--maxfail=20", "-k", "cuda or wrong_device", *files]
-    found.append(Step("tests", [*python, *tests], 140, settings))
-    for op, seconds in zip(OPS, (130, 60, 30), strict=True):
-        command = [*python, "benchmarks", op, "--budget", "0.5", "--results", str(results)]
-        found.append(Step(f"benchmark {op}", command, seconds, ends_itself=True))
-    if sanitizer := find_sanitizer():
-        for tool in ("memcheck", "racecheck"):
-            # Importing torch takes longer than the sanitizer waits for a process by itself, and what torch's
-            # probing of the driver returns is no error of a kernel.
-            command = [sanitizer, "--tool", tool, "--launch-timeout", "0", "--report-api-errors", "no"]
-            command += ["--error-exitcode", "9"]
-            # Each tensor an allocation of its own, so that a step beyond its end is one.
-            settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            found.append(Step(tool, [*command, *python, "benchmarks", "gpu", "--small-shapes"], 40, settings))
-    else:
-        print("compute-sanitizer is not installed: its checks are left out")
-    real_data = all(os.environ.get(name) for name in ("MTFAST_TEST_DATA", "MTFAST_TEST_CHECKPOINT"))
-    if real_data and importlib.util.find_spec("deepspeed"):
-        for stage in ("finetune_step", "head_stage"):
-            command = [*python, "benchmarks", stage, "--steps", "10", "--results", str(results)]
-            found.append(Step(f"benchmark {stage}", command, 60))
-    return found
+    if place.is_rehearsal:
+        command += ["-k", "empty or autocast or opcheck or wrong"]
+        settings["MTFAST_TEST_GPU"] = str(place.device)
+    elif importlib.util.find_spec("xdist"):
+        command += ["-n", str(WORKERS)]
+        settings["OMP_NUM_THREADS"] = "2"
+    return Step(f"tests of {op}", command, seconds, settings, needs="build")
 
 
-def build_settings() -> dict[str, str]:
-    """The environment of the build: CUDA for this GPU alone, or an error."""
-    major, minor = torch.cuda.get_device_capability()
-    architecture = f"{major}.{minor}{'a' if major == 9 else ''}"
-    settings = {"TORCH_CUDA_ARCH_LIST": architecture, "MTFAST_FORCE_CUDA_BUILD": "1"}
-    nvcc = shutil.which("nvcc")
-    if nvcc and not any((Path(home) / "bin" / "nvcc").exists() for home in cuda_homes()):
-        settings["CUDA_HOME"] = str(Path(nvcc).resolve().parents[1])
-    return settings
+def ncu(place: Place) -> Step:
+    """Every metric of the main kernels."""
+    command = place.benchmark("kernels", "--shapes", "step", results=False, small="--tokens 256")
+    if place.is_rehearsal:
+        return Step("ncu", command, 35, needs="build")
+    watched = profiled(command, place.results / "ncu.csv")
+    return Step("ncu", watched or command, 35, needs="build", why_not="" if watched else "not installed")
 
 
-def cuda_homes() -> list[str]:
-    """Where setup.py looks for the toolkit."""
-    return [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+def sanitizer(place: Place, name: str) -> Step:
+    """One of compute-sanitizer's tools on all kernels, small."""
+    command = place.benchmark("kernels", "--shapes", "small", results=False)
+    if place.is_rehearsal:
+        return Step(name, command, 20, needs="build")
+    watched = sanitized(name, command)
+    if watched is None:
+        return Step(name, command, 20, why_not="compute-sanitizer is not installed")
+    return Step(name, watched[0], 20, watched[1], needs="build")
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer: on PATH or in the toolkit."""
-    places = [Path(home) / "bin" / "compute-sanitizer" for home in cuda_homes()]
-    return shutil.which("compute-sanitizer") or next((str(p) for p in places if p.exists()), None)
-
-
-def run_steps(todo: list[Step], seconds: float) -> list[str]:
-    """Run the steps within so many seconds; the names of those that failed or found no time."""
-    end = time.monotonic() + seconds
-    failed = []
-    for index, step in enumerate(todo):
-        left = end - time.monotonic()
-        limit = left * step.seconds / sum(s.seconds for s in todo[index:])
-        if limit < 5:
-            print(f"== {step.name}: no time left", flush=True)
-            failed.append(step.name)
-            continue
-        if not passes(step, limit):
-            failed.append(step.name)
-            if step.name == "build":
-                print("== the rest needs the build, or --prebuilt with one from elsewhere", flush=True)
-                return failed
-    return failed
-
-
-def passes(step: Step, limit: float) -> bool:
-    """Whether the step's command succeeds within the limit; it and what it started are ended after that."""
-    command = step.command
-    if step.ends_itself:  # a case under way takes some seconds more
-        command = [*command, "--seconds", f"{max(0.6 * limit, limit - 30):.0f}"]
-    print(f"== {step.name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
-    started = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **step.environment}, preexec_fn=os.setpgrp
-    )
-    try:
-        status = str(process.wait(limit))
-    except subprocess.TimeoutExpired:
-        status = "none, it was ended"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    print(f"== {step.name}: exit status {status} after {time.monotonic() - started:.0f} s", flush=True)
-    return status == "0"
-
-
-def print_ours(path: Path) -> None:
-    """What this project's variants took, as the results file has it: a summary at the end of much output."""
-    if not path.exists():
-        print(f"no results: {path} does not exist")
-        return
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["variant"].split(",")[0] in OURS:
-                share = f", {float(row['share_of_copy']):.0%} of copying" if row["share_of_copy"] else ""
-                name = f"{row['benchmark']} {row['case']}, {row['variant']}"
-                print(f"{name:66} {float(row['median_us']):10.1f} us {row['ratio_to_baseline']:>7} x{share}")
-    print(f"in {path}")
-
-
-def small_shapes(device: torch.device) -> None:
-    """Every op on a few tokens, forward and backward: what compute-sanitizer watches."""
-    from mtfast.ops import concat_mlp, mask_tokens, packed_attention_cls, packed_attention_qkv
-
-    long, short = [1, 40, 0, 130, 17], [1, 40, 0, 64, 17]  # at most 64 tokens have kernels of their own
-    ids = torch.randint(1000, 30522, (sum(long),), device=device)
-    cu_seqlens = torch.tensor([0, *long]).cumsum(0).int().to(device)
-    for strategy in ("exact", "bernoulli"):
-        for subword in (None, torch.rand(30522, device=device) < 0.3):
-            mask_tokens(
-                ids,
-                special_ids=[101],
-                mask_token_id=103,
-                vocab_size=30522,
-                seed=1,
-                cu_seqlens=cu_seqlens,
-                strategy=strategy,
-                subword=subword,
-            )
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for lengths in (long, short):
-            cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-            for head_dim in (32, 64, 128):
-                kind: dict[str, Any] = {"device": device, "dtype": dtype, "requires_grad": True}
-                qkv = torch.randn(sum(lengths), 3, 2, head_dim, **kind)
-                out = packed_attention_qkv(qkv, cu_seqlens, max(lengths), dropout_p=0.1, seed=1)
-                assert isinstance(out, torch.Tensor)
-                out.sum().backward()
-                q, k, v = (
-                    torch.randn(n, 2, head_dim, **kind) for n in (len(lengths), sum(lengths), sum(lengths))
-                )
-                packed_attention_cls(
-                    q, k, v, cu_seqlens, max(lengths), dropout_p=0.1, seed=1
-                ).sum().backward()
-        operands = [
-            torch.randn(shape, **kind) for shape in ((33, 64), (33, 64), (96, 128), (96,), (2, 96), (2,))
-        ]
-        concat_mlp(*operands, dropout_p=0.1, seed=1).sum().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def plan(steps: list[Step], seconds: int) -> str:
+    """What would run, a line each: its share of the time, and the command or why there is none."""
+    everything = sum(step.seconds for step in steps if not step.why_not)
+    lines = []
+    for step in steps:
+        share = f"{seconds * step.seconds / everything:4.0f} s" if not step.why_not else "      "
+        what = f"left out: {step.why_not}" if step.why_not else shlex.join(step.command)
+        lines.append(f"  {step.name:26} {share}  {what}")
+    return "\n".join(lines)

@@ -43,8 +43,8 @@ def tool(name: str) -> str | None:
 
 def homes() -> Iterator[Path]:
     """Directories that may be a toolkit, the most wanted first."""
-    if home := os.environ.get("CUDA_HOME"):
-        yield Path(home)
+    if named := os.environ.get("CUDA_HOME"):
+        yield Path(named)
     yield Path("/usr/local/cuda")
     if home := _home_of_nvcc(shutil.which("nvcc")):
         yield home

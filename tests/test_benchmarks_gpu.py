@@ -1,94 +1,247 @@
-"""The visit to a GPU, without one: its steps, its time, what it needs."""
+"""The visit to a GPU, without one: what it runs, how it gets a library, and the whole of it rehearsed."""
 
+from __future__ import annotations
+
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import build, gpu, kernels, smoke, smoke_cases
+from mtfast import toolkit
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
-def step(name, code, seconds=100, **options):
-    return gpu.Step(name, [sys.executable, "-c", code], seconds, **options)
+def place(tmp_path: Path, device: str = "cuda", prebuilt: Path | None = None) -> gpu.Place:
+    return gpu.Place(torch.device(device), tmp_path, prebuilt)
 
 
-def test_steps_go_on_after_a_failure_but_not_without_a_build(tmp_path):
-    mark = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"
-    todo = [step("build", "pass"), step("tests", "raise SystemExit(3)"), step("benchmark", mark)]
-    assert gpu.run_steps(todo, 300) == ["tests"]
-    assert (tmp_path / "ran").read_text() == "x"
-    assert gpu.run_steps([step("build", "raise SystemExit(1)"), step("benchmark", mark)], 300) == ["build"]
-    assert (tmp_path / "ran").read_text() == "x"
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
 
 
-def test_a_step_and_what_it_started_are_ended_at_its_limit(tmp_path, capfd):
-    pid = tmp_path / "pid"
-    code = (
-        "import subprocess, sys; child = subprocess.Popen(['sleep', '600']); "
-        f"open({str(pid)!r}, 'w').write(str(child.pid)); child.wait()"
+# ---- what runs ----
+
+
+def test_both_parts_fit_one_visit(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "tool", lambda name: f"/cuda/bin/{name}")
+    parts = [gpu.part_1(place(tmp_path)), gpu.part_2(place(tmp_path))]
+    assert [[step.name for step in steps] for steps in parts] == [
+        ["peaks", "build", "smoke", *(f"tests of {op}" for op in gpu.OPS)],
+        ["build", *gpu.OPS, "ncu", "memcheck", "racecheck", "initcheck", "synccheck", "steps"],
+    ]
+    assert gpu.SECONDS == {1: 240, 2: 400}
+    for steps in parts:
+        assert all(step.needs == "build" for step in steps if step.name not in ("peaks", "build"))
+
+
+def test_tools_that_are_not_there_are_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "tool", lambda name: None)
+    assert [s.name for s in gpu.part_2(place(tmp_path)) if s.why_not] == ["ncu", *kernels.SANITIZERS]
+    assert gpu.main(["--plan", "--part", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: compute-sanitizer is not installed" in printed and "Part 1" not in printed
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "torch sees no GPU here; --rehearse needs none" in capsys.readouterr().err
+
+
+def test_results_go_to_out_where_that_is_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert gpu.main(["--plan"]) == 0
+    assert f"--results {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_every_test_of_a_gpu_is_selected():
+    """By the marker that the visit asks for: tests that take a device, and those that are for a GPU alone."""
+    files = [f"tests/test_{op}.py" for op in gpu.OPS]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *files]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    for name in ("test_wrong_arguments_on_a_gpu", "test_cuda_graph_replays", "test_cuda_graph_capture"):
+        assert name in collected
+    for file in files:
+        text = (ROOT / file).read_text()
+        for function in text.split("\ndef ")[1:]:
+            name, arguments = function.split("(", 1)
+            takes = arguments.split(")")[0]
+            if name.startswith("test_") and ("device" in takes or "mask" in takes.split(", ")):
+                assert f"{file}::{name}[" in collected and "cuda" in collected, name
+
+
+# ---- the library ----
+
+
+def test_a_toolkit_is_found_behind_a_wrapper(tmp_path, monkeypatch):
+    home = tmp_path / "cuda-13.0"
+    executable(home / "bin" / "nvcc", f'#!/bin/sh\necho "#$ _HERE_={home}/bin" >&2\n')
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime_api.h").write_text("#define CUDART_VERSION  13000\n")
+    executable(home / "bin" / "ncu", "#!/bin/sh\n")
+    executable(tmp_path / "bin" / "nvcc", f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert home in toolkit.homes()
+    monkeypatch.setattr(toolkit, "homes", lambda: iter([tmp_path / "none", home]))
+    assert toolkit.toolkit(13) == (home, "")
+    assert toolkit.toolkit(12) == (None, f"{home} is CUDA 13, wanted is CUDA 12")
+    assert toolkit.tool("ncu") == str(home / "bin" / "ncu")
+
+
+def test_a_library_that_serves_is_taken(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "there.so"
+    monkeypatch.setattr(build, "LIBRARY", target)
+    assert build.main(["--device", "cpu", "--prebuilt", str(ROOT / "mtfast" / "_C.abi3.so")]) == 0
+    assert target.read_bytes() == (ROOT / "mtfast" / "_C.abi3.so").read_bytes()
+    assert "serves cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_one_that_does_not_is_told_and_another_built(missing, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken.so"
+    if not missing:
+        broken.write_bytes(b"\x7fELF")
+    monkeypatch.setattr(build, "BUILD_TOOLS", ("setuptools", "no_such_package"))
+    assert build.main(["--device", "cpu", "--prebuilt", str(broken)]) == 1
+    printed = capsys.readouterr().out
+    assert ("there is no such file" if missing else "OSError") in printed
+    assert "not installed, so nothing can be built: no_such_package" in printed
+
+
+def test_the_build_is_for_this_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    settings = build.build_environment(torch.device("cuda"))
+    assert settings["TORCH_CUDA_ARCH_LIST"] == "9.0a" and settings["MTFAST_FORCE_CUDA_BUILD"] == "1"
+
+
+# ---- smoke ----
+
+
+def test_smoke_goes_on_behind_a_case_that_ends_its_process(tmp_path, monkeypatch):
+    """And tells of one that only raises, and runs both again under memcheck."""
+    program = tmp_path / "child.py"
+    program.write_text(
+        "import os, sys\nfrom benchmarks import smoke\n"
+        "def aborts(device):\n    os.write(2, b'an illegal access'); os.abort()\n"
+        "def raises(device):\n    raise ValueError('wrong dtype')\n"
+        "def right(device):\n    return {'ok': True}\n"
+        "smoke.CASES = {'op': {'a': right, 'b': aborts, 'c': raises, 'd': right}}\n"
+        "sys.exit(smoke.run_here('op', sys.argv[1:], None or __import__('torch').device('cpu')))\n"
     )
-    assert not gpu.passes(step("hangs", code), 2)
-    state = Path(f"/proc/{pid.read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
-    assert "exit status none, it was ended" in capfd.readouterr().out
+    monkeypatch.setattr(smoke, "CASES", {"op": dict.fromkeys("abcd")})
+    monkeypatch.setattr(smoke, "command_of", lambda op, cases, device: [sys.executable, str(program), *cases])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    watched = []
+    monkeypatch.setattr(smoke, "memcheck", lambda op, case, device: watched.append(case) or {"memcheck": []})
+    lines = {line["case"]: line for line in smoke.run_op("op", CPU)}
+    assert {case: line["ok"] for case, line in lines.items()} == {
+        "a": True,
+        "b": False,
+        "c": False,
+        "d": True,
+    }
+    assert "its process ended with -6" in lines["b"]["error"] and "illegal access" in lines["b"]["error"]
+    assert lines["c"]["error"] == "ValueError: wrong dtype"
+    assert watched == ["b", "c"]
 
 
-def test_steps_share_the_time_that_is_left(monkeypatch):
-    clock, limits = [0.0], {}
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-
-    def takes(step, limit):
-        limits[step.name] = limit
-        clock[0] += {"build": 40, "tests": limit, "benchmark": 99}[step.name]
-        return True
-
-    monkeypatch.setattr(gpu, "passes", takes)
-    todo = [step("build", "", 300), step("tests", "", 200), step("benchmark", "", 60), step("late", "", 40)]
-    assert gpu.run_steps(todo, 340) == ["late"]
-    # The build may take half and needs 40; of the 300 left the tests get two thirds, the benchmark six tenths
-    # of the rest and overruns that.
-    assert limits == {"build": 170, "tests": 200, "benchmark": 60}
+def test_smoke_tells_when_no_case_can_be_begun(monkeypatch):
+    monkeypatch.setattr(smoke, "CASES", {"op": dict.fromkeys("ab")})
+    failing = [sys.executable, "-c", "raise SystemExit('no library')"]
+    monkeypatch.setattr(smoke, "command_of", lambda *_: failing)
+    lines = list(smoke.run_op("op", CPU))
+    assert [line["case"] for line in lines] == ["a", "b"] and not any(line["ok"] for line in lines)
+    assert "no library" in lines[0]["error"]
 
 
-def test_benchmarks_end_before_their_limit(capfd):
-    prints = step("benchmark", "import sys; print('got', sys.argv[1:])", ends_itself=True)
-    assert gpu.passes(prints, 120)
-    assert "got ['--seconds', '90']" in capfd.readouterr().out
+def test_memcheck_of_a_case(tmp_path, monkeypatch):
+    sanitizer = executable(
+        tmp_path / "compute-sanitizer",
+        "#!/bin/sh\necho ran $PYTORCH_NO_CUDA_MEMORY_CACHING $@\necho ========= $2\n",
+    )
+    monkeypatch.setattr(kernels, "tool", lambda name: str(sanitizer))
+    assert smoke.memcheck("op", "a", CPU) == {}
+    assert smoke.memcheck("op", "a", torch.device("cuda")) == {"memcheck": ["========= memcheck"]}
 
 
-def test_steps_of_a_visit(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/opt/compute-sanitizer")
-    for name in ("MTFAST_TEST_DATA", "MTFAST_TEST_CHECKPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    found = {step.name: step for step in gpu.steps(tmp_path, prebuilt=False)}
-    benchmarks = [f"benchmark {op}" for op in gpu.OPS]
-    assert list(found) == ["build", "tests", *benchmarks, "memcheck", "racecheck"]
-    assert sum(step.seconds for step in found.values()) <= 590
-    assert found["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
-    for file in found["tests"].command[-3:]:
-        assert (ROOT / file).exists()
-    assert "build" not in [step.name for step in gpu.steps(tmp_path, prebuilt=True)]
+def test_smoke_knows_wrong_from_right():
+    exact = [torch.randn(50, dtype=torch.float64)]
+    right = [exact[0].bfloat16()]
+    assert smoke_cases.agreement(["y"], right, right, exact)["ok"]
+    line = smoke_cases.agreement(["y"], [right[0] * 1.1], right, exact)
+    assert not line["ok"] and line["errors"]["y"][0] == pytest.approx(0.1, abs=0.01)
+    assert not smoke_cases.agreement(["y"], [right[0] * torch.nan], right, exact)["ok"]
 
 
-BARE = """
-import sys
-missing = ("deepspeed", "datasets", "sentencex", "tyro", "scipy", "xformers", "apex")
-sys.modules.update(dict.fromkeys(missing))
-sys.path.insert(0, "tests")
-import torch, importlib
-from benchmarks import gpu
-for op in gpu.OPS:
-    importlib.import_module(f"benchmarks.{op}")
-    importlib.import_module(f"test_{op}")
-gpu.small_shapes(torch.device("cpu"))
-"""
+def test_smoke_has_every_op_dtype_and_head_dim():
+    for op in ("packed_attention", "packed_attention_qkv", "packed_attention_cls"):
+        assert len(smoke_cases.CASES[op]) == 3 * 3 * 2
+    assert len(smoke_cases.CASES["mask_tokens"]) == 2 * 2 * 3
+    assert len(smoke_cases.CASES["concat_mlp"]) == 3 * 7
 
 
-def test_a_visit_needs_neither_deepspeed_nor_data_libraries():
-    done = subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+# ---- the whole ----
+
+# Where a GPU is lent there may be torch and little else.
+MISSING = (
+    "deepspeed",
+    "datasets",
+    "sentencex",
+    "tyro",
+    "scipy",
+    "rich",
+    "matplotlib",
+    "xformers",
+    "apex",
+)
+
+
+def test_rehearsal(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({MISSING}))\n")
+    results = tmp_path / "results"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--results", str(results)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "MTFAST_COMMIT": "abc"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
+    steps = [step for part in (1, 2) for step in (gpu.part_1, gpu.part_2)[part - 1](place(tmp_path, "cpu"))]
+    lines = done.stdout.strip().split("\n")[-1 - len(steps) : -1]
+    assert [line.split("  ")[0] for line in lines] == [step.name for step in steps]
+    assert all(" passed " in line for line in lines), done.stdout
+    names = {path.name for path in results.iterdir()}
+    assert {"visit-1.log", "visit-1.json", "visit-2.log", "visit-2.json", "smoke.jsonl"} <= names
+    assert len(names) <= 8  # with ncu.csv: what can be brought back
+    report = json.loads((results / "visit-1.json").read_text())
+    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 6
+    (table,) = results.glob("*.csv")
+    measured = {line.split(",")[0] for line in table.read_text().split("\n")[1:-1]}
+    assert measured == {"peaks", *gpu.OPS, "steps"}
+
+
+def test_make_uses_a_python_with_cuda(tmp_path):
+    """.venv's where its torch has CUDA, else the one that PYTHON names."""
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    said = {}
+    for with_cuda in (0, 1):
+        fake = '#!/bin/sh\ncase "$*" in -c*) exit {};; *) echo {} "$@";; esac\n'
+        executable(tmp_path / ".venv/bin/python", fake.format(1 - with_cuda, "venv"))
+        other = executable(tmp_path / "other", fake.format(0, "other"))
+        command = ["make", "-s", "gpu", f"PYTHON={other}", "ARGS=--part 1"]
+        said[with_cuda] = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    assert said == {0: "other -m benchmarks gpu --part 1", 1: "venv -m benchmarks gpu --part 1"}
