@@ -32,11 +32,11 @@ import torch
 from benchmarks.build import LIBRARY
 from benchmarks.common import RESULTS, commit, default_device, environment
 from benchmarks.kernels import SANITIZERS, profiled, sanitized
-from benchmarks.visit import Outcome, Step, Visit, table
+from benchmarks.visit import Outcome, Step, Visit, grouped, share, table
 
 SECONDS = {1: 240, 2: 400}
 OPS = ("packed_attention", "concat_mlp", "mask_tokens")
-WORKERS = 6  # of pytest: their references are computed on the CPU
+WORKERS = 4  # of pytest for each op, whose references are computed on the CPU
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def part_1(place: Place) -> list[Step]:
         Step("peaks", place.benchmark("peaks", small="--mib 4 --size 128"), 20),
         build(place),
         Step("smoke", place.benchmark("smoke"), 50, needs="build"),
-        *(gpu_tests(place, op, seconds) for op, seconds in zip(OPS, (35, 25, 20), strict=True)),
+        *(gpu_tests(place, op) for op in OPS),
     ]
 
 
@@ -156,7 +156,7 @@ def build(place: Place) -> Step:
     return Step("build", place.benchmark("build", *prebuilt, results=False), 120)
 
 
-def gpu_tests(place: Place, op: str, seconds: int) -> Step:
+def gpu_tests(place: Place, op: str) -> Step:
     """The op's tests that are marked `gpu`."""
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", f"tests/test_{op}.py"]
     # Tests look at values that ops do not look at on a GPU otherwise; benchmarks must not wait for that.
@@ -167,35 +167,36 @@ def gpu_tests(place: Place, op: str, seconds: int) -> Step:
     elif importlib.util.find_spec("xdist"):
         command += ["-n", str(WORKERS)]
         settings["OMP_NUM_THREADS"] = "2"
-    return Step(f"tests of {op}", command, seconds, settings, needs="build")
+    return Step(f"tests of {op}", command, 80, settings, needs="build", together="tests")
 
 
 def ncu(place: Place) -> Step:
     """Every metric of the main kernels."""
     command = place.benchmark("kernels", "--shapes", "step", results=False, small="--tokens 256")
     if place.is_rehearsal:
-        return Step("ncu", command, 35, needs="build")
+        return Step("ncu", command, 40, needs="build")
     watched = profiled(command, place.results / "ncu.csv")
-    return Step("ncu", watched or command, 35, needs="build", why_not="" if watched else "not installed")
+    return Step("ncu", watched or command, 40, needs="build", why_not="" if watched else "not installed")
 
 
 def sanitizer(place: Place, name: str) -> Step:
     """One of compute-sanitizer's tools on all kernels, small."""
     command = place.benchmark("kernels", "--shapes", "small", results=False)
-    if place.is_rehearsal:
-        return Step(name, command, 20, needs="build")
-    watched = sanitized(name, command)
+    watched = (command, {}) if place.is_rehearsal else sanitized(name, command)
     if watched is None:
-        return Step(name, command, 20, why_not="compute-sanitizer is not installed")
-    return Step(name, watched[0], 20, watched[1], needs="build")
+        return Step(name, command, 0, why_not="compute-sanitizer is not installed")
+    return Step(name, watched[0], 60, watched[1], needs="build", together="sanitizers")
 
 
 def plan(steps: list[Step], seconds: int) -> str:
     """What would run, a line each: its share of the time, and the command or why there is none."""
-    everything = sum(step.seconds for step in steps if not step.why_not)
+    groups = grouped(steps)
+    everything = sum(map(share, groups))
     lines = []
-    for step in steps:
-        share = f"{seconds * step.seconds / everything:4.0f} s" if not step.why_not else "      "
-        what = f"left out: {step.why_not}" if step.why_not else shlex.join(step.command)
-        lines.append(f"  {step.name:26} {share}  {what}")
+    for group in groups:
+        for step in group:
+            time = f"{seconds * share(group) / everything:4.0f} s" if not step.why_not else "      "
+            what = f"left out: {step.why_not}" if step.why_not else shlex.join(step.command)
+            beside = f"  beside the other {step.together}" if len(group) > 1 else ""
+            lines.append(f"  {step.name:26} {time}  {what}{beside}")
     return "\n".join(lines)

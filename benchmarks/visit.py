@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ class Step:
 
     why_not: why this machine cannot run it, if so; the command is left out then.
     needs: a step without whose success this one is left out.
+    together: neighbours of one such name run side by side, in the time of the longest.
     ends_itself: it takes --seconds, and ends within so many with what is done by then.
     """
 
@@ -34,6 +36,7 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=dict)
     why_not: str = ""
     needs: str = ""
+    together: str = ""
     ends_itself: bool = False
 
 
@@ -63,27 +66,32 @@ class Visit:
         directory.mkdir(parents=True, exist_ok=True)
         self._report, self._facts = directory / f"{name}.json", facts
         self._log = (directory / f"{name}.log").open("w", encoding="utf-8")
+        self._lock = threading.Lock()
         self.outcomes: list[Outcome] = []
 
     def run(self, steps: Sequence[Step], seconds: float) -> list[Outcome]:
         """Run the steps within so many seconds. Each may take its share of what is left when it begins."""
         end = time.monotonic() + seconds
-        for index, step in enumerate(steps):
+        groups = grouped(steps)
+        for index, group in enumerate(groups):
             left = end - time.monotonic()
-            limit = left * step.seconds / sum(s.seconds for s in steps[index:] if not s.why_not or s is step)
-            outcome = self._outcome(step, limit)
-            reason = f": {outcome.reason}" if outcome.reason else ""
-            self.say(f"== {step.name} {outcome.status} after {outcome.seconds:.0f} s{reason}")
-            self.outcomes.append(outcome)
+            limit = left * share(group) / max(1, sum(map(share, groups[index:])))
+            with ThreadPoolExecutor(len(group)) as pool:
+                outcomes = list(pool.map(self._outcome, group, [limit] * len(group)))
+            for outcome in outcomes:
+                reason = f": {outcome.reason}" if outcome.reason else ""
+                self.say(f"== {outcome.name} {outcome.status} after {outcome.seconds:.0f} s{reason}")
+            self.outcomes += outcomes
             report = {**self._facts, "steps": [asdict(o) for o in self.outcomes]}
             self._report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         return self.outcomes
 
     def say(self, line: str) -> None:
         """Print a line and keep it."""
-        print(line, flush=True)
-        self._log.write(line + "\n")
-        self._log.flush()
+        with self._lock:
+            print(line, flush=True)
+            self._log.write(line + "\n")
+            self._log.flush()
 
     def _outcome(self, step: Step, limit: float) -> Outcome:
         if step.why_not:
@@ -97,7 +105,7 @@ class Visit:
             command += ["--seconds", f"{max(0.6 * limit, limit - 30):.0f}"]
         self.say(f"\n== {step.name}, at most {limit:.0f} s: {shlex.join(command)}")
         started = time.monotonic()
-        status = self._status(command, step.environment, limit)
+        status = self._status(command, step.environment, limit, f"{step.name}: " if step.together else "")
         took = time.monotonic() - started
         if status is None:
             return Outcome(step.name, "ended", took, f"it was not done within {limit:.0f} s")
@@ -105,8 +113,11 @@ class Visit:
             return Outcome(step.name, "failed", took, f"exit status {status}")
         return Outcome(step.name, "passed", took)
 
-    def _status(self, command: Sequence[str], environment: Mapping[str, str], limit: float) -> int | None:
-        """The command's exit status; None where it, and what it started, was ended at the limit."""
+    def _status(
+        self, command: Sequence[str], environment: Mapping[str, str], limit: float, mark: str
+    ) -> int | None:
+        """The command's exit status; None where it, and what it started, was ended at the limit. Its lines
+        are marked."""
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -119,7 +130,7 @@ class Visit:
             start_new_session=True,
         )
         assert process.stdout
-        relay = threading.Thread(target=self._relay, args=(process.stdout,), daemon=True)
+        relay = threading.Thread(target=self._relay, args=(process.stdout, mark), daemon=True)
         relay.start()
         try:
             return process.wait(limit)
@@ -131,9 +142,25 @@ class Visit:
             process.wait()
             relay.join(10)
 
-    def _relay(self, output: IO[str]) -> None:
+    def _relay(self, output: IO[str], mark: str) -> None:
         for line in output:
-            self.say(line.rstrip("\n"))
+            self.say(mark + line.rstrip("\n"))
+
+
+def grouped(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps that run side by side, in their order."""
+    groups: list[list[Step]] = []
+    for step in steps:
+        if groups and step.together and groups[-1][0].together == step.together:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def share(group: Sequence[Step]) -> int:
+    """Seconds that a group gets when all take what they may."""
+    return max((step.seconds for step in group if not step.why_not), default=0)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

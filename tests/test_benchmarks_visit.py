@@ -80,7 +80,7 @@ def test_steps_share_the_time_that_is_left(begun, monkeypatch):
     clock, limits = [0.0], {}
     monkeypatch.setattr(visit, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
-    def takes(command, environment, limit):
+    def takes(command, environment, limit, mark):
         (name,) = command
         limits[name] = limit
         clock[0] += {"build": 40, "tests": limit, "benchmark": 99}[name]
@@ -99,6 +99,23 @@ def test_steps_share_the_time_that_is_left(begun, monkeypatch):
     # The build may take half and needs 40; of the 300 left the tests get two thirds, the benchmark six tenths
     # of the rest and overruns that. What is left out takes no share.
     assert limits == {"build": 170, "tests": 200, "benchmark": 60}
+
+
+def test_neighbours_run_side_by_side_in_the_time_of_the_longest(begun, tmp_path):
+    """Each waits for the other here, so that one after the other none would end."""
+    code = (
+        "import pathlib, time; mine, other = (pathlib.Path({path!r}) / n for n in {names!r}); mine.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\nprint('met')"
+    )
+    pair = [
+        step(f"tests of {a}", code.format(path=str(tmp_path), names=(a, b)), together="tests")
+        for a, b in (("x", "y"), ("y", "x"))
+    ]
+    assert [len(group) for group in visit.grouped([step("build", ""), *pair, step("smoke", "")])] == [1, 2, 1]
+    assert visit.share([Step("a", [], 30), Step("b", [], 50), Step("c", [], 90, why_not="no")]) == 50
+    assert statuses(begun.run(pair, 60)) == {"tests of x": "passed", "tests of y": "passed"}
+    log = (tmp_path / "visit-1.log").read_text()
+    assert "tests of x: met" in log and "tests of y: met" in log
 
 
 def test_benchmarks_are_told_to_end_before_their_limit(begun, tmp_path):
