@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.build import LIBRARY
 from benchmarks.common import RESULTS, commit, default_device, environment
-from benchmarks.kernels import SANITIZERS, profiled, sanitized
+from benchmarks.tools import SANITIZERS, profiled, sanitized
 from benchmarks.visit import Outcome, Step, Visit, grouped, share, table
 
 SECONDS = {1: 240, 2: 400}

@@ -3,14 +3,13 @@
     compute-sanitizer --tool racecheck python -m benchmarks kernels --shapes small
     ncu --csv --page raw python -m benchmarks kernels --shapes step
 
-`sanitized` and `profiled` are such commands with what they need to be told.
+benchmarks/tools.py has such commands with what they need to be told.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,7 @@ from torch import Tensor
 from benchmarks.common import default_device
 from benchmarks.lengths import draw_tokens
 from mtfast.ops import concat_mlp, mask_tokens, packed_attention_cls, packed_attention_qkv
-from mtfast.toolkit import tool
 
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 STEP_TOKENS = 16384
 VOCAB = 30522
 
@@ -43,31 +40,6 @@ def main(argv: list[str]) -> None:
         step(options.device, options.tokens)
     if options.device.type == "cuda":
         torch.cuda.synchronize(options.device)
-
-
-def sanitized(name: str, command: Sequence[str]) -> tuple[list[str], dict[str, str]] | None:
-    """The command under compute-sanitizer's tool of that name, and its environment; None where that is not
-    installed."""
-    sanitizer = tool("compute-sanitizer")
-    if sanitizer is None:
-        return None
-    # Importing torch takes longer than the sanitizer waits for a process by itself, and what torch's probing
-    # of the driver returns is no error of a kernel.
-    options = ["--tool", name, "--launch-timeout", "0", "--report-api-errors", "no", "--error-exitcode", "9"]
-    # Each tensor an allocation of its own, so that a step beyond its end is one.
-    return [sanitizer, *options, *command], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-
-
-def profiled(command: Sequence[str], csv: Path) -> list[str] | None:
-    """The command under ncu, which writes every metric of each of this project's kernels to `csv`; None where
-    that is not installed."""
-    ncu = tool("ncu")
-    if ncu is None:
-        return None
-    # The card's clocks are not ours to set.
-    options = ["--csv", "--page", "raw", "--set", "full", "--clock-control", "none", "--log-file", str(csv)]
-    kernels = ["--kernel-name-base", "demangled", "--kernel-name", "regex:mtfast"]
-    return [ncu, *options, *kernels, *command]
 
 
 def small(device: torch.device) -> None:

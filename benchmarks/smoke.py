@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, SOURCES, default_device
-from benchmarks.kernels import sanitized
 from benchmarks.smoke_cases import CASES
+from benchmarks.tools import sanitized
 
 SILENCE = 60  # seconds without a line after which a process is ended
 Line = dict[str, Any]
@@ -96,7 +96,7 @@ def run_op(op: str, device: torch.device) -> Iterator[Line]:
     """The lines of the op's cases, from as many processes as it takes."""
     left = list(CASES[op])
     while left:
-        begun = None
+        begun, before = None, len(left)
         process = subprocess.Popen(
             command_of(op, left, device),
             cwd=SOURCES,
@@ -127,7 +127,7 @@ def run_op(op: str, device: torch.device) -> Iterator[Line]:
             left.remove(begun)
             error = f"its process ended with {status}: {' '.join(errors[-5:])}"
             yield {"op": op, "case": begun, "ok": False, "error": error} | memcheck(op, begun, device)
-        elif left and status != 0 and len(left) == len(CASES[op]):
+        elif len(left) == before:
             error = f"no case could be begun, exit status {status}: {' '.join(errors[-5:])}"
             yield from ({"op": op, "case": name, "ok": False, "error": error} for name in left)
             return

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import build, gpu, kernels, smoke, smoke_cases
+from benchmarks import build, gpu, smoke, smoke_cases, tools
 from mtfast import toolkit
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def executable(path: Path, text: str) -> Path:
 
 
 def test_both_parts_fit_one_visit(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "tool", lambda name: f"/cuda/bin/{name}")
+    monkeypatch.setattr(tools, "tool", lambda name: f"/cuda/bin/{name}")
     parts = [gpu.part_1(place(tmp_path)), gpu.part_2(place(tmp_path))]
     assert [[step.name for step in steps] for steps in parts] == [
         ["peaks", "build", "smoke", *(f"tests of {op}" for op in gpu.OPS)],
@@ -46,8 +46,8 @@ def test_both_parts_fit_one_visit(tmp_path, monkeypatch):
 
 
 def test_tools_that_are_not_there_are_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "tool", lambda name: None)
-    assert [s.name for s in gpu.part_2(place(tmp_path)) if s.why_not] == ["ncu", *kernels.SANITIZERS]
+    monkeypatch.setattr(tools, "tool", lambda name: None)
+    assert [s.name for s in gpu.part_2(place(tmp_path)) if s.why_not] == ["ncu", *tools.SANITIZERS]
     assert gpu.main(["--plan", "--part", "2"]) == 0
     printed = capsys.readouterr().out
     assert "left out: compute-sanitizer is not installed" in printed and "Part 1" not in printed
@@ -79,6 +79,18 @@ def test_every_test_of_a_gpu_is_selected():
             takes = arguments.split(")")[0]
             if name.startswith("test_") and ("device" in takes or "mask" in takes.split(", ")):
                 assert f"{file}::{name}[" in collected and "cuda" in collected, name
+
+
+def test_it_begins_without_a_library():
+    """Which it is there to build: nothing before that may import the ops."""
+    code = """
+import sys
+sys.modules["mtfast.ops"] = None
+from benchmarks import build, gpu, peaks
+gpu.main(["--plan"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Part 2" in done.stdout, done.stderr
 
 
 # ---- the library ----
@@ -118,6 +130,20 @@ def test_one_that_does_not_is_told_and_another_built(missing, tmp_path, monkeypa
     printed = capsys.readouterr().out
     assert ("there is no such file" if missing else "OSError") in printed
     assert "not installed, so nothing can be built: no_such_package" in printed
+
+
+def test_the_library_of_a_build_that_failed_later_is_taken(tmp_path, monkeypatch, capsys):
+    """The ops are all that a visit needs, whatever else could not be built."""
+    built = tmp_path / "build" / "lib.linux" / "mtfast" / "_C.abi3.so"
+    built.parent.mkdir(parents=True)
+    (tmp_path / "setup.py").write_text("raise SystemExit('Python.h is missing')")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "LIBRARY", tmp_path / "there.so")
+    monkeypatch.setattr(build, "BUILD_TOOLS", ())
+    assert build.main(["--device", "cpu"]) == 1
+    shutil.copy(ROOT / "mtfast" / "_C.abi3.so", built)
+    assert build.main(["--device", "cpu"]) == 0 and (tmp_path / "there.so").exists()
+    assert "but the ops' library was built" in capsys.readouterr().out
 
 
 def test_the_build_is_for_this_gpu_alone(monkeypatch):
@@ -171,7 +197,7 @@ def test_memcheck_of_a_case(tmp_path, monkeypatch):
         tmp_path / "compute-sanitizer",
         "#!/bin/sh\necho ran $PYTORCH_NO_CUDA_MEMORY_CACHING $@\necho ========= $2\n",
     )
-    monkeypatch.setattr(kernels, "tool", lambda name: str(sanitizer))
+    monkeypatch.setattr(tools, "tool", lambda name: str(sanitizer))
     assert smoke.memcheck("op", "a", CPU) == {}
     assert smoke.memcheck("op", "a", torch.device("cuda")) == {"memcheck": ["========= memcheck"]}
 
