@@ -6,10 +6,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
-#include <map>
 #include <memory>
 #include <random>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -27,7 +25,6 @@
 namespace cuda_on_cpu {
 
 Thread* current = nullptr;
-Config config;
 Block block;
 
 namespace {
@@ -71,9 +68,6 @@ uint32_t priority[32];
 const std::function<void()>* kernel_body = nullptr;
 std::mt19937 random_bits;
 std::string error;
-std::map<const void*, size_t> allowed_shared;  // by kernel: cudaFuncSetAttribute
-std::set<const void*> launched;                // kernels, since it was last asked
-cudaError_t last_error = cudaSuccess;
 
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 asm(R"(
@@ -378,19 +372,11 @@ void copy_async_wait(int pending) {
 int launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const Kernel& kernel,
            const std::function<void()>& body) {
   error.clear();
-  last_error = cudaSuccess;
-  const size_t count = size_t{block_dim.x} * block_dim.y * block_dim.z;
-  const size_t allowed = std::max<size_t>(48 * 1024, allowed_shared[kernel.address]);
-  if (count == 0 || count > 1024 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || shared_bytes > allowed) {
-    error = std::string(kernel.name) + ": invalid launch configuration: " + std::to_string(count) +
-            " threads, a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
-            std::to_string(grid.z) + ", " + std::to_string(shared_bytes) + " bytes of shared memory where " +
-            std::to_string(allowed) + " are allowed";
+  if (!may_launch(grid, block_dim, shared_bytes, kernel.address)) {
+    error = std::string(kernel.name) + ": " + error;
     return cudaErrorInvalidConfiguration;
   }
-  launched.insert(kernel.address);
-  threads = static_cast<int>(count);
+  threads = static_cast<int>(block_dim.x * block_dim.y * block_dim.z);
   kernel_body = &body;
   random_bits.seed(config.seed);
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
@@ -408,24 +394,4 @@ int launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const Kernel& kernel,
 
 }  // namespace cuda_on_cpu
 
-using namespace cuda_on_cpu;
-
-extern "C" {
-// What the kernels' launch functions call of the CUDA runtime.
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (static_cast<size_t>(bytes) > config.shared_limit) return last_error = cudaErrorInvalidValue;
-  allowed_shared[kernel] = static_cast<size_t>(bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-const char* cudaGetErrorString(cudaError_t) { return error.empty() ? "refused" : error.c_str(); }
-
-void cuda_on_cpu_configure(int order, unsigned seed, int late_copies, int races, int64_t shared_limit) {
-  if (shared_limit != static_cast<int64_t>(config.shared_limit)) allowed_shared.clear();
-  config = {static_cast<Order>(order), seed, late_copies != 0, races != 0, static_cast<size_t>(shared_limit)};
-}
-const char* cuda_on_cpu_error() { return error.c_str(); }
-int cuda_on_cpu_last_error() { return last_error; }
-// How many kernels were launched since it was last asked.
-int64_t cuda_on_cpu_take_launched() { return static_cast<int64_t>(std::exchange(launched, {}).size()); }
-}
+extern "C" const char* cuda_on_cpu_error() { return cuda_on_cpu::error.c_str(); }

@@ -1,6 +1,6 @@
 // CUDA's execution model on one CPU thread, for tests: what a kernel sees in place of the CUDA headers.
 //   g++ -x c++ -DMTFAST_CUDA_ON_CPU -Icsrc -Itests/cuda_on_cpu -isystem $CUDA_HOME/include kernel.cu
-//   cuda_on_cpu.cpp race.cpp
+//   cuda_on_cpu.cpp race.cpp runtime.cpp warp.cpp
 // Each CUDA thread is a fiber. Warp-wide operations wait for the lanes of their mask and then act for all of
 // them.
 #pragma once

@@ -46,7 +46,7 @@ from mtfast.toolkit import homes
 DTYPES_IN_C = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-EMULATION = [HERE / name for name in ("cuda_on_cpu.cpp", "race.cpp", "warp.cpp")]
+EMULATION = [HERE / name for name in ("cuda_on_cpu.cpp", "race.cpp", "runtime.cpp", "warp.cpp")]
 ORDERS = ("forward", "reverse", "random", "warp priority")
 # KiB of shared memory that a block may have: the CUDA programming guide, "Technical Specifications per
 # Compute Capability".

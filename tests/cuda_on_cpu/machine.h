@@ -29,6 +29,9 @@ extern Block block;
 void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 bool on_fiber_stack(const void* address);  // of the running thread
 
+// runtime.cpp: whether a kernel may be launched so; fails where it may not.
+bool may_launch(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel);
+
 void races_begin_launch();
 int races_found();
 
@@ -36,3 +39,5 @@ int races_found();
 void act(Collective what, Operands* const (&lane)[32], Thread* const (&thread)[32]);
 
 }  // namespace cuda_on_cpu
+
+extern "C" const char* cuda_on_cpu_error();  // of the last launch
