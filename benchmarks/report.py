@@ -37,9 +37,9 @@ def render(text: str, results: Path = RESULTS) -> str:
 
     Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs.
     """
-    rows = [row for path in sorted(results.glob("*.csv")) for row in _read(path)]
+    rows = [row for path in sorted(results.glob("*-????-??-??.csv")) for row in _read(path)]
     runs = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("run-*.json"))
     }
 
     def section(match: re.Match[str]) -> str:

@@ -3,7 +3,7 @@
 #include "concat_mlp.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#ifdef MTFAST_WITH_CUDA
+#if defined(MTFAST_WITH_CUDA) && !defined(MTFAST_CUDA_ON_CPU)
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #endif
 
@@ -14,14 +14,6 @@
 #include <tuple>
 
 #include "binding.h"
-
-#ifdef MTFAST_WITH_CUDA
-// Exported by libtorch in CUDA builds only; one built with CUDA loads into the others too.
-extern "C" {
-__attribute__((weak)) decltype(aoti_torch_cuda_mm_out) aoti_torch_cuda_mm_out;
-__attribute__((weak)) decltype(aoti_torch_cuda_addmm_out) aoti_torch_cuda_addmm_out;
-}
-#endif
 
 namespace mtfast::concat_mlp {
 namespace {
@@ -103,25 +95,23 @@ constexpr int64_t kCopyGrain = 1 << 16;   // bytes that are worth a thread
 constexpr int64_t kForwardRows = 1024;    // of the hidden layer, at a time, on the CPU
 constexpr int64_t kProductColumns = 192;  // of weight1's gradient, at a time
 
-void product(const Tensor& out, const Tensor& a, const Tensor& b) {
-#ifdef MTFAST_WITH_CUDA
-  if (out.is_cuda()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
-    return;
-  }
+// torch's function of the device that `out` is on.
+#if defined(MTFAST_WITH_CUDA) && !defined(MTFAST_CUDA_ON_CPU)
+#define MTFAST_TORCH(function, out, ...)                                                        \
+  TORCH_ERROR_CODE_CHECK((out).is_cuda() ? aoti_torch_cuda_##function((out).get(), __VA_ARGS__) \
+                                         : aoti_torch_cpu_##function((out).get(), __VA_ARGS__))
+#else
+#define MTFAST_TORCH(function, out, ...) \
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_##function((out).get(), __VA_ARGS__))
 #endif
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+
+void product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  MTFAST_TORCH(mm_out, out, a.get(), b.get());
 }
 
 // out = to + a @ b
 void add_product(const Tensor& out, const Tensor& to, const Tensor& a, const Tensor& b) {
-#ifdef MTFAST_WITH_CUDA
-  if (out.is_cuda()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), to.get(), a.get(), b.get(), 1.0, 1.0));
-    return;
-  }
-#endif
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), to.get(), a.get(), b.get(), 1.0, 1.0));
+  MTFAST_TORCH(addmm_out, out, to.get(), a.get(), b.get(), 1.0, 1.0);
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }

@@ -198,6 +198,15 @@ def test_partial_runs_add_up(tmp_path):
     }
 
 
+def test_what_a_visit_to_a_gpu_leaves_beside_the_results_is_no_table(tmp_path):
+    common.write_results([row("a", "x", 1)], CPU, tmp_path)
+    tables = "<!-- results: op -->\n<!-- end -->\n<!-- results: runs -->\n<!-- end -->"
+    alone = report.render(tables, tmp_path)
+    (tmp_path / "ncu.csv").write_text('"ID","Kernel Name"\n"0","exact"\n')
+    (tmp_path / "visit-1.json").write_text('{"steps": []}')
+    assert report.render(tables, tmp_path) == alone and "not measured" in alone
+
+
 def test_files_with_fewer_columns_stay_readable(tmp_path):
     path = common.results_path(CPU, tmp_path)
     older = "benchmark,case,variant,median_us,ratio_to_baseline,device,driver,threads,torch,commit,date\n"
