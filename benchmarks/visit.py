@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 5  # with less a step is not begun
+# A group can be ended whole; a session of its own would outlive what ends the visit itself.
+GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Visit:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
+            **GROUP,
         )
         assert process.stdout
         relay = threading.Thread(target=self._relay, args=(process.stdout, mark), daemon=True)
