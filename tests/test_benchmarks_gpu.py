@@ -220,7 +220,7 @@ def test_smoke_has_every_op_dtype_and_head_dim():
 
 # ---- the whole ----
 
-# Where a GPU is lent there may be torch and little else.
+# A machine with a GPU may have torch and little else.
 MISSING = (
     "deepspeed",
     "datasets",
