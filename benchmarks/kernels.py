@@ -44,12 +44,16 @@ def main(argv: list[str]) -> None:
 
 def small(device: torch.device) -> None:
     """Every op on a few tokens, forward and backward, in every dtype and head_dim."""
-    long, short = [1, 40, 0, 130, 17], [1, 30, 0, 32, 17]  # whole sequences have kernels of their own
+    long = [1, 40, 0, 130, 17]
+    whole = (
+        [1, 40, 0, 64, 17],
+        [30, 0, 32],
+    )  # sequences that have kernels of their own, the latter in all dtypes
     for strategy in ("exact", "bernoulli"):
         for subword in (None, torch.rand(VOCAB, device=device) < 0.3):
             masked(torch.randint(1000, VOCAB, (sum(long),), device=device), long, strategy, subword)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for lengths in (long, short):
+        for lengths in (long, *whole):
             for head_dim in (32, 64, 128):
                 attend(lengths, 2, head_dim, dtype, device)
                 attend_cls(lengths, 2, head_dim, dtype, device)
@@ -63,7 +67,7 @@ def step(device: torch.device, tokens: int) -> None:
     mixture, samples = draw_tokens("mixture", tokens), draw_tokens("imdb", tokens)
     for strategy in ("exact", "bernoulli"):
         masked(torch.randint(1000, VOCAB, (sum(samples),), device=device), samples, strategy)
-    for lengths in (mixture, samples, draw_tokens("32", tokens)):
+    for lengths in (mixture, draw_tokens("32", tokens)):  # with long sequences, and without
         attend(lengths, 12, 64, torch.bfloat16, device)
     attend_cls(mixture, 12, 64, torch.bfloat16, device)
     pair_head(tokens // 8, 768, 768, 2, torch.bfloat16, device)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import needs_cuda
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -199,7 +200,8 @@ def test_a_table_in_a_file_gives_what_one_in_memory_gives(sentiment_head, config
             assert torch.equal(part.tokens[b:e], whole.tokens[begin:end])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_cuda
+@pytest.mark.gpu
 def test_captured_head_training_is_the_uncaptured_one(config):
     losses = {}
     for name in ("plain", "captured"):

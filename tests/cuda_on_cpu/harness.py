@@ -52,8 +52,6 @@ ORDERS = ("forward", "reverse", "random", "warp priority")
 # Compute Capability".
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_120": 99}
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-
-
 # What the emulation defines of the CUDA runtime is meant for the kernels it is linked with alone.
 LINKED = ("-shared", "-Wl,-Bsymbolic")
 
@@ -167,7 +165,7 @@ def run_sanitized(function: str, *sources: str | Path) -> str:
     return done.stdout
 
 
-def contracted() -> list[str]:
+def _contracted() -> list[str]:
     """Flags with which products and sums become one rounding, as nvcc makes them, where the processor can."""
     has_fma = re.search(r"^flags\b.* fma\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return ["-mfma", "-ffp-contract=fast"] if has_fma else []
@@ -203,7 +201,7 @@ def kernel_objects(sources: Iterable[str | Path], races: bool = False, sanitized
     flags += ["-DCUDA_ON_CPU_RACES"] if races else []
     # Kernels take longer to compile than to run, so they are hardly optimised. Only they are instrumented for
     # races: the emulation itself is the detector.
-    kernel_flags = [*flags, *contracted(), *(["-O0"] if sanitized else [])]
+    kernel_flags = [*flags, *_contracted(), *(["-O0"] if sanitized else [])]
     kernel_flags += ["-fsanitize=thread"] if races else []
     kernels = [object_of(_find(source), [*kernel_flags, "-x", "c++"]) for source in sources]
     return [*kernels, *(object_of(part, flags) for part in EMULATION)]
