@@ -348,16 +348,17 @@ def _setup_context(tensors: int):
 
 
 def _derivative(op: str, tensors: int):
-    def backward(ctx, dout, _dlse):
+    call = _library.underivable(op)
+
+    def derivative(ctx, saved, dout, _dlse):
         nothing = (None,) * 5
         if dout is None:
             return (*(None,) * tensors, *nothing)
-        *inputs, cu_seqlens, seed, out, lse = ctx.saved_tensors
-        call = getattr(torch.ops.mtfast, op)
+        *inputs, cu_seqlens, seed, out, lse = saved
         grads = call(dout, *inputs, out, lse, cu_seqlens, *ctx.options, seed)
         return (*(grads if tensors > 1 else (grads,)), *nothing)
 
-    return backward
+    return derivative
 
 
 _calls = {}
