@@ -66,10 +66,10 @@ def with_derivative(op_name: str, setup: Callable[..., None], derivative: Callab
             `underivable`.
     """
 
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def unpacked(ctx: Any, *grads: Any) -> Any:
         return derivative(ctx, ctx.saved_tensors, *grads)
 
-    torch.library.register_autograd(f"mtfast::{op_name}", backward, setup_context=setup)
+    torch.library.register_autograd(f"mtfast::{op_name}", unpacked, setup_context=setup)
     op = getattr(torch.ops.mtfast, op_name).default
     below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -99,8 +99,7 @@ def with_derivative(op_name: str, setup: Callable[..., None], derivative: Callab
             return op(*inputs)
 
         setup_context = staticmethod(setup)
-
-    Transformed.backward = staticmethod(backward)
+        backward = staticmethod(unpacked)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
