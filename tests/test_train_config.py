@@ -205,6 +205,7 @@ def test_every_contradiction_is_named(tmp_path):
             "zero_optimization": {"stage": 3},
             "optimizer": {"params": {"lr": 1e-3}},
             "scheduler": {"type": "WarmupLR"},
+            "activation_checkpointing": {"cpu_checkpointing": True},
         },
     )
     with pytest.raises(ConfigError) as error:
@@ -215,6 +216,7 @@ def test_every_contradiction_is_named(tmp_path):
         "zero_optimization.stage: the JSON says 3, the run 1",
         "optimizer.params.lr: the JSON says 0.001, the run 1e-05",
         "scheduler",
+        "set engine.activation_checkpointing",
         '"auto"',
     ):
         assert wanted in text

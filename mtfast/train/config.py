@@ -76,6 +76,8 @@ class EngineConfig:
     In bf16, 0 runs as 1: the same update, made faster."""
     optimizer: Literal["adamw", "deepspeed-adam", "apex-adam"] = "adamw"
     """torch's fused AdamW, DeepSpeed's FusedAdam, or NVIDIA apex's FusedAdam."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more work."""
     deepspeed_config: Annotated[str | None, tyro.conf.arg(aliases=["--deepspeed-config"])] = None
     """A DeepSpeed JSON file merged into the engine's; "auto" values are filled from this configuration."""
 

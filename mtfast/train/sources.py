@@ -97,6 +97,7 @@ def build_pretrain(config: RunConfig, source: Source) -> tuple[PretrainModel, di
     """
     torch.manual_seed(seed_for(config.seed))
     model = build_pretrain_model(source.config)
+    model.encoder.activation_checkpointing = config.engine.activation_checkpointing
     return model, _load(source.encoder, model)
 
 
@@ -107,6 +108,7 @@ def build_multitask(config: RunConfig, source: Source) -> tuple[MultiTaskModel, 
     """
     torch.manual_seed(seed_for(config.seed))
     model = build_multitask_model(source.config, heads_config(config))
+    model.encoder.activation_checkpointing = config.engine.activation_checkpointing
     return model, _load(source.encoder, model, source.heads)
 
 
