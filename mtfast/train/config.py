@@ -77,7 +77,7 @@ class EngineConfig:
     optimizer: Literal["adamw", "deepspeed-adam", "apex-adam"] = "adamw"
     """torch's fused AdamW, DeepSpeed's FusedAdam, or NVIDIA apex's FusedAdam."""
     activation_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more work."""
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, slower."""
     deepspeed_config: Annotated[str | None, tyro.conf.arg(aliases=["--deepspeed-config"])] = None
     """A DeepSpeed JSON file merged into the engine's; "auto" values are filled from this configuration."""
 

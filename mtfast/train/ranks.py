@@ -8,14 +8,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .config import ConfigError
+
 
 def prepare_environment() -> None:
     """Complete what a launcher would have set, so that plain `python -m mtfast` is a run of one rank.
 
     On a CPU the cores are shared out among the ranks of this machine unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        ConfigError: RANK is set and what belongs to it is not, or is no number.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not os.environ.get(name, "").isdecimal():
+            found = f"{name} is {os.environ[name]!r}" if name in os.environ else f"{name} is not set"
+            raise ConfigError(
+                f"RANK is set, as a launcher sets it, but {found}: start the run with deepspeed or torchrun, "
+                "or give each process its RANK, WORLD_SIZE and LOCAL_RANK (its number on its machine)"
+            )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -24,11 +36,16 @@ def prepare_environment() -> None:
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, without: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else without  # what is wrong with it `prepare_environment` tells
 
 
 def is_main() -> bool:
@@ -86,8 +103,14 @@ def on_main(make: Any) -> Any:
             failure = error
     failure = broadcast(failure)
     if failure is not None:
+        failure.of_main = True
         raise failure
     return result
+
+
+def origin(error: Exception, otherwise: int | None) -> int | None:
+    """The rank whose failure `error` is: 0 if `on_main` raised it, else `otherwise`."""
+    return 0 if getattr(error, "of_main", False) else otherwise
 
 
 def main_first(make: Any) -> Any:
