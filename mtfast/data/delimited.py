@@ -2,11 +2,11 @@
 
 A field that begins with a quote ends at the next quote that is not doubled, in the same line or a later one.
 A sentence that merely begins with a quote looks the same, and would take the rows up to some later quote into
-it. So of a row that goes over several lines the first and the last line are looked at by themselves, as if
-quotes meant nothing:
+it. So the lines of a row that goes over several are looked at by themselves, as if quotes meant nothing:
 
-- Both have as many fields as the header (a comma before a space is not counted, it is prose's): the quote is
-  a stray one. Its line cannot be used; reading goes on with the next line, so that no other row is lost.
+- The first and the last one, or, where tabs separate, one between them, have as many fields as the header (a
+  comma before a space is not counted, it is prose's): the quote is a stray one. Its line cannot be used;
+  reading goes on with the next line, so that no other row is lost.
 - Otherwise the row has line breaks in it, and is marked as `odd`; one that is badly quoted or has too many or
   too few fields is unusable in each of its lines.
 """
@@ -71,13 +71,15 @@ def split_rows(text: str, delimiter: str) -> Iterator[Row]:
 
 
 def _is_stray(row: str, delimiter: str, wanted: int) -> bool:
-    """Whether the first and last of a row's lines are rows of ``wanted`` fields where quotes mean nothing."""
+    """Whether lines of a row over several lines are rows by themselves, as the module's description says."""
 
-    def fields(line: str) -> int:
-        return 1 + line.count(delimiter) - (line.count(", ") if delimiter == "," else 0)
+    def is_row(line: str) -> bool:
+        return 1 + line.count(delimiter) - (line.count(", ") if delimiter == "," else 0) == wanted
 
-    # With a single field every line would be a row.
-    return wanted > 1 and fields(row[: row.index("\n")]) == fields(row[row.rindex("\n") + 1 :]) == wanted
+    if wanted < 2:  # every line would be one
+        return False
+    first, *between, last = row.split("\n")
+    return (is_row(first) and is_row(last)) or (delimiter == "\t" and any(map(is_row, between)))
 
 
 def _fields(

@@ -162,7 +162,7 @@ def _read_parquet(path: Path) -> Records:
 
 
 def from_table(origin: str, table: Any) -> Records:
-    """The rows of an Arrow table; DataError names the column and row of a value that cannot be read."""
+    """The rows of an Arrow table; DataError names the column of a value that cannot be read, and its row."""
     names = table.column_names
     if duplicated := repeated(names):
         raise DataError(f"{origin}: column names appear twice: {listed(duplicated)}")
@@ -176,8 +176,12 @@ def from_table(origin: str, table: Any) -> Records:
 
 def _values(origin: str, name: str, column: Any) -> list[Any]:
     try:
+        column.validate(full=True)  # offsets of a damaged file lead anywhere
+    except Exception as error:
+        raise DataError(f"{origin}: {name} cannot be read: {error}") from error
+    try:
         return column.to_pylist()
-    except Exception:  # text that is not UTF-8, a date beyond year 9999: found again below
+    except Exception:  # a date beyond year 9999, say: found again below
         for number, value in enumerate(column, start=1):
             try:
                 value.as_py()
