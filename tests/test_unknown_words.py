@@ -52,6 +52,19 @@ def test_a_checkpoint_without_tokenizer_files_is_refused(config, bert, config_le
         run.prepare(config)
 
 
+def test_a_half_downloaded_checkpoint_of_the_hub_is_refused(bert, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--acme--bert" / "snapshots" / "abc"
+    (snapshot.parent.parent / "refs").mkdir(parents=True)
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    snapshot.mkdir(parents=True)
+    shutil.copy(bert / "config.json", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_bert_config("acme/bert").hidden_size == 128
+    with pytest.raises(CheckpointError, match="acme/bert has no tokenizer"):
+        load_tokenizer("acme/bert")
+
+
 def test_a_tokenizer_far_smaller_than_the_models_table_is_refused(config, bert):
     large = load_bert_config(bert)
     pieces, large.vocab_size = large.vocab_size, 2 * large.vocab_size

@@ -62,7 +62,7 @@ def split_rows(text: str, delimiter: str) -> Iterator[Row]:
         elif breaks and problem is not None:
             yield Row(line, [], f"{problem}, in lines {line} to {line + breaks}")
             for number, part in enumerate(whole.split("\n")[1:], start=line + 1):
-                if part.strip("\r"):
+                if part.removesuffix("\r"):
                     yield Row(number, [], f"belongs to the row that begins in line {line}: {problem}")
         elif whole:
             odd = bool(breaks) or (delimiter == "\t" and any("\t" in field for field in fields))
