@@ -122,7 +122,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     """The tokenizer of a checkpoint, with the special tokens that packing and masking need.
 
     Raises:
-        CheckpointError: there is none, or it lacks [CLS], [SEP], [MASK] or [PAD].
+        CheckpointError: there is none, or it lacks [CLS], [SEP], [MASK] or [PAD], or has nothing else.
     """
     source, subfolder = _locate(name_or_path)
     try:
@@ -138,6 +138,11 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     ]
     if missing:
         raise CheckpointError(f"the tokenizer of {name_or_path} has no {', '.join(missing)}")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers 5 makes of missing files
+        raise CheckpointError(
+            f"{name_or_path} has no tokenizer: {len(tokenizer)} special tokens were found, no word pieces; "
+            "its tokenizer.json or vocab.txt is missing or empty"
+        )
     return tokenizer
 
 

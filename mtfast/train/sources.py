@@ -67,6 +67,11 @@ def check_fit(config: RunConfig, source: Source, stages: tuple[StageName, ...]) 
         raise ConfigError(
             f"the tokenizer of {name} has {pieces} word pieces, its model embeds {bert.vocab_size}"
         )
+    if 2 * pieces < bert.vocab_size:  # padded tables are usual, such ones are not
+        raise ConfigError(
+            f"the tokenizer of {name} has {pieces} word pieces, its model embeds {bert.vocab_size}: it is "
+            f"another model's, or not whole; {name} should hold the model's own tokenizer.json or vocab.txt"
+        )
     if bert.type_vocab_size < 2 and ("pretrain" in stages or config.model.pair_input == "joint"):
         raise ConfigError(
             f"{name} has {bert.type_vocab_size} token type; two sentences in one sequence need 2"
