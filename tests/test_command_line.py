@@ -11,18 +11,9 @@ BIN = Path(sys.executable).parent
 FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")
 
 
-def started(command: list[str], **options) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in FROM_LAUNCHERS}
-    environment |= {"DS_ACCELERATOR": "cpu"} | options.pop("variables", {})
-    return subprocess.run(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=120,
-        **options,
-    )
+def started(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in FROM_LAUNCHERS} | {"DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
