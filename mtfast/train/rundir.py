@@ -110,8 +110,7 @@ class RunDirectory:
     def summarize(self, **entries: Any) -> dict[str, Any]:
         """Merge entries into summary.json and return it."""
         path = self.path / SUMMARY
-        remedy = "remove it: the run goes on without what it said"
-        summary = read_json(path, remedy) if path.exists() else {}
+        summary = read_json(path, "remove it, and the run goes on without it") if path.exists() else {}
         for key, value in entries.items():
             both = isinstance(value, dict) and isinstance(summary.get(key), dict)
             summary[key] = {**summary[key], **value} if both else value
