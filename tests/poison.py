@@ -5,15 +5,19 @@
 holds skipping against leaving the step out, in every ZeRO stage.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mtfast.train import engine as engine_module
 from mtfast.train import ranks
-from mtfast.train.config import EngineConfig, TaskStageConfig
+from mtfast.train.config import EngineConfig, RunConfig, TaskStageConfig
 from mtfast.train.engine import Engine
+from mtfast.train.loop import MicroBatch, Stage
 
 
 class Poison(torch.autograd.Function):
@@ -27,6 +31,47 @@ class Poison(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
         return torch.full_like(gradient, context.value), None
+
+
+STEPS = 4  # in an epoch of `Small`
+
+
+class Small(Stage):
+    """A linear layer fitted to zero. `bad`: calls of the backward pass that find a NaN gradient."""
+
+    name = "finetune"
+    loss_names = ("fit",)
+    flops_per_token = 0.0
+
+    def __init__(self, config: RunConfig, bad: tuple[int, ...] = ()) -> None:
+        torch.manual_seed(0)
+        self.engine = Engine(nn.Linear(6, 2), config.engine, config.finetune, self.name)
+        self.bad, self.steps = bad, itertools.count(1)
+        self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self.scores = itertools.repeat(0.5)
+
+    def plan(self, epoch: int) -> list[int]:
+        return list(range(STEPS))
+
+    def micro_batches(self, steps: list[int], epoch: int) -> Iterator[list[MicroBatch]]:
+        for step in steps:
+            generator = torch.Generator().manual_seed(STEPS * epoch + step)
+            yield [MicroBatch(torch.randn(4, 6, generator=generator).to(self.dtype), 4, 4)]
+
+    def losses(self, data: Tensor) -> dict[str, Tensor]:
+        return {"fit": self.engine(data).float().square().mean()}
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        loss = losses["fit"]
+        return Poison.apply(loss, math.nan) if loss.requires_grad and next(self.steps) in self.bad else loss
+
+    def evaluate(self) -> dict[str, float]:
+        score = next(self.scores)
+        return {name: score for name in ("mean", "sst_accuracy", "quora_accuracy", "sts_pearson")}
+
+    def save(self, directory: Path, state: dict[str, Tensor]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.save(state, directory / "weights.pt")
 
 
 def trained(

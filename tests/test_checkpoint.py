@@ -9,6 +9,7 @@ import torch
 import transformers
 from bert_twins import pack, random_sentences, small_config
 from safetensors.torch import load_file, save_file
+from small_tokenizer import small_tokenizer
 from transformers import BertForPreTraining, BertModel, BertTokenizerFast
 
 from mtfast.models import files
@@ -353,17 +354,19 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path):
+@pytest.mark.parametrize(("size", "file"), [(20_000, "weights"), (1_000, "tokenizer")])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path, size, file):
     config, target = small_config(), tmp_path / "saved"
     model = build_pretrain_model(config)
-    save_pretrained(target, model.state_dict(), config, None)
+    tokenizer = small_tokenizer() if file == "tokenizer" else None
+    save_pretrained(target, model.state_dict(), config, tokenizer)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     changed = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # writing more fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # writing more fails as on a full disk
     try:
         with pytest.raises(CheckpointError, match=r"saved cannot be written: .*File too large"):
-            save_pretrained(target, changed, config, None)
+            save_pretrained(target, changed, config, tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from poison import Small
 from torch import nn
 
 import mtfast
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.report import read_run
 from mtfast.train import engine as engine_module
+from mtfast.train import features
 from mtfast.train.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
 from mtfast.train.engine import Engine
+from mtfast.train.loop import run_stage
 from mtfast.train.rundir import RunDirectory
 
 HOLD = """
@@ -216,8 +219,26 @@ def test_a_state_that_is_not_whole_is_named_and_not_passed_over(tmp_path, engine
     assert "\n" not in text
 
 
-def test_a_state_in_which_weights_are_not_finite_is_no_good_start(tmp_path, engine):
-    assert engine.first_non_finite() is None
-    with torch.no_grad():
-        engine._model.bias[3] = torch.inf
-    assert engine.first_non_finite() == "bias"
+def test_a_state_of_another_version_is_named(config, tmp_path):
+    engine_module.start()
+    config = replace(config, engine=EngineConfig(precision="fp32", zero_stage=0))
+    stage = Small(config)
+    run = RunDirectory(config)
+    for client in ({}, {"position": {"place": 1}}):
+        stage.engine.save(run.stage("finetune") / "state", 1, client)
+        with pytest.raises(
+            CheckpointError, match=r"run/finetune/state is of another version of mtfast .*; remove"
+        ):
+            run_stage(stage, config, run)
+    stage.engine.close()
+
+
+def test_a_table_in_a_file_has_its_room_on_the_disk_before_it_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "room", lambda device: 0)
+    heights, device = {"cls": 1000}, torch.device("cpu")
+    table = features._allocate(heights, 64, torch.float32, device, tmp_path)["cls"]
+    assert table.shape == (1000, 64) and not table.any()
+    assert (tmp_path / "cls-0.bin").stat().st_blocks * 512 >= 1000 * 64 * 4
+    with file_size_limit(1000), pytest.raises(OSError, match="File too large") as raised:
+        features._allocate(heights, 64, torch.float32, device, tmp_path)
+    assert raised.value.filename == str(tmp_path / "cls-0.bin")

@@ -72,7 +72,8 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
         yield incoming
     except BaseException as error:
         shutil.rmtree(incoming, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
+        # The tokenizers library raises plain exceptions.
+        if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
             raise CheckpointError(f"{target} cannot be written: {error}") from error
         raise
     restore(target)

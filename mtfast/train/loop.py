@@ -145,7 +145,7 @@ class _Loop:
         self.directory = run.stage(stage.name)
         self.state_directory = self.directory / "state"
         client = stage.engine.load(self.state_directory)
-        self.at = self._position(client) if client else Position()
+        self.at = Position() if client is None else self._position(client)
         self.steps_per_epoch = len(stage.plan(0))
         whole = self.steps_per_epoch * self.settings.epochs
         self.total_steps = min(whole, self.settings.max_steps or whole)
