@@ -73,7 +73,9 @@ def test_a_second_process_is_refused_until_the_first_is_gone(config):
     directory = Path(f"{config.run_dir}-3")
     python = {**os.environ, "PYTHONPATH": str(Path(mtfast.__file__).parents[1])}
     command = [sys.executable, "-c", HOLD]
-    refused = subprocess.run([*command, config.run_dir], env=python, capture_output=True, text=True)
+    refused = subprocess.run(
+        [*command, config.run_dir], env=python, capture_output=True, text=True, timeout=30
+    )
     assert (
         refused.returncode
         and f"ConfigError: {run.path} is in use by process {os.getpid()} " in refused.stderr
