@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mtfast
 from mtfast.train import engine as engine_module
-from mtfast.train.config import EngineConfig, RunConfig, TaskStageConfig
+from mtfast.train.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
 from mtfast.train.loop import NonFinite, Stage, run_stage
 from mtfast.train.losses import task_metrics
 from mtfast.train.rundir import RunDirectory
@@ -133,6 +133,13 @@ def test_two_ranks_leave_out_a_step_in_which_one_has_a_nan():
     ]  # fmt: skip
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-3000:]
+
+
+def test_skipping_is_refused_where_weights_change_outside_the_step(config, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"zenflow": {}}}')
+    engine = EngineConfig(zero_stage=2, deepspeed_config=str(tmp_path / "ds.json"))
+    with pytest.raises(ConfigError, match=r"finetune\.non_finite skip does not go with DeepSpeed's zenflow"):
+        Small(change(replace(config, engine=engine), non_finite="skip"))
 
 
 def test_weights_that_are_bad_from_the_start_are_not_blamed_on_the_learning_rate(config):

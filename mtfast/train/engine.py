@@ -71,6 +71,11 @@ class Engine:
     ) -> None:
         """float32: keep the weights in float32 in any precision, for a stage that computes under autocast."""
         self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
+        if stage.non_finite == "skip" and "zenflow" in self._settings["zero_optimization"]:
+            raise ConfigError(
+                f"{stage_name}.non_finite skip does not go with DeepSpeed's zenflow, which updates a part of "
+                f"the weights outside the step; use {stage_name}.non_finite stop"
+            )
         self._bf16 = self._settings["bf16"]["enabled"]
         self.capturable = self._is_capturable(config, stage)
         exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -240,7 +245,9 @@ class Engine:
         if tag is None:
             return None
         try:
-            _, client = self._engine.load_checkpoint(str(directory), tag=tag)
+            path, client = self._engine.load_checkpoint(str(directory), tag=tag)
+            if path is None:
+                raise FileNotFoundError("DeepSpeed finds no state in it")
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # what reads the files raises many kinds where they are damaged
