@@ -185,9 +185,9 @@ def _main(argv: list[str] | None) -> None:
 def _expected_errors() -> tuple[type[Exception], ...]:
     from mtfast.data.records import DataError
     from mtfast.models.checkpoint import CheckpointError
-    from mtfast.train.loop import NonFiniteLoss
+    from mtfast.train.loop import NonFinite
 
-    return ConfigError, DataError, CheckpointError, NonFiniteLoss
+    return ConfigError, DataError, CheckpointError, NonFinite
 
 
 def _without_launcher_flags(arguments: list[str]) -> list[str]:
