@@ -45,7 +45,7 @@ def _write_demo_corpus() -> None:
     from mtfast.train.engine import start
 
     start()
-    ranks.on_main(lambda: write_demo_corpus(DEMO_CORPUS))
+    ranks.on_main(write_demo_corpus, DEMO_CORPUS)
 
 
 def _train(stage: Any) -> Callable[[RunConfig], None]:

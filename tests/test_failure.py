@@ -12,29 +12,62 @@ import pytest
 import mtfast
 
 # On which rank, what it dies of; the status of both, and what is told of it.
-WHERE = f"rank 1 on {socket.gethostname()}: "
+HOST = socket.gethostname()
+WHERE = f"rank 1 on {HOST}: "
+NOT_THE_SAME = f"is not the same on rank 1 on {HOST} as on rank 0 on {HOST}"
 DEATHS = {
     "one's own": ("rank == 1", 'raise DataError("a.csv:3: bad")', (1, 2), WHERE + "mtfast: a.csv:3: bad"),
     "everyone's": ("True", 'raise DataError("a.csv:3: bad")', (2, 2), "mtfast: a.csv:3: bad"),
-    "rank 0's": ("True", 'ranks.on_main(lambda: open("none"))', (1, 1), "FileNotFoundError: [Errno 2]"),
+    "rank 0's": ("True", 'ranks.on_main(open, "none")', (1, 1), "FileNotFoundError: [Errno 2]"),
     "one's own, unexpected": ("rank == 1", "1 / 0", (1, 1), WHERE + "Traceback"),
     "rank 0's alone": ("rank == 0", "1 / 0", (1, 1), "ZeroDivisionError"),
+    "one's share of a cache": (
+        "True", "ranks.main_first(lambda: 1 / (1 - rank))", (2, 2), WHERE + "division by zero",
+    ),
+    "a run directory that is not shared": (
+        "True", 'os.chdir(f"host-{rank}"); RunDirectory(RunConfig(run_dir="run"))', (2, 2),
+        f"mtfast: rank 1 on {HOST} does not see ",
+    ),
+    "other options": (
+        "True", "RunDirectory(RunConfig(run_dir='shared', seed=rank))", (2, 2),
+        f"mtfast: the configuration {NOT_THE_SAME}",
+    ),
+    "other weights": (
+        "True", "build_multitask(RunConfig(seed=rank), Source(BERT, None, None))", (2, 2),
+        f"mtfast: the weights of a new model {NOT_THE_SAME}",
+    ),
+    "other data": (
+        "True", 'os.chdir(f"host-{rank}"); load_task(CONFIG, small_tokenizer(), "sst", "train")', (2, 2),
+        f"mtfast: data (sst train) {NOT_THE_SAME}",
+    ),
 }  # fmt: skip
 
 # One rank of all those runs, each in a fork of its own.
 SCRIPT = """
 import os, sys
 import torch.distributed as dist
+from transformers import BertConfig
 from mtfast import cli
 from mtfast.data.records import DataError
-from mtfast.train import loop, ranks
+from mtfast.train import loop, ranks, rundir
+from mtfast.train.config import DataConfig, RunConfig
+from mtfast.train.inputs import load_task
+from mtfast.train.rundir import RunDirectory
+from mtfast.train.sources import Source, build_multitask
+from small_tokenizer import small_tokenizer
 
-def run(fails, error):
+rundir.SHARED_SECONDS = 0.5
+BERT = BertConfig(
+    vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+)
+CONFIG = RunConfig(data=DataConfig(sst="data", cache_dir="cache"))
+
+def run(fails, code):
     def command(config):
         dist.init_process_group("gloo")
         rank = ranks.rank()
         if eval(fails):
-            exec(error)
+            exec(code, globals() | locals())
         ranks.barrier()
     cli.COMMANDS["report"] = cli.Command("fails", command)
     cli.main(["report", "demo"])
@@ -63,16 +96,19 @@ def ends(tmp_path_factory) -> dict[str, tuple[tuple[int, ...], str]]:
     """Of each death the processes' statuses, and all that they said."""
     script = SCRIPT.format(deaths=[death[:2] for death in DEATHS.values()])
     ports = ",".join(free_ports(len(DEATHS)))
-    there = {
-        "MASTER_ADDR": "127.0.0.1",
-        "WORLD_SIZE": "2",
-        "PYTHONPATH": str(Path(mtfast.__file__).parents[1]),
-    }
+    root = Path(mtfast.__file__).parents[1]
+    path = f"{root}:{root / 'tests'}"
+    there = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "PYTHONPATH": path}
+    here = tmp_path_factory.mktemp("ends")
+    for rank in range(2):
+        data = here / f"host-{rank}" / "data"
+        data.mkdir(parents=True)
+        (data / "train.csv").write_text(f"sentence,label\na b c,{rank}\n")
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script, ports],
             env=os.environ | there | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=tmp_path_factory.mktemp("ends"),
+            cwd=here,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -90,9 +126,9 @@ def ends(tmp_path_factory) -> dict[str, tuple[tuple[int, ...], str]]:
 
 @pytest.mark.parametrize("name", DEATHS)
 def test_a_reason_is_told_once(name, ends):
-    fails, error, statuses, told = DEATHS[name]
+    *_, statuses, told = DEATHS[name]
     found, said = ends[name]
     assert found == statuses, said
     assert said.count(told) == 1, said
-    assert said.count("Traceback (") == ("DataError" not in error), said
-    assert ("rank 1 on" in said) == (fails == "rank == 1"), said
+    assert said.count("Traceback (") == (1 in statuses and 2 not in statuses), said
+    assert ("rank 1 on" in said) == ("rank 1 on" in told), said

@@ -71,6 +71,7 @@ class Engine:
     ) -> None:
         """float32: keep the weights in float32 in any precision, for a stage that computes under autocast."""
         self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
+        ranks.agree(f"DeepSpeed's configuration of {stage_name}", self._settings)
         if stage.non_finite == "skip" and "zenflow" in self._settings["zero_optimization"]:
             raise ConfigError(
                 f"{stage_name}.non_finite skip does not go with DeepSpeed's zenflow, which updates a part of "
@@ -231,7 +232,7 @@ class Engine:
             shutil.rmtree(directory / tag, ignore_errors=True)
             raise told from error
         ranks.barrier()
-        ranks.on_main(lambda: state.point_at(directory, tag, self._facts))
+        ranks.on_main(state.point_at, directory, tag, self._facts)
 
     def load(self, directory: Path) -> dict[str, Any] | None:
         """Continue from the newest state in `directory`; None where there is none.
@@ -241,7 +242,7 @@ class Engine:
                 it is there.
             CheckpointError: the state cannot be read.
         """
-        tag = ranks.broadcast(ranks.on_main(lambda: state.newest(directory, self._facts)))
+        tag = ranks.seen_by_main(lambda: state.newest(directory, self._facts))
         if tag is None:
             return None
         try:

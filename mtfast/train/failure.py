@@ -7,7 +7,6 @@ whether that has been told.
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,11 +18,6 @@ from . import ranks
 
 FAILED, TOLD, LEFT = "mtfast/failed", "mtfast/told", "mtfast/left"
 PATIENCE_SECONDS = 3.0
-
-
-def whereabouts() -> str:
-    """This process among those of the run, for people."""
-    return f"rank {ranks.rank()} on {socket.gethostname()}"
 
 
 def leave(reason: str, code: int, *, failed: int | None) -> NoReturn:
@@ -44,7 +38,7 @@ def leave(reason: str, code: int, *, failed: int | None) -> NoReturn:
         if not (ranks.is_main() and (first or failed == 0)):
             _wait(lambda: store.check([TOLD]), PATIENCE_SECONDS if first else 2 * PATIENCE_SECONDS)
         if store.compare_set(TOLD, "", me) == me.encode():
-            print(reason if ranks.is_main() else f"{whereabouts()}: {reason}", file=sys.stderr)
+            print(reason if ranks.is_main() else f"{ranks.whereabouts()}: {reason}", file=sys.stderr)
         if ranks.is_main():  # with which the store ends: what waits for it is let go first
             if dist.get_backend() == "gloo":
                 dist.destroy_process_group()
@@ -52,7 +46,7 @@ def leave(reason: str, code: int, *, failed: int | None) -> NoReturn:
         else:
             store.add(LEFT, 1)
     except RuntimeError:
-        print(f"{whereabouts()}: lost the connection to rank 0", file=sys.stderr)
+        print(f"{ranks.whereabouts()}: lost the connection to rank 0", file=sys.stderr)
     raise SystemExit(code)
 
 

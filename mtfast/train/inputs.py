@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mtfast.data.cache import checksum
 from mtfast.data.records import is_one_data_set, is_one_file
 from mtfast.data.reviews import ReviewSamples, build_samples, read_reviews
 from mtfast.data.rows import DataError
@@ -54,6 +55,7 @@ def load_task(config: RunConfig, tokenizer: Any, task: str, split: Split) -> Tok
 
     table = ranks.main_first(make)
     say_once(f"{task} {split}: {_summary(table)}")
+    _check_same(f"{source} ({task} {split})", table, table.labels)
     _check_known(f"{source} ({task} {split})", table)
     return table
 
@@ -89,6 +91,12 @@ def _check_source(config: RunConfig, task: str, source: str, split: Split) -> No
                     )
 
 
+def _check_same(what: str, table: TokenizedTask | ReviewSamples, labels: np.ndarray | None) -> None:
+    if ranks.world_size() > 1:
+        arrays = {"tokens": table.tokens, "offsets": table.offsets}
+        ranks.agree(what, checksum(arrays if labels is None else arrays | {"labels": labels}))
+
+
 def _check_known(what: str, table: TokenizedTask | ReviewSamples) -> None:
     if table.unknown > UNKNOWN_REFUSED * table.word_pieces:
         raise DataError(
@@ -121,6 +129,7 @@ def load_reviews(config: RunConfig, tokenizer: Any) -> ReviewSamples:
 
     samples = ranks.main_first(make)
     say_once(f"reviews: {_summary(samples)}")
+    _check_same(f"{data.reviews} (reviews)", samples, samples.nsp_labels)
     _check_known(f"{data.reviews} (reviews)", samples)
     return samples
 

@@ -346,8 +346,7 @@ class _Loop:
         state = self.stage.engine.state_dict()
         for name in risen:
             at.best[name] = {"value": metrics[CRITERIA[name]], "epoch": at.epoch, "metrics": metrics}
-            if ranks.is_main():
-                self.stage.save(self.directory / f"best-{name}", state)
+            ranks.on_main(self.stage.save, self.directory / f"best-{name}", state)
 
     def _out_of_patience(self) -> bool:
         patience = getattr(self.settings, "patience", None)
@@ -363,8 +362,7 @@ class _Loop:
     def _finish(self) -> dict[str, Any]:
         at, stage = self.at, self.stage
         state = stage.engine.state_dict()
-        if ranks.is_main():
-            stage.save(self.directory / "last", state)
+        ranks.on_main(stage.save, self.directory / "last", state)
         seconds = max(at.train_seconds, 1e-9)
         result = {
             "summary": {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +54,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def whereabouts() -> str:
+    """This process among those of the run, for people."""
+    return f"rank {rank()} on {socket.gethostname()}"
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -90,15 +97,15 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def on_main(make: Any) -> Any:
-    """Call `make()` on rank 0 alone; its result there, None on the others, which wait for it.
+def on_main(make: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `make(*arguments)` on rank 0 alone; its result there, None on the others, which wait for it.
 
     A failure on rank 0 is raised on every rank instead of leaving the others waiting.
     """
     result, failure = None, None
     if is_main():
         try:
-            result = make()
+            result = make(*arguments)
         except Exception as error:  # re-raised below, on every rank
             failure = error
     failure = broadcast(failure)
@@ -113,7 +120,32 @@ def origin(error: Exception, otherwise: int | None) -> int | None:
     return 0 if getattr(error, "of_main", False) else otherwise
 
 
-def main_first(make: Any) -> Any:
-    """Call `make()` on rank 0 as `on_main` does and then on the others, so that one process fills a cache."""
-    result = on_main(make)
-    return result if is_main() else make()
+def seen_by_main(look: Callable[[], Any]) -> Any:
+    """What `look()` returns on rank 0, on every rank: what files there are is for one to say, since another
+    host may see an older state of them."""
+    return broadcast(on_main(look))
+
+
+def main_first(make: Callable[[], Any]) -> Any:
+    """Call `make()` on rank 0 as `on_main` does and then on the others, so that one process fills a cache.
+
+    Raises:
+        ConfigError: on every rank, where it failed on one of the others; the message names that.
+    """
+    result, failure = on_main(make), None
+    if not is_main():
+        try:
+            result = make()
+        except Exception as error:
+            failure = f"{whereabouts()}: {error or type(error).__name__}"
+    if (first := next(filter(None, gather(failure)), None)) is not None:
+        raise ConfigError(first)
+    return result
+
+
+def agree(what: str, mine: Any) -> None:
+    """Raises ConfigError on every rank where `mine` is not the same on all; `what` says what that is."""
+    found = gather((whereabouts(), mine))
+    others = [where for where, value in found if value != found[0][1]]
+    if others:
+        raise ConfigError(f"{what} is not the same on {', '.join(others)} as on {found[0][0]}")

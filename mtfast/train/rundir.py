@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,26 @@ import yaml
 from . import ranks
 from .config import STAGES, ConfigError, RunConfig, to_dict, to_yaml
 from .files import naming, read_json, write_json, write_text
-from .lock import hold
+from .lock import HOLDER, hold
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+SHARED_SECONDS = 10.0  # for which another host may still see an older state of a directory
 
 
 class RunDirectory:
     """Files of one run. Only rank 0 writes; what it writes appears whole or not at all.
 
-    No other process may open it before this one has ended.
+    No other process may open it before this one has ended. All ranks open it together; it must be one
+    directory for all their hosts.
     """
 
     def __init__(self, config: RunConfig, *, create: bool = True) -> None:
         self.path = config.path
-        ranks.on_main(lambda: self._claim(config, create))
+        ranks.agree("the configuration", to_yaml(config))
+        ranks.on_main(self._claim, config, create)
+        self._check_shared()
 
     def _claim(self, config: RunConfig, create: bool) -> None:
         self._is_ours(config, create)  # a directory that is refused is left as it is, without a lock
@@ -58,30 +64,55 @@ class RunDirectory:
             raise ConfigError(f"{self.path} holds no run with this configuration; train one first")
         return False
 
+    def _check_shared(self) -> None:
+        """Raises ConfigError, naming the hosts, where a rank does not find here what rank 0 has written."""
+        written = ranks.seen_by_main(lambda: (self.path / HOLDER).read_text(encoding="utf-8"))
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not (found := self._holds(written)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        everywhere = ranks.gather((ranks.whereabouts(), found))
+        if apart := [where for where, found in everywhere if not found]:
+            raise ConfigError(
+                f"{', '.join(apart)} does not see {self.path.absolute()} of {everywhere[0][0]}: --run-dir "
+                "must lie on a file system that all hosts share"
+            )
+
+    def _holds(self, written: str) -> bool:
+        try:
+            os.listdir(self.path)  # a network file system looks anew
+            return (self.path / HOLDER).read_text(encoding="utf-8") == written
+        except OSError:
+            return False
+
     def stage(self, name: str) -> Path:
         return self.path / name
 
     def result(self, name: str) -> dict[str, Any] | None:
         """What a finished stage left: its summary and its best epochs; None if it has not finished."""
-        return _read_result(self.stage(name))
+        return ranks.seen_by_main(lambda: _read_result(self.stage(name)))
+
+    def has_begun(self, name: str) -> bool:
+        """Whether a stage has left anything, finished or not."""
+        return ranks.seen_by_main(self.stage(name).exists)
 
     def finish_stage(self, name: str, result: dict[str, Any]) -> None:
         """Record a stage as finished and drop its resumable state, which nothing needs any more."""
-        if ranks.is_main():
-            write_json(self.stage(name) / "result.json", result)
-            shutil.rmtree(self.stage(name) / "state", ignore_errors=True)
-        ranks.barrier()
+        ranks.on_main(self._finish, self.stage(name), result)
+
+    def _finish(self, stage: Path, result: dict[str, Any]) -> None:
+        write_json(stage / "result.json", result)
+        shutil.rmtree(stage / "state", ignore_errors=True)
 
     def take_over(self, name: str, other: Path) -> bool:
         """Copy a stage with its metrics and summary from another run.
 
         False, and nothing done, if it has not finished there or has begun here.
         """
-        result = _read_result(other / name)
-        if result is None or self.stage(name).exists():
+        result = ranks.seen_by_main(lambda: _read_result(other / name))
+        if result is None or self.has_begun(name):
             return False
         self.rewind(name, 0)  # what an interrupted attempt has left
-        ranks.on_main(lambda: self._copy_stage(name, other))
+        ranks.on_main(self._copy_stage, name, other)
         self.summarize(stages={name: result["summary"]})
         return True
 
@@ -101,21 +132,25 @@ class RunDirectory:
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what metrics.jsonl says of `stage` after `step`: those steps are about to run again."""
+        ranks.on_main(self._rewind, stage, step)
+
+    def _rewind(self, stage: str, step: int) -> None:
         path = self.path / METRICS
-        if ranks.is_main() and path.exists():
+        if path.exists():
             kept = [line for line, r in _metrics(path) if r["stage"] != stage or r["step"] <= step]
             write_text(path, "".join(line + "\n" for line in kept))
-        ranks.barrier()
 
     def summarize(self, **entries: Any) -> dict[str, Any]:
         """Merge entries into summary.json and return it."""
+        return ranks.seen_by_main(lambda: self._summarize(entries))
+
+    def _summarize(self, entries: dict[str, Any]) -> dict[str, Any]:
         path = self.path / SUMMARY
         summary = read_json(path, "remove it, and the run goes on without it") if path.exists() else {}
         for key, value in entries.items():
             both = isinstance(value, dict) and isinstance(summary.get(key), dict)
             summary[key] = {**summary[key], **value} if both else value
-        if ranks.is_main():
-            write_json(path, summary)
+        write_json(path, summary)
         return summary
 
 
