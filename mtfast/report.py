@@ -248,8 +248,9 @@ def _experiment_table(variants: Mapping[str, Mapping[str, float]], records: Mapp
 
 
 def _data_table(data: Mapping[str, Any]) -> str:
-    """Row accounts by data set: rows read, used, skipped, texts cut; then the first skipped rows by name."""
-    rows, named = [], []
+    """Row accounts by data set: rows read, used, skipped, texts cut; then what was told of how they were read,
+    and the first skipped rows by name."""
+    rows, named, notes = [], [], []
     for name, account in data.items():
         if not isinstance(account, Mapping):
             continue
@@ -257,9 +258,15 @@ def _data_table(data: Mapping[str, Any]) -> str:
         left_out = len(skipped) if isinstance(skipped, list | tuple) else skipped
         counts = (account.get("read"), account.get("used"), left_out, account.get("truncated"))
         rows.append((name, *map(_count, counts)))
+        notes += [f"- {name}: {_escape(str(note))}" for note in account.get("notes", ())]
+        if account.get("unknown"):
+            pieces = f"{_count(account['unknown'])} of {_count(account.get('word_pieces'))} word pieces"
+            notes.append(f"- {name}: {pieces} stand for words that the tokenizer does not know")
         if isinstance(skipped, list | tuple):
             named += [row for row in skipped if isinstance(row, Mapping)]
     parts = [_table(("", "rows read", "used", "skipped", "cut to length"), rows)]
+    if notes:
+        parts.append("\n".join(notes))
     if named:
         shown = [
             f"- `{row.get('file')}:{row.get('line')}`: {_escape(str(row.get('reason')))}" for row in named

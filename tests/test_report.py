@@ -61,7 +61,13 @@ def full_run(tmp_path):
     }
     stages = {"pretrain": {"seconds": 75.4, **timing}, "finetune": {"seconds": 3700, **timing}}
     skipped = [{"file": "quora-train.csv", "line": line, "reason": "empty label"} for line in range(1, 13)]
-    data = {"quora-train": {"read": 16000, "used": 15988, "skipped": skipped, "truncated": 3}}
+    data = {
+        "quora-train": {"read": 16000, "used": 15988, "skipped": skipped, "truncated": 3},
+        "sts-dev": {
+            "read": 90, "used": 90, "skipped": [], "truncated": 0, "unknown": 40, "word_pieces": 1000,
+            "notes": ["files joined: dev-1.csv, dev-2.csv"],
+        },
+    }  # fmt: skip
     summary = {
         "dev": dev,
         "stages": stages,
@@ -96,6 +102,9 @@ def test_tables_hold_the_recorded_numbers(full_run):
     assert table_row(markdown, "Paper, LSTM head (test)")[:3] == ["0.500", "0.859", "0.656"]
     assert table_row(markdown, "quora-train") == ["16,000", "15,988", "12", "3"]
     assert "- `quora-train.csv:10`: empty label\n- and 2 more" in markdown
+    assert (
+        "- sts-dev: files joined: dev-1.csv, dev-2.csv\n- sts-dev: 40 of 1,000 word pieces stand" in markdown
+    )
     assert "Not finished or not part of this run: head training." in markdown
 
 
