@@ -248,7 +248,7 @@ def _experiment_table(variants: Mapping[str, Mapping[str, float]], records: Mapp
 
 
 def _data_table(data: Mapping[str, Any]) -> str:
-    """Row accounts by data set: rows read, used, skipped, texts cut; then what was told of how they were read,
+    """Row accounts by data set: rows read, used, skipped, texts cut; then what there is to tell of them,
     and the first skipped rows by name."""
     rows, named, notes = [], [], []
     for name, account in data.items():
