@@ -1,6 +1,7 @@
 """Argument checks that the ops have in common: TypeError for a wrong kind of object, ValueError for a wrong
 value, each naming the argument, what was found and what would be right."""
 
+import contextlib
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -46,8 +47,9 @@ def integer(name: str, x: Any, wanted: str = "an int") -> int:
         raise TypeError(
             f"{name} must be {wanted}, found a tensor: pass int({name}), which waits for its device"
         )
-    if not isinstance(x, bool) and hasattr(x, "__index__"):
-        return operator.index(x)
+    if not isinstance(x, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(x)
     raise TypeError(f"{name} must be {wanted}, found {_kind(x)}")
 
 
@@ -71,8 +73,9 @@ def real(name: str, x: Any) -> float:
         raise TypeError(
             f"{name} must be a float, found a tensor: pass float({name}), which waits for its device"
         )
-    if hasattr(x, "__float__"):
-        return float(x)
+    if not isinstance(x, str | bytes):
+        with contextlib.suppress(TypeError, OverflowError):
+            return float(x)
     raise TypeError(f"{name} must be a float, found {_kind(x)}")
 
 
