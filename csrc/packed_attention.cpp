@@ -62,22 +62,21 @@ AttentionShape shape_of(const char* op, const char* name, const Tensor& like, in
   return shape;
 }
 
-ScalarType lse_dtype(const AttentionShape& shape) {
+ScalarType stats_dtype(const AttentionShape& shape) {
   return shape.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor new_lse(const AttentionShape& shape, const Tensor& like, int64_t rows) {
-  return torch::stable::new_empty(like, {shape.heads, rows}, lse_dtype(shape));
+Tensor new_stats(const AttentionShape& shape, const Tensor& like, int64_t rows) {
+  return torch::stable::new_empty(like, {shape.heads, rows, 2}, stats_dtype(shape));
 }
 
-const void* lse_of(const char* op, const Tensor& lse, const AttentionShape& shape, int64_t rows,
-                   const Tensor& like) {
-  check(lse.dim() == 2 && lse.size(0) == shape.heads && lse.size(1) == rows && lse.is_contiguous() &&
-            lse.scalar_type() == lse_dtype(shape),
-        op,
-        ": lse must be what the forward returned, [heads, rows of q], float32 or of float64 inputs float64");
-  check_same_device(op, "lse", lse, "k", like);
-  return lse.const_data_ptr();
+const void* data_of_stats(const char* op, const Tensor& stats, const AttentionShape& shape, int64_t rows,
+                          const Tensor& like) {
+  check(stats.dim() == 3 && stats.size(0) == shape.heads && stats.size(1) == rows && stats.size(2) == 2 &&
+            stats.is_contiguous() && stats.scalar_type() == stats_dtype(shape),
+        op, ": stats must be what the forward returned, [heads, rows of q, 2]");
+  check_same_device(op, "stats", stats, "k", like);
+  return stats.const_data_ptr();
 }
 
 void in_slots(int64_t slots, void (*body)(int64_t, void*), void* context) {
@@ -132,16 +131,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   args.k = layout<kCuda>(op, "k", k, args.shape.total, k);
   args.v = layout<kCuda>(op, "v", v, args.shape.total, k);
   Tensor out = torch::stable::new_empty(k, {rows, args.shape.heads, args.shape.head_dim});
-  Tensor lse = new_lse(args.shape, k, rows);
+  Tensor stats = new_stats(args.shape, k, rows);
   args.out = layout<kCuda>(op, "out", out, rows, k);
-  args.lse = lse.mutable_data_ptr();
+  args.stats = stats.mutable_data_ptr();
   launch<kCuda>(op, args, kCls, q);
-  return {out, lse};
+  return {out, stats};
 }
 
 template <bool kCuda, bool kCls>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout_any, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const Tensor& out, const Tensor& lse,
+                                            const Tensor& v, const Tensor& out, const Tensor& stats,
                                             const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p,
                                             double softmax_scale, const OptionalTensor& seed) {
   const char* op = kCls ? "packed_attention_cls_backward" : "packed_attention_backward";
@@ -156,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout_any, const Tensor
   args.v = layout<kCuda>(op, "v", v, args.shape.total, k);
   args.out = layout<kCuda>(op, "out", out, rows, k);
   args.dout = layout<kCuda>(op, "dout", dout, rows, k);
-  args.lse = lse_of(op, lse, args.shape, rows, k);
+  args.stats = data_of_stats(op, stats, args.shape, rows, k);
   Tensor dq = torch::stable::new_empty(k, {rows, args.shape.heads, args.shape.head_dim});
   Tensor dk = torch::stable::new_empty(k, {args.shape.total, args.shape.heads, args.shape.head_dim});
   Tensor dv = torch::stable::new_empty(k, {args.shape.total, args.shape.heads, args.shape.head_dim});
@@ -187,15 +186,15 @@ std::tuple<Tensor, Tensor> forward_qkv(const Tensor& qkv_any, const Tensor& cu_s
   args.k = part(qkv, 1);
   args.v = part(qkv, 2);
   Tensor out = torch::stable::new_empty(qkv, {args.shape.total, args.shape.heads, args.shape.head_dim});
-  Tensor lse = new_lse(args.shape, qkv, args.shape.total);
+  Tensor stats = new_stats(args.shape, qkv, args.shape.total);
   args.out = layout<kCuda>(op, "out", out, args.shape.total, out);
-  args.lse = lse.mutable_data_ptr();
+  args.stats = stats.mutable_data_ptr();
   launch<kCuda>(op, args, false, qkv);
-  return {out, lse};
+  return {out, stats};
 }
 
 template <bool kCuda>
-Tensor backward_qkv(const Tensor& dout_any, const Tensor& qkv_any, const Tensor& out, const Tensor& lse,
+Tensor backward_qkv(const Tensor& dout_any, const Tensor& qkv_any, const Tensor& out, const Tensor& stats,
                     const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p, double softmax_scale,
                     const OptionalTensor& seed) {
   const char* op = "packed_attention_qkv_backward";
@@ -215,7 +214,7 @@ Tensor backward_qkv(const Tensor& dout_any, const Tensor& qkv_any, const Tensor&
   check_same_device(op, "out", out, "qkv", qkv);
   args.out = layout<kCuda>(op, "out", out, args.shape.total, out);
   args.dout = layout<kCuda>(op, "dout", dout, args.shape.total, out);
-  args.lse = lse_of(op, lse, args.shape, args.shape.total, qkv);
+  args.stats = data_of_stats(op, stats, args.shape, args.shape.total, qkv);
   launch<kCuda>(op, args, false, qkv);
   return dqkv;
 }

@@ -8,7 +8,7 @@ namespace {
 template <int kDim>
 struct Softmax {
   Result16<kDim> out;
-  float most[2] = {kMinusInfinity, kMinusInfinity};
+  float most[2] = {kLowest, kLowest};
   float weight[2] = {0.0f, 0.0f};
 
   // scores of 16 keys, of which `keys` exist
@@ -20,7 +20,7 @@ struct Softmax {
     MTFAST_UNROLL
     for (int n = 0; n < 2; ++n) MTFAST_UNROLL
     for (int j = 0; j < 4; ++j) {
-      x[n][j] = 8 * n + 2 * t + (j & 1) < keys ? x[n][j] * scale : kMinusInfinity;
+      x[n][j] = 8 * n + 2 * t + (j & 1) < keys ? __fmul_rn(x[n][j], scale) : minus_infinity();
       top[j >> 1] = fmaxf(top[j >> 1], x[n][j]);
     }
     MTFAST_UNROLL
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kShortOnly>()
         softmax.weight[r] += __shfl_xor_sync(kAllLanes, softmax.weight[r], 2);
         const int place = strip.offset + g + 8 * r;
         if (mine && t == 0 && place < strip.length)
-          static_cast<float*>(args.lse)[head * shape.total + strip.begin + place] =
-              log_sum(softmax.most[r], softmax.weight[r]);
+          Statistics::store(args.stats, head * shape.total + strip.begin + place, softmax.most[r],
+                            softmax.weight[r]);
       }
       if (mine)
         store_strip<T, kDim>(args.out, head, strip, softmax.out, dropout.scale / softmax.weight[0],

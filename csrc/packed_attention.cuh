@@ -1,13 +1,12 @@
-// What the forward and the backward kernels of packed attention share beside plan and tiles: dropout, the
-// log-sum-exp in powers of two, launches.
+// What the forward and the backward kernels of packed attention share beside plan and tiles: dropout, a row's
+// statistics, launches.
 #pragma once
 #include "packed_attention_tile.cuh"
 
 namespace mtfast::attention {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kLog2ERest = 1.925963033500e-8f, kLn2Rest = -1.904654323e-9f;  // what those are short of
-constexpr float kMinusInfinity = -1e30f;  // finite, so that differences are numbers
+constexpr float kLowest =
+    -3.402823466e+38f;  // before the first score; finite, so that differences are numbers
 
 struct Dropout {
   uint32_t threshold;
@@ -63,25 +62,29 @@ struct Dropout {
   }
 };
 
-// A row's log-sum-exp in powers of two, in two parts so that float results lose nothing by the change of
-// base.
-struct Log2 {
-  float high, low;
-  __device__ __forceinline__ explicit Log2(float natural)
-      : high(natural * kLog2E), low(fmaf(natural, kLog2E, -high) + natural * kLog2ERest) {}
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
+
+// A row of scores in powers of two, as the forward leaves it for the backward: the largest, and one over the
+// sum of 2^(score - largest).
+struct Statistics {
+  float most, factor;
+
+  // Of a row without scores: no weight but 0.
+  __device__ __forceinline__ Statistics() : most(0.0f), factor(0.0f) {}
+  __device__ __forceinline__ Statistics(const void* stats, int64_t number) {
+    const float2 pair = static_cast<const float2*>(stats)[number];
+    most = pair.x;
+    factor = 1.0f / pair.y;
+  }
+  __device__ __forceinline__ static void store(void* stats, int64_t number, float most, float sum) {
+    static_cast<float2*>(stats)[number] = float2{most, sum};
+  }
+  // Of a score before it is scaled. Product and difference are rounded apart, as the forward does it, lest
+  // the rounding of a large score count twice.
   __device__ __forceinline__ float weight(float x, float scale) const {
-    return ptx::exp2_approx(fmaf(x, scale, -high) - low);
+    return ptx::exp2_approx(__fadd_rn(__fmul_rn(x, scale), -most)) * factor;
   }
 };
-
-// ln(2^most * weight), rounded once: its error is one of all the weights that the backward takes from it.
-// Where `high` is added as it is, the compiler must not make product and sum one rounding.
-__device__ __forceinline__ float log_sum(float most, float weight) {
-  const float high = __fmul_rn(most, kLn2), low = fmaf(most, kLn2, -high) + most * kLn2Rest;
-  const float log = logf(weight), sum = __fadd_rn(high, log);
-  const float lost = fabsf(high) > fabsf(log) ? high - sum + log : log - sum + high;
-  return sum + (lost + low);
-}
 
 // Of scores in powers of two, rounded once.
 __device__ __forceinline__ float log2_scale(const AttentionShape& shape) {

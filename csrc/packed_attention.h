@@ -39,17 +39,18 @@ constexpr int attention_piece(Dtype dtype, int64_t head_dim) {
 }
 
 // q, out: [total, ...] or, with `cls`, [sequences, ...]: the one query of each sequence.
-// lse: [heads, rows of q], float (double for kFloat64), natural logarithm.
+// stats: [heads, rows of q, 2], float (double for kFloat64): of a row's scores in powers of two the largest,
+// and the sum of 2^(score - largest). A log-sum-exp alone would lose the sum beside a large score.
 struct AttentionForward {
   AttentionShape shape;
   AttentionTensor q, k, v, out;
-  void* lse = nullptr;
+  void* stats = nullptr;
 };
 
 struct AttentionBackward {
   AttentionShape shape;
   AttentionTensor q, k, v, out, dout, dq, dk, dv;
-  const void* lse = nullptr;
+  const void* stats = nullptr;  // for CUDA
 };
 
 // Runs body(slot) once for each slot in [0, slots), concurrently where it can.

@@ -14,11 +14,13 @@ template <class T, int kDim>
 struct Backward {
   using L = Launch<T, kDim>;
   static constexpr int kRows = Tile<T, kDim>::kMaxRows, kPiece = L::kPiece;
-  static constexpr size_t kBytes = 5 * L::kTile + 2 * kRows * 4 + L::kPlan + L::kScratch;
+  static constexpr size_t kStatistics = kRows * (sizeof(Statistics) + 4);
+  static constexpr size_t kBytes = 5 * L::kTile + kStatistics + L::kPlan + L::kScratch;
 
   const AttentionBackward& args;
   Tile<T, kDim> q, k, v, dout, out;
-  float *lse, *delta;  // of the tile's queries
+  Statistics* softmax;  // of the tile's queries, and their delta
+  float* delta;
   float* global_delta;
   Plan& plan;
   float* scratch;
@@ -33,11 +35,11 @@ struct Backward {
         v{reinterpret_cast<T*>(shared + 2 * L::kTile)},
         dout{reinterpret_cast<T*>(shared + 3 * L::kTile)},
         out{reinterpret_cast<T*>(shared + 4 * L::kTile)},
-        lse(reinterpret_cast<float*>(shared + 5 * L::kTile)),
-        delta(lse + kRows),
+        softmax(reinterpret_cast<Statistics*>(shared + 5 * L::kTile)),
+        delta(reinterpret_cast<float*>(softmax + kRows)),
         global_delta(global_delta),
         plan(*reinterpret_cast<Plan*>(delta + kRows)),
-        scratch(reinterpret_cast<float*>(shared + 5 * L::kTile + 2 * kRows * 4 + L::kPlan) +
+        scratch(reinterpret_cast<float*>(shared + 5 * L::kTile + kStatistics + L::kPlan) +
                 warp_index() * kScratchPerWarp),
         head(head),
         dropout(args.shape, head),
@@ -69,15 +71,19 @@ struct Backward {
     const int first_row = mine ? 16 * i : 0, g = lane_index() >> 2, t = lane_index() & 3;
     Rows16<T, kDim> queries(q, first_row), gradients(dout, first_row);
     Result16<kDim> dq;
-    float row_lse[2], row_delta[2];
+    // delta by the product that gives dP: where one weight is 1 and the rest 0 they are the same bits.
+    float row_delta[2];
+    Piece16 with_out;
+    gradients.times(with_out, out, first_row);
+    diagonal(row_delta, with_out);
+    Statistics row_softmax[2];
     MTFAST_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int place = strip.offset + g + 8 * r;
       const bool inside = place < strip.length;
-      row_lse[r] = inside ? static_cast<const float*>(args.lse)[row_number(strip, place)] : 0.0f;
-      row_delta[r] = row_dot(out, dout, first_row + 8 * r);
+      if (inside) row_softmax[r] = Statistics(args.stats, row_number(strip, place));
       if (mine && t == 0) {
-        lse[first_row + g + 8 * r] = row_lse[r];
+        softmax[first_row + g + 8 * r] = row_softmax[r];
         delta[first_row + g + 8 * r] = row_delta[r];
         if (inside && global_delta) global_delta[row_number(strip, place)] = row_delta[r];
       }
@@ -100,7 +106,7 @@ struct Backward {
         for (int n = 0; n < 2; ++n) MTFAST_UNROLL
         for (int j = 0; j < 4; ++j) {
           const bool exists = key + 8 * n + 2 * t + (j & 1) < keys;
-          const float p = exists ? Log2(row_lse[j >> 1]).weight(x[n][j], scale) : 0.0f;
+          const float p = exists ? row_softmax[j >> 1].weight(x[n][j], scale) : 0.0f;
           const float dp = kept >> (4 * n + j) & 1 ? dx[n][j] * dropout.scale : 0.0f;
           x[n][j] = p * (dp - row_delta[j >> 1]);
         }
@@ -139,7 +145,7 @@ struct Backward {
         for (int n = 0; n < 2; ++n) MTFAST_UNROLL
         for (int j = 0; j < 4; ++j) {
           const int column = row + 8 * n + 2 * t + (j & 1);
-          const float p = Log2(lse[column]).weight(x[n][j], scale);
+          const float p = softmax[column].weight(x[n][j], scale);
           const bool keep = kept >> (4 * n + j) & 1;
           const float dp = keep ? dx[n][j] * dropout.scale : 0.0f;
           x[n][j] = keep ? p * dropout.scale : 0.0f;
@@ -156,11 +162,11 @@ struct Backward {
     }
   }
 
-  // lse and delta of tile row `row`, the strip's sequence's query `place`; zeros where there is none.
+  // Statistics and delta of tile row `row`, the strip's sequence's query `place`; zeros where there is none.
   __device__ __forceinline__ void read_statistics(const Strip& strip, int row, int place) {
     const bool inside = place < strip.length;
     const int64_t number = row_number(strip, inside ? place : 0);
-    lse[row] = inside ? static_cast<const float*>(args.lse)[number] : 0.0f;
+    softmax[row] = inside ? Statistics(args.stats, number) : Statistics();
     delta[row] = inside ? global_delta[number] : 0.0f;
   }
 };

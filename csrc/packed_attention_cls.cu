@@ -78,15 +78,15 @@ __global__ void __launch_bounds__(kThreads) cls_forward_kernel(AttentionForward 
   c.read(q, args.q, c.sequence);
   MTFAST_UNROLL
   for (int i = 0; i < C::kEach; ++i) out[i] = 0.0f;
-  float most = kMinusInfinity, weight = 0.0f;
+  float most = kLowest, weight = 0.0f;
   for (int from = 0; from < c.length; from += C::kKeys) {
     const int key = from + c.key0;
     const bool exists = key < c.length;
     float k[C::kEach], v[C::kEach];
     c.read(k, args.k, c.begin + (exists ? key : 0));
     c.read(v, args.v, c.begin + (exists ? key : 0));
-    const float score = C::dot(q, k) * scale;  // by all lanes, also those without a key
-    const float x = exists ? score : kMinusInfinity;
+    const float score = __fmul_rn(C::dot(q, k), scale);  // by all lanes, also those without a key
+    const float x = exists ? score : minus_infinity();
     const float top = fmaxf(most, x), shrink = ptx::exp2_approx(most - top);
     const float p = exists ? ptx::exp2_approx(x - top) : 0.0f;
     most = top;
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kThreads) cls_forward_kernel(AttentionForward 
   for (int i = 0; i < C::kEach; ++i) out[i] = C::across(out[i] * shrink);
   if (c.key0 == 0) c.write(args.out, c.sequence, out, c.length ? dropout.scale / weight : 0.0f);
   if (lane_index() == 0)
-    static_cast<float*>(args.lse)[c.head * shape.sequences + c.sequence] =
-        c.length ? log_sum(top, weight) : __uint_as_float(0xff800000u);
+    Statistics::store(args.stats, c.head * shape.sequences + c.sequence, c.length ? top : minus_infinity(),
+                      weight);
 }
 
 template <class T, int kDim>
@@ -122,9 +122,9 @@ __global__ void __launch_bounds__(kThreads) cls_backward_kernel(AttentionBackwar
   c.read(dout, args.dout, c.sequence);
   MTFAST_UNROLL
   for (int i = 0; i < C::kEach; ++i) dq[i] = 0.0f;
-  const Log2 lse(static_cast<const float*>(args.lse)[c.head * shape.sequences + c.sequence]);
-  // Twice through the keys: first for the weights' sum and for delta, since lse and out are rounded.
-  float total = 0.0f, delta = 0.0f;
+  const Statistics softmax(args.stats, c.head * shape.sequences + c.sequence);
+  // Twice through the keys: first for delta, since out is rounded.
+  float delta = 0.0f;
   for (int from = 0; from < c.length; from += C::kKeys) {
     const int key = from + c.key0;
     const bool exists = key < c.length;
@@ -132,12 +132,10 @@ __global__ void __launch_bounds__(kThreads) cls_backward_kernel(AttentionBackwar
     c.read(k, args.k, c.begin + (exists ? key : 0));
     c.read(v, args.v, c.begin + (exists ? key : 0));
     const float x = C::dot(q, k), dx = C::dot(dout, v);
-    const float p = exists ? lse.weight(x, scale_2) : 0.0f;
-    total += p;
+    const float p = exists ? softmax.weight(x, scale_2) : 0.0f;
     delta += c.kept(dropout, key) ? p * dx * dropout.scale : 0.0f;
   }
-  const float factor = 1.0f / C::across(total);
-  delta = C::across(delta) * factor;
+  delta = C::across(delta);
   for (int from = 0; from < c.length; from += C::kKeys) {
     const int key = from + c.key0;
     const bool exists = key < c.length;
@@ -145,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) cls_backward_kernel(AttentionBackwar
     c.read(k, args.k, c.begin + (exists ? key : 0));
     c.read(v, args.v, c.begin + (exists ? key : 0));
     const float x = C::dot(q, k), dx = C::dot(dout, v);
-    const float p = exists ? lse.weight(x, scale_2) * factor : 0.0f;
+    const float p = exists ? softmax.weight(x, scale_2) : 0.0f;
     const float kept = c.kept(dropout, key) ? dropout.scale : 0.0f;
     const float ds = p * (dx * kept - delta) * scale;
     MTFAST_UNROLL

@@ -15,7 +15,7 @@ namespace attention {
 namespace {
 
 constexpr int64_t kBlockRows = 64;
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 1 / kLog2E;
 
 // Hands out aligned pieces of one buffer; with a null buffer it only measures.
 struct Arena {
@@ -78,21 +78,21 @@ MTFAST_INLINE C keep_scale(const AttentionShape& shape) {
   return static_cast<C>(65536.0 / (65536.0 - shape.threshold));
 }
 
-// ln(2^most * weight), rounded once: its error is one of all the weights that the backward takes from it.
+// The largest of a row of scores; what lies behind the last becomes minus infinity.
 template <class C>
-MTFAST_INLINE C log_sum(C most, C weight) {
-  return static_cast<C>(static_cast<double>(most) * kLn2 + std::log(static_cast<double>(weight)));
+MTFAST_INLINE C largest(C* row, int64_t lanes, Mask<C> last) {
+  C* end = row + lanes - kLanes;
+  pack(end, last ? unpack(end) : Vec<C>{} - static_cast<C>(INFINITY));
+  Vec<C> top = unpack(end);
+  for (C* x = row; x < end; x += kLanes) top = unpack(x) > top ? unpack(x) : top;
+  return maximum(top);
 }
 
-// A log-sum-exp in powers of two, in two parts so that the change of base loses nothing.
+// The two of a row's statistics, as the forward leaves them.
 template <class C>
-struct Log2 {
-  C high, low;
-  MTFAST_INLINE Log2 of(C natural) {
-    const C high = natural * static_cast<C>(kLog2E);
-    return {high, static_cast<C>(natural * kLog2E - high)};
-  }
-};
+MTFAST_INLINE C* statistics_of(void* stats, int64_t number) {
+  return static_cast<C*>(stats) + 2 * number;
+}
 
 template <class T, class C>
 struct Forward {
@@ -107,7 +107,7 @@ struct Forward {
     gather<T, C>(b.k, args.k, at.begin, at.length, at.lanes, head, D, C{1});
     transpose(b.kt, at.lanes, b.k, at.lanes, D);
     gather<T, C>(b.v, args.v, at.begin, at.length, at.tiles, head, D, C{1});
-    C* lse = static_cast<C*>(args.lse) + head * shape.total + at.begin;
+    C* stats = statistics_of<C>(args.stats, head * shape.total + at.begin);
     const Mask<C> last = last_lanes<C>(at);
     for (int64_t r = 0; r < at.length; r += kBlockRows) {
       const int64_t rows = std::min(at.length - r, kBlockRows), M = round_up(rows, 4);
@@ -116,20 +116,17 @@ struct Forward {
       int64_t pitch = 0;
       if (shape.threshold) pitch = draw<isa>(b.draws, *shape.seed, head, at.begin + r, rows, at.length);
       for (int64_t i = 0; i < rows; ++i)
-        lse[r + i] = softmax(b.p + i * at.lanes, at.lanes, last, b.draws + i * pitch, shape);
+        softmax(b.p + i * at.lanes, at.lanes, last, b.draws + i * pitch, shape, stats + 2 * (r + i));
       multiply<isa>(M, D, at.length, b.p, at.lanes, b.v, D, b.out, D);
       scatter<T, C>(args.out, b.out, at.begin + r, rows, head, D, C{1});
     }
   }
 
-  // Of a row of scores in powers of two, in place and dropped out; returns its log-sum-exp.
-  MTFAST_INLINE C softmax(C* row, int64_t lanes, Mask<C> last, const uint16_t* draws,
-                          const AttentionShape& shape) {
+  // Of a row of scores in powers of two, in place and dropped out.
+  MTFAST_INLINE void softmax(C* row, int64_t lanes, Mask<C> last, const uint16_t* draws,
+                             const AttentionShape& shape, C* stats) {
+    const C most = largest(row, lanes, last);
     C* end = row + lanes - kLanes;
-    pack(end, last ? unpack(end) : Vec<C>{} - static_cast<C>(INFINITY));
-    Vec<C> top = unpack(end);
-    for (C* x = row; x < end; x += kLanes) top = unpack(x) > top ? unpack(x) : top;
-    const C most = maximum(top);
     Vec<C> total = {};
     for (C* x = row; x < end; x += kLanes) {
       const Vec<C> weight = exp2(unpack(x) - most);
@@ -146,7 +143,8 @@ struct Forward {
     } else {
       for (int64_t j = 0; j < lanes; j += kLanes) pack(row + j, unpack(row + j) * (C{1} / sums));
     }
-    return log_sum(most, sums);
+    stats[0] = most;
+    stats[1] = sums;
   }
 };
 
@@ -164,7 +162,6 @@ struct Backward {
     transpose(b.kt, at.lanes, b.k, at.lanes, D);
     gather<T, C>(b.v, args.v, at.begin, at.length, at.lanes, head, D, C{1});
     transpose(b.vt, at.lanes, b.v, at.lanes, D);
-    const C* lse = static_cast<const C*>(args.lse) + head * shape.total + at.begin;
     const Mask<C> last = last_lanes<C>(at);
     for (int64_t r = 0; r < at.length; r += kBlockRows) {
       const int64_t rows = std::min(at.length - r, kBlockRows), M = round_up(rows, 4);
@@ -175,8 +172,7 @@ struct Backward {
       int64_t pitch = 0;
       if (shape.threshold) pitch = draw<isa>(b.draws, *shape.seed, head, at.begin + r, rows, at.length);
       for (int64_t i = 0; i < rows; ++i)
-        differentiate(b.p + i * at.lanes, b.dp + i * at.lanes, at.lanes, last, Log2<C>::of(lse[r + i]),
-                      b.draws + i * pitch, shape);
+        differentiate(b.p + i * at.lanes, b.dp + i * at.lanes, at.lanes, last, b.draws + i * pitch, shape);
       multiply<isa, true>(at.tiles, D, rows, b.p, at.lanes, b.dout, D, b.dv, D, r > 0);
       multiply<isa, true>(at.tiles, D, rows, b.dp, at.lanes, b.q, D, b.dk, D, r > 0);
       multiply<isa>(M, D, at.length, b.dp, at.lanes, b.k, D, b.out, D);
@@ -186,13 +182,15 @@ struct Backward {
     scatter<T, C>(args.dv, b.dv, at.begin, at.length, head, D, C{1});
   }
 
-  // Of a row: scores become the weights that were used, their gradient that of the scores.
-  MTFAST_INLINE void differentiate(C* p, C* dp, int64_t lanes, Mask<C> last, Log2<C> lse,
-                                   const uint16_t* draws, const AttentionShape& shape) {
+  // Of a row: scores become the weights that were used, their gradient that of the scores. The softmax is
+  // taken anew, since a log-sum-exp of large scores is rounded by more than the weights can bear.
+  MTFAST_INLINE void differentiate(C* p, C* dp, int64_t lanes, Mask<C> last, const uint16_t* draws,
+                                   const AttentionShape& shape) {
     const Vec<C> scale = Vec<C>{} + keep_scale<C>(shape);
+    const C most = largest(p, lanes, last);
     Vec<C> dot = {}, total = {};
     for (int64_t j = 0; j < lanes; j += kLanes) {
-      Vec<C> x = exp2((unpack(p + j) - lse.high) - lse.low), dx = unpack(dp + j);
+      Vec<C> x = exp2(unpack(p + j) - most), dx = unpack(dp + j);
       if (j == lanes - kLanes) x = last ? x : Vec<C>{};
       total += x;
       if (shape.threshold) dx *= keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale);
@@ -200,11 +198,11 @@ struct Backward {
       pack(p + j, x);
       pack(dp + j, dx);
     }
-    const C delta = sum(dot);
+    const C factor = C{1} / sum(total), delta = sum(dot) * factor;
     for (int64_t j = 0; j < lanes; j += kLanes) {
-      const Vec<C> x = unpack(p + j);
+      const Vec<C> x = unpack(p + j) * factor;
       pack(dp + j, x * (unpack(dp + j) - delta));
-      if (shape.threshold) pack(p + j, x * keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale));
+      pack(p + j, shape.threshold ? x * keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale) : x);
     }
   }
 };
@@ -238,14 +236,15 @@ struct ForwardCls {
     Arena arena{scratch};
     Buffers<C> b(arena, at.length, D, false);
     for (int64_t d = 0; d < D; d += kLanes) pack(b.out + d, Vec<C>{});
-    C& lse = static_cast<C*>(args.lse)[head * shape.sequences + sequence];
-    lse = -static_cast<C>(INFINITY);
+    C* stats = statistics_of<C>(args.stats, head * shape.sequences + sequence);
+    stats[0] = -static_cast<C>(INFINITY);
+    stats[1] = 0;
     if (at.length > 0) {
       gather<T, C>(b.q, args.q, sequence, 1, 1, head, D, static_cast<C>(shape.softmax_scale * kLog2E));
       for (int64_t j = 0; j < at.lanes; ++j)
         b.p[j] = j < at.length ? dot(row_of<const T>(args.k, at.begin + j, head), b.q, D) : C{0};
       if (shape.threshold) draw<isa>(b.draws, *shape.seed, head, at.begin, 1, at.length);
-      lse = Forward<T, C>::softmax(b.p, at.lanes, last_lanes<C>(at), b.draws, shape);
+      Forward<T, C>::softmax(b.p, at.lanes, last_lanes<C>(at), b.draws, shape, stats);
       for (int64_t j = 0; j < at.length; ++j)
         add_scaled(b.out, row_of<const T>(args.v, at.begin + j, head), b.p[j], D);
     }
@@ -272,8 +271,7 @@ struct BackwardCls {
         b.dp[j] = exists ? dot(row_of<const T>(args.v, at.begin + j, head), b.dout, D) : C{0};
       }
       if (shape.threshold) draw<isa>(b.draws, *shape.seed, head, at.begin, 1, at.length);
-      const C lse = static_cast<const C*>(args.lse)[head * shape.sequences + sequence];
-      Backward<T, C>::differentiate(b.p, b.dp, at.lanes, last_lanes<C>(at), Log2<C>::of(lse), b.draws, shape);
+      Backward<T, C>::differentiate(b.p, b.dp, at.lanes, last_lanes<C>(at), b.draws, shape);
       for (int64_t j = 0; j < at.length; ++j) {
         add_scaled(b.out, row_of<const T>(args.k, at.begin + j, head), b.dp[j], D);
         write_scaled(row_of<T>(args.dk, at.begin + j, head), b.q, b.dp[j] * static_cast<C>(kLn2), D);

@@ -100,22 +100,12 @@ __device__ __forceinline__ void wait_for_loads() {
 
 using Piece16 = float[2][4];
 
-// Row times row of two tiles, for rows `row` + g; in all lanes of a quad.
-template <class T, int kDim>
-__device__ __forceinline__ float row_dot(const Tile<T, kDim>& a, const Tile<T, kDim>& b, int row) {
-  constexpr int kPasses = Tile<T, kDim>::kChunks / 4, kEach = Tile<T, kDim>::kPerChunk;
-  const int g = lane_index() >> 2, t = lane_index() & 3;
-  float sum = 0.0f;
+// A piece's diagonal, for rows g and g + 8 in all lanes of their quad.
+__device__ __forceinline__ void diagonal(float (&to)[2], const Piece16& x) {
+  const int lane = lane_index(), g = lane >> 2;
   MTFAST_UNROLL
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int c = t + 4 * ((pass + g) % kPasses);  // so that neighbouring rows meet other banks
-    float x[kEach], y[kEach];
-    unpack16<T>(*reinterpret_cast<const uint4*>(a.chunk(row + g, c)), x);
-    unpack16<T>(*reinterpret_cast<const uint4*>(b.chunk(row + g, c)), y);
-    MTFAST_UNROLL
-    for (int i = 0; i < kEach; ++i) sum += x[i] * y[i];
-  }
-  return warp_sum<4>(sum);
+  for (int r = 0; r < 2; ++r)
+    to[r] = __shfl_sync(kAllLanes, g & 1 ? x[r][2 * r + 1] : x[r][2 * r], (lane & ~3) | g >> 1);
 }
 
 // 16 rows of a tile as the left factor of x = a b^T, kept in registers or read at each use.

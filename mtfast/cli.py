@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -42,7 +45,7 @@ def _write_demo_corpus() -> None:
     from mtfast.train.engine import start
 
     start()
-    ranks.on_main(lambda: write_demo_corpus(DEMO_CORPUS))
+    ranks.on_main(write_demo_corpus, DEMO_CORPUS)
 
 
 def _train(stage: Any) -> Callable[[RunConfig], None]:
@@ -117,6 +120,17 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mtfast` and `python -m mtfast`."""
+    try:
+        try:
+            _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _main(argv: list[str] | None) -> None:
     arguments = _without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help") or rest[:1] in (["-h"], ["--help"]):
@@ -144,6 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         description=f"{COMMANDS[name].summary}. {RECIPES[recipe].__doc__} --print-config shows the result.",
         console_outputs=ranks.is_main(),
     )
+    from mtfast.train.failure import leave
+
     errors = _expected_errors()
     try:
         validate(config)
@@ -153,22 +169,25 @@ def main(argv: list[str] | None = None) -> None:
         if recipe == "demo" and name != "report":
             _write_demo_corpus()
         COMMANDS[name].run(config)
-    except errors as error:
-        _fail(str(error))
-    except OSError as error:
-        if error.errno not in FIXABLE:
-            raise
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues the run", code=130)
+    except errors as error:
+        leave(f"mtfast: {error}", 2, failed=ranks.origin(error, ranks.rank()))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FIXABLE:
+            text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            leave(f"mtfast: {text}", 2, failed=ranks.origin(error, ranks.rank()))
+        if ranks.world_size() == 1:
+            raise
+        leave(traceback.format_exc(), 1, failed=ranks.origin(error, None))
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     from mtfast.data.records import DataError
     from mtfast.models.checkpoint import CheckpointError
-    from mtfast.train.loop import NonFiniteLoss
+    from mtfast.train.loop import NonFinite
 
-    return ConfigError, DataError, CheckpointError, NonFiniteLoss
+    return ConfigError, DataError, CheckpointError, NonFinite
 
 
 def _without_launcher_flags(arguments: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from mtfast.plots import DEV_METRICS, is_number, plot_dev_metrics, plot_losses
+from mtfast.train.files import read_json, write_text
 
 STAGES = {"pretrain": "Pre-training", "heads": "Head training", "finetune": "Fine-tuning"}
 METRICS = {
@@ -100,14 +101,14 @@ def read_run(run_dir: str | Path) -> RunRecord:
             latest.get(record["kind"], {})[record["stage"], int(record["step"])] = record
         except (ValueError, KeyError, TypeError):
             torn += 1
-    summary_text = _text(directory / "summary.json")
+    summary = directory / "summary.json"
     by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {"step": {}, "eval": {}}
     for kind, records in latest.items():
         for (stage, _), record in sorted(records.items(), key=lambda item: item[0]):
             by_stage[kind].setdefault(stage, []).append(record)
     return RunRecord(
         directory=directory,
-        summary=json.loads(summary_text) if summary_text else {},
+        summary=read_json(summary, "remove it, and the run goes on without it") if summary.is_file() else {},
         steps=by_stage["step"],
         evaluations=by_stage["eval"],
         config=_text(directory / "config.yaml"),
@@ -330,7 +331,7 @@ def _text(path: Path) -> str:
 def _write(directory: Path, title: str, parts: Iterable[str]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     markdown = "\n\n".join(part for part in parts if part) + "\n"
-    (directory / "report.md").write_text(markdown, encoding="utf-8")
+    write_text(directory / "report.md", markdown)
     renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
     body = renderer.render(markdown)
     for picture in sorted((directory / "plots").glob("*.png")):
@@ -338,7 +339,7 @@ def _write(directory: Path, title: str, parts: Iterable[str]) -> Path:
         body = body.replace(f'src="plots/{picture.name}"', f'src="data:image/png;base64,{encoded}"')
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     page = PAGE.replace("TITLE", title.replace("<", "&lt;")).replace("BODY", body)
-    (directory / "report.html").write_text(page, encoding="utf-8")
+    write_text(directory / "report.html", page)
     return directory / "report.html"
 
 

@@ -1,17 +1,24 @@
 """Fixtures for the real data and the real checkpoint that some tests run on, and for how far sweeps go.
 
 MTFAST_TEST_SWEEP=full runs every random case of the ops' sweeps, on the CUDA source executed on the CPU too,
-which takes about a quarter of an hour; without it a part of them runs that has each kind of case.
+which takes about a quarter of an hour, and 10,000 inputs of each property; without it a part of them runs
+that has each kind of case, the same inputs each time.
 """
 
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 # Where checking values on a GPU would cost a synchronisation, ops do it only when asked to: here, always.
 os.environ.setdefault("MTFAST_CHECK_VALUES", "1")
+
+_settings = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("part", max_examples=50, derandomize=True, **_settings)
+hypothesis.settings.register_profile("full", max_examples=10_000, **_settings)
+hypothesis.settings.load_profile("full" if os.environ.get("MTFAST_TEST_SWEEP") == "full" else "part")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -213,3 +213,76 @@ def check_a_sequence_does_not_notice_the_others(run: Run, dtype: torch.dtype, de
             got = [x[begin : begin + length] for x in (out, lse.T, *grads)]
             got[1] = got[1].T
             assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (length, before, after)
+
+
+def torch_math(batch: Batch) -> list[Tensor | None]:
+    """As `reference`, sequence by sequence without dropout, in the steps of torch's `SDPBackend.MATH`: in
+    float32, with the root of the scale on both sides, the weights kept for the backward pass."""
+    inputs = [x.detach().cpu().requires_grad_() for x in batch.tensors]
+    q, k, v = (x.float() for x in inputs)
+    q, k = (x / q.size(2) ** 0.25 for x in (q, k))
+    outs, lses = [], []
+    for number, (begin, length) in enumerate(zip(batch.cu_seqlens.tolist(), batch.lengths, strict=False)):
+        at = slice(begin, begin + length)
+        scores = torch.einsum("ihd,jhd->hij", q[number : number + 1] if batch.cls else q[at], k[at])
+        outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[at]))
+        lses.append(scores.logsumexp(-1))
+    out = torch.cat(outs).to(batch.q.dtype)
+    lse = None if batch.cls else torch.cat(lses, 1)
+    return [out, lse, *torch.autograd.grad(out, inputs, batch.dout.cpu())]
+
+
+def check_large_scores(
+    run: Run, dtype: torch.dtype, *, cls: bool = False, device: str = "cpu", products_in_16_bits: bool = False
+) -> None:
+    """Scores from usual ones to saturated ones of 10^7: errors at most twice those of torch's math path. But
+    kernels that multiply in 16 bits are held to eager PyTorch in 16 bits.
+
+    Where two large scores are nearly equal the error of one batch says little: the geometric mean counts.
+    """
+    for factor in (1, 10, 30, 100, 4000):
+        shares: dict[str, list[float]] = defaultdict(list)
+        for number in range(12):
+            lengths, layout = ([7, 20], [30], [70])[number % 3], "cls" if cls else "apart"
+            batch = make_batch(lengths, 1, 32, dtype, seed=number, layout=layout, device=device)
+            batch = dataclasses.replace(batch, q=batch.q * factor, k=batch.k * factor)
+            eager = reference(batch, dtype) if products_in_16_bits else torch_math(batch)
+            results = run(batch), eager, reference(batch, torch.float64)
+            for name, ours, theirs, exact in zip(NAMES, *results, strict=True):
+                if exact is None:
+                    continue
+                error = Error.of(ours, theirs, exact)
+                assert math.isfinite(error.rms), f"{name} with q and k times {factor}"
+                if math.isfinite(error.eager_rms):  # float16's scores overflow
+                    shares[name].append(math.log((error.rms + 1e-30) / (error.eager_rms + 1e-30)))
+        for name, logs in shares.items():
+            share = math.exp(sum(logs) / len(logs))
+            assert share <= 2, f"{name} with q and k times {factor}: {share:.3g} times eager's error"
+
+
+def check_what_is_not_finite(run: Run, dtype: torch.dtype, *, cls: bool = False, device: str = "cpu") -> None:
+    """Inf and NaN appear where eager PyTorch has them, and in no other sequence."""
+    lengths = [20, 9, 70]
+    for sequence, (begin, length) in enumerate(zip((0, 20, 29), lengths, strict=True)):
+        for name in ("q", "k", "v", "dout"):
+            for value in (math.inf, -math.inf, math.nan):
+                batch = make_batch(lengths, 1, 32, dtype, layout="cls" if cls else "apart", device=device)
+                parts = {x: getattr(batch, x) for x in ("q", "k", "v", "dout")}
+                at = {
+                    x: slice(sequence, sequence + 1)
+                    if cls and x in ("q", "dout")
+                    else slice(begin, begin + length)
+                    for x in parts
+                }
+                parts[name][at[name]][-1, 0, 3] = value
+                alone = {x: part[at[x]] for x, part in parts.items()}
+                wanted = reference(
+                    Batch(**alone, cu_seqlens=offsets([length]), lengths=(length,), cls=cls), torch.float32
+                )
+                for result, where, want in zip(run(batch), ("q", "", "q", "k", "v"), wanted, strict=True):
+                    if not where:
+                        continue
+                    inside = result[at[where]]
+                    assert torch.equal(inside.isfinite(), want.isfinite()), (sequence, name, value, where)
+                    finite = result.isfinite().sum() - inside.isfinite().sum()
+                    assert finite == result.numel() - inside.numel(), (sequence, name, value, where)

@@ -199,6 +199,27 @@ def test_dropout_is_where_bert_has_it():
         assert torch.equal(encoder(**packed), encoder(**packed))
 
 
+@pytest.mark.parametrize("part", [{}, {"cls_only": True}, {"rows": torch.tensor([0, 5, 14])}])
+def test_activation_checkpointing_saves_memory_and_changes_nothing(part):
+    config = small_config(num_hidden_layers=4, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    encoder, packed = PackedBert(config), pack(random_sentences([9, 6, 20], 211, seed=5))
+    results, kept = [], []
+    for encoder.activation_checkpointing in (False, True):
+        saved: list[int] = []
+        torch.manual_seed(11)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, to=saved: to.append(x.nbytes) or x, lambda x: x
+        ):
+            out = encoder(**packed, **part)
+        torch.manual_seed(12)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in encoder.parameters())])
+        kept.append(sum(saved))
+        encoder.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < kept[0] / 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_cheap_dropout_is_inverted_dropout(dtype, p):

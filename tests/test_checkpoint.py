@@ -9,9 +9,10 @@ import torch
 import transformers
 from bert_twins import pack, random_sentences, small_config
 from safetensors.torch import load_file, save_file
+from small_tokenizer import small_tokenizer
 from transformers import BertForPreTraining, BertModel, BertTokenizerFast
 
-from mtfast.models import checkpoint
+from mtfast.models import files
 from mtfast.models.checkpoint import (
     CheckpointError,
     load_bert_config,
@@ -255,6 +256,67 @@ def test_what_is_missing_or_torn_is_named(tmp_path):
         load_tokenizer(folder)
 
 
+def test_files_of_a_wrong_shape_are_named(tmp_path, monkeypatch):
+    model = build_multitask_model(small_config(), HEADS)
+    _, folder = hugging_face_checkpoint(tmp_path / "source", "BertModel")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tensors, text = load_file(weights), config.read_text()
+
+    def fails(match):
+        with pytest.raises(CheckpointError, match=match):
+            load_pretrained(folder, model)
+
+    (folder / "mtfast.json").write_text("3")
+    fails(r"mtfast\.json should hold an object, not 3")
+    (folder / "mtfast.json").unlink()
+    config.write_text("[1]")
+    fails(r"config\.json should hold an object, not \[1\]")
+    config.unlink()
+    for modules, match in (
+        ("{}", "should hold a list, not {}"),
+        ('["x"]', "should list modules"),
+        ("3", "not 3"),
+    ):
+        (folder / "modules.json").write_text(modules)
+        fails(rf"modules\.json .*{match}")
+    (folder / "modules.json").unlink()
+    config.write_text(text)
+
+    weights.unlink()
+    for index in ("[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'):
+        (folder / "model.safetensors.index.json").write_text(index)
+        fails(r"model\.safetensors\.index\.json ")
+    (folder / "model.safetensors.index.json").unlink()
+    for value in (["a"], {"embeddings": {"word": torch.zeros(2)}}):
+        torch.save(value, folder / "pytorch_model.bin")
+        fails(r"pytorch_model\.bin should hold tensors by name")
+    weights.mkdir()
+    fails(r"model\.safetensors is a directory; it should be a file")
+    weights.rmdir()
+    save_file(tensors, weights)
+
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "load_file", forbidden)
+    fails(r"model\.safetensors cannot be read: Permission denied")
+
+
+def test_weights_that_are_not_finite_are_named_when_they_are_loaded(tmp_path):
+    model = build_multitask_model(small_config(), HEADS)
+    _, folder = hugging_face_checkpoint(tmp_path / "source", "BertForPreTraining")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["cls.predictions.bias"][0] = torch.nan  # of no use to this model
+    save_file(tensors, folder / "model.safetensors")
+    load_pretrained(folder, model)
+    tensors["bert.embeddings.LayerNorm.bias"][:3] = torch.tensor([torch.nan, torch.inf, 0.0])
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"source: 2 of the 64 values of encoder\.\S*norm\S* are not finite"
+    ):
+        load_pretrained(folder, model)
+
+
 def test_tensors_of_no_bert_are_ignored_and_reported(tmp_path):
     _, folder = hugging_face_checkpoint(tmp_path / "source", "BertModel")
     tensors = load_file(folder / "model.safetensors")
@@ -279,7 +341,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(target, second.state_dict(), config, None)
     assert is_first() and [path.name for path in tmp_path.iterdir()] == ["saved"]
@@ -292,17 +354,19 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path):
+@pytest.mark.parametrize(("size", "file"), [(20_000, "weights"), (1_000, "tokenizer")])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path, size, file):
     config, target = small_config(), tmp_path / "saved"
     model = build_pretrain_model(config)
-    save_pretrained(target, model.state_dict(), config, None)
+    tokenizer = small_tokenizer() if file == "tokenizer" else None
+    save_pretrained(target, model.state_dict(), config, tokenizer)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     changed = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # writing more fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # writing more fails as on a full disk
     try:
         with pytest.raises(CheckpointError, match=r"saved cannot be written: .*File too large"):
-            save_pretrained(target, changed, config, None)
+            save_pretrained(target, changed, config, tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before

@@ -189,6 +189,7 @@ def test_a_short_run_predicts_evaluates_and_summarises(config, corpus):
     assert summary["dev"] == metrics
     assert set(summary["stages"]) == {"heads", "finetune"}
     facts = {"seconds", "steps", "examples_per_s", "tokens_per_s", "first_loss", "last_loss"}
+    facts |= {"skipped_steps"}
     assert all(set(stage) == facts for stage in summary["stages"].values())
     assert summary["stages"]["finetune"]["steps"] == 60
     assert {"sst-test", "quora-train"} < set(summary["data"])

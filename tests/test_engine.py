@@ -121,7 +121,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(CheckpointError, match=f"could not be written to {tmp_path}: unexpected pos"):
+        with pytest.raises(CheckpointError, match=f"could not be written to {tmp_path}: the disk is full or"):
             engine.save(tmp_path, 2, {"position": 2})
     assert engine.load(tmp_path)["position"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "step-1"]

@@ -58,20 +58,20 @@ def test_a_seed_is_looked_at_without_dropout_too(seed):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32], ids=str)
 @pytest.mark.parametrize("op", ["packed_attention", "packed_attention_qkv", "packed_attention_cls"])
-def test_backward_looks_at_lses_dtype(op, dtype):
+def test_backward_looks_at_the_dtype_of_stats(op, dtype):
     qkv = torch.randn(10, 3, 2, 32)
     q, k, v = qkv.unbind(1)
     inputs = {"packed_attention_qkv": [qkv], "packed_attention_cls": [q[:2], k, v]}.get(op, [q, k, v])
     options = (CU, 6, 0.0, 0.2, None)
-    out, lse = getattr(raw, op)(*inputs, *options)
-    with pytest.raises(RuntimeError, match=f"{op}_backward: lse must be what the forward returned"):
-        getattr(raw, f"{op}_backward")(out, *inputs, out, lse.to(dtype), *options)
+    out, stats = getattr(raw, op)(*inputs, *options)
+    with pytest.raises(RuntimeError, match=f"{op}_backward: stats must be what the forward returned"):
+        getattr(raw, f"{op}_backward")(out, *inputs, out, stats.to(dtype), *options)
 
 
 def test_registered_ops_name_what_has_the_wrong_dimensions():
-    qkv, lse = torch.randn(10, 3, 2, 32), torch.randn(2, 10)
+    qkv, stats = torch.randn(10, 3, 2, 32), torch.randn(2, 10, 2)
     q, k, v = qkv.unbind(1)
-    options = (lse, CU, 6, 0.0, 0.2, None)
+    options = (stats, CU, 6, 0.0, 0.2, None)
     for wrong in (k[0], k[0, 0], k[None]):
         with pytest.raises(RuntimeError, match="packed_attention_backward: k must be "):
             raw.packed_attention_backward(q, q, wrong, v, q, *options)

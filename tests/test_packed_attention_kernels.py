@@ -31,11 +31,15 @@ from packed_attention_cases import (
     Run,
     check_a_sequence_does_not_notice_the_others,
     check_dropout,
+    check_large_scores,
     check_mean_over_seeds,
     check_random_batches,
+    check_what_is_not_finite,
     make_batch,
 )
 from torch import Tensor
+
+from mtfast.ops.packed_attention import lse_of
 
 # How many kernels each source has: for each dtype and head_dim of short sequences and of any, in one pass and
 # in two, forward and backward.
@@ -66,14 +70,18 @@ class CShape(ctypes.Structure):
 
 
 class CForward(ctypes.Structure):
-    _fields_ = (("shape", CShape), *((x, CTensor) for x in ("q", "k", "v", "out")), ("lse", ctypes.c_void_p))
+    _fields_ = (
+        ("shape", CShape),
+        *((x, CTensor) for x in ("q", "k", "v", "out")),
+        ("stats", ctypes.c_void_p),
+    )
 
 
 class CBackward(ctypes.Structure):
     _fields_ = (
         ("shape", CShape),
         *((x, CTensor) for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        ("lse", ctypes.c_void_p),
+        ("stats", ctypes.c_void_p),
     )
 
 
@@ -100,20 +108,20 @@ def emulated(forward: Kernels, backward: Kernels, cls: Kernels) -> Run:
         seed_there = torch.tensor([seed])
         shape = shape_of(batch, dropout_p, seed_there)
         out, *grads = (torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (batch.q, *batch.tensors))
-        lse = torch.full((batch.q.size(1), batch.q.size(0)), torch.nan)
+        stats = torch.full((batch.q.size(1), batch.q.size(0), 2), torch.nan)
         q, k, v, o, dout, dq, dk, dv = map(CTensor.of, (*batch.tensors, out, batch.dout, *grads))
-        forward_args = ctypes.byref(CForward(shape, q, k, v, o, lse.data_ptr()))
-        backward_args = ctypes.byref(CBackward(shape, q, k, v, o, dout, dq, dk, dv, lse.data_ptr()))
+        forward_args = ctypes.byref(CForward(shape, q, k, v, o, stats.data_ptr()))
+        backward_args = ctypes.byref(CBackward(shape, q, k, v, o, dout, dq, dk, dv, stats.data_ptr()))
         if batch.cls:
             cls.mtfast_packed_attention_cls_forward(forward_args, None)
             cls.mtfast_packed_attention_cls_backward(backward_args, None)
             return [out, None, *grads]
         # As large as packed_attention.cpp makes it.
         piece = 32 if batch.q.dtype == torch.float32 and batch.q.size(2) == 128 else 64
-        delta = torch.full((lse.size(0), lse.size(1) if batch.max_seqlen > piece else 0), torch.nan)
+        delta = torch.full((stats.size(0), stats.size(1) if batch.max_seqlen > piece else 0), torch.nan)
         forward.mtfast_packed_attention_forward(forward_args, None)
         backward.mtfast_packed_attention_backward(backward_args, delta, None)
-        return [out, lse, *grads]
+        return [out, lse_of(stats), *grads]
 
     return run
 
@@ -136,6 +144,18 @@ def test_random_batches_match_float64(dtype, head_dim, run, full_sweep):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_query_a_sequence(dtype, head_dim, run, full_sweep):
     check_random_batches(run, range(300 if full_sweep else 12), head_dim, dtype, cls=True)
+
+
+@pytest.mark.parametrize("cls", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores(dtype, cls, run):
+    check_large_scores(run, dtype, cls=cls, products_in_16_bits=dtype != torch.float32 and not cls)
+
+
+@pytest.mark.parametrize("cls", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inf_and_nan_are_where_eager_has_them(dtype, cls, run):
+    check_what_is_not_finite(run, dtype, cls=cls)
 
 
 @pytest.mark.parametrize("layout", ["apart", "fused", "sliced", "cls"])
@@ -189,15 +209,15 @@ def test_refused_shared_memory_leaves_no_error_behind(monkeypatch):
     assert forward.last_error == 0
 
 
-LOG_SUM = """#include "packed_attention.cuh"
-__global__ void log_sum(float* x) { x[0] = mtfast::attention::log_sum(x[1], x[2]); }
+WEIGHT = """#include "packed_attention.cuh"
+__global__ void weight(float* x) { x[0] = mtfast::attention::Statistics(x, 1).weight(x[1], x[2]); }
 """
 
 
-def test_log_sum_leaves_no_rounding_to_the_compiler(tmp_path):
-    """It needs a product and a sum rounded each on its own: without .rn they may be rounded once together."""
-    source = tmp_path / "log_sum.cu"
-    source.write_text(LOG_SUM)
+def test_weights_leave_no_rounding_to_the_compiler(tmp_path):
+    """A score is rounded before the largest is taken away, as in the forward: never both in one step."""
+    source = tmp_path / "weight.cu"
+    source.write_text(WEIGHT)
     assert {"mul.rn.f32", "add.rn.f32"} <= set(ptx(source).split())
 
 

@@ -95,6 +95,7 @@ def test_experiments_differ_in_one_thing():
         ("heads.betas", (-0.1, 0.9)),
         ("finetune.weight_decay", -0.01),
         ("finetune.gradient_clipping", -1.0),
+        ("finetune.max_skipped", 0),
         ("finetune.bucket_tokens", 0),
         ("finetune.checkpoint_every", -1),
         ("finetune.temperature", 0.0),
@@ -205,6 +206,7 @@ def test_every_contradiction_is_named(tmp_path):
             "zero_optimization": {"stage": 3},
             "optimizer": {"params": {"lr": 1e-3}},
             "scheduler": {"type": "WarmupLR"},
+            "activation_checkpointing": {"cpu_checkpointing": True},
         },
     )
     with pytest.raises(ConfigError) as error:
@@ -215,6 +217,7 @@ def test_every_contradiction_is_named(tmp_path):
         "zero_optimization.stage: the JSON says 3, the run 1",
         "optimizer.params.lr: the JSON says 0.001, the run 1e-05",
         "scheduler",
+        "set engine.activation_checkpointing",
         '"auto"',
     ):
         assert wanted in text

@@ -70,7 +70,8 @@ def cached(
         return _load(path, key)
 
 
-def _checksum(arrays: Arrays) -> int:
+def checksum(arrays: Arrays) -> int:
+    """A 32-bit checksum of names and contents."""
     value = 0
     for name in sorted(arrays):
         value = zlib.crc32(np.ascontiguousarray(arrays[name]).data, zlib.crc32(name.encode(), value))
@@ -90,7 +91,7 @@ def _store(path: Path, key: str, arrays: Arrays, notes: Notes) -> None:
     metadata = {
         "key": key,
         "lengths": {name: len(array) for name, array in arrays.items()},
-        "checksum": _checksum(arrays),
+        "checksum": checksum(arrays),
         "notes": notes,
     }
     batch = batch.replace_schema_metadata({"mtfast": json.dumps(metadata)})
@@ -111,6 +112,6 @@ def _load(path: Path, key: str) -> tuple[Arrays, Notes]:
     arrays = {name: batch.column(name).values.to_numpy(zero_copy_only=True) for name in batch.schema.names}
     if {name: len(array) for name, array in arrays.items()} != metadata["lengths"]:
         raise ValueError("its lengths are not the recorded ones")
-    if _checksum(arrays) != metadata["checksum"]:
+    if checksum(arrays) != metadata["checksum"]:
         raise ValueError("its checksum is not the recorded one")
     return arrays, metadata["notes"]

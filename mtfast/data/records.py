@@ -1,108 +1,20 @@
-"""Raw records from files and data sets, each with the place it came from.
+"""Sources of records: files, directories of files, saved data sets and data sets of the hub, by split."""
 
-Nothing here knows what a task is: a source becomes columns and rows, and every row keeps its line (text
-files) or row number (Parquet, Hugging Face data sets), so that whoever rejects a row can say where it is.
-"""
-
-import csv
-import io
-import json
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-FILE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+from mtfast.data.files import FILE_SUFFIXES, from_table, read_file
+from mtfast.data.rows import DataError, MissingDataError, Records, listed
+
 _NOT_DATA = (".", "dataset_info")  # hidden files, and what `datasets` writes beside its data
 SPLIT_NAMES = {
     "train": ("train",),
     "dev": ("dev", "validation", "valid", "val"),
     "test": ("test", "test-student"),
 }
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message names the file and, where there is one, the line."""
-
-
-class MissingDataError(DataError):
-    """A file or split that is not there at all."""
-
-
-class UnusableRowError(Exception):
-    """Why a row is left out; whoever goes through rows catches it and keeps the account."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row: its file or split, its line or row number (from 1), and its values by column, or why it could
-    not be read."""
-
-    file: str
-    line: int
-    values: dict[str, Any]
-    problem: str | None = None
-
-    def text(self, column: str) -> str:
-        """The text in a column, stripped; UnusableRowError if there is none or the row was not read."""
-        if self.problem is not None:
-            raise UnusableRowError(self.problem)
-        value = self.values.get(column)
-        if value is None or value != value:  # NaN: an empty cell to pandas
-            raise UnusableRowError(f"empty {column}")
-        if not isinstance(value, str):
-            raise UnusableRowError(f"{column} is {value!r}, not text")
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON can spell one out
-            raise UnusableRowError(
-                f"{column} holds half of a surrogate pair, which is no character"
-            ) from None
-        if not (text := value.strip()):
-            raise UnusableRowError(f"empty {column}")
-        return text
-
-
-@dataclass(frozen=True)
-class Records:
-    """A file or split as columns and rows; ``origin`` is what messages call it."""
-
-    origin: str
-    columns: list[str]
-    rows: list[Record]
-
-    def find(self, names: tuple[str, ...]) -> str | None:
-        """The column that goes by the first of ``names`` there is, whatever its case and spaces, or None."""
-        by_lower = {column.strip().lower(): column for column in self.columns}
-        return next((by_lower[name] for name in names if name in by_lower), None)
-
-    def require(self, names: tuple[str, ...]) -> str:
-        """As `find`, but DataError names the file, the column wanted and the columns found."""
-        column = self.find(names)
-        if column is None:
-            others = f" (or {', '.join(names[1:])})" if names[1:] else ""
-            found = ", ".join(repr(name) for name in self.columns) or "none"
-            raise DataError(f"{self.origin}: no column {names[0]!r}{others}; columns found: {found}")
-        return column
-
-
-def read_file(path: Path, delimiter: str | None = None) -> Records:
-    """Reads one Parquet, CSV/TSV or JSON-lines file; the suffix decides which.
-
-    ``delimiter`` is for delimited text; None means a tab if the header has one, else a comma.
-    Raises DataError if the file is missing, of another kind, not UTF-8, or not readable as what it claims.
-    """
-    if not path.is_file():
-        raise MissingDataError(f"{path}: no such file")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    if suffix in (".csv", ".tsv"):
-        return _read_delimited(path, "\t" if suffix == ".tsv" else delimiter)
-    if suffix in (".jsonl", ".json"):
-        return _read_json_lines(path)
-    raise DataError(f"{path}: unknown kind of file; known are {', '.join(FILE_SUFFIXES)}")
 
 
 def read_split(source: str | Path, split: str) -> Records:
@@ -115,25 +27,53 @@ def read_split(source: str | Path, split: str) -> Records:
     """
     kind, path = _kind(source)
     names = SPLIT_NAMES[split]
-    if kind == "file":
-        candidates = [Path(str(path).replace("{split}", name)) for name in names]
-        return read_file(next((file for file in candidates if file.is_file()), candidates[0]))
-    if kind == "files":
-        for name in names:
-            pattern = re.compile(rf"{name}([-._ \d]|$)")
-            if shards := [file for file in _data_files(path) if pattern.match(file.stem.lower())]:
-                return _joined(f"{path} ({split})", shards)
+    if kind == "file" or kind == "files":
+        found = _files_by_name(kind, path, split)
+        if found:
+            return read_files(f"{path} ({split})", *_chosen(found))
+        if kind == "file":
+            return read_file(Path(str(path).replace("{split}", names[0])))
         raise MissingDataError(
             f"{path}: no file for the {split} split; wanted {' or '.join(f'{name}*' for name in names)} "
             f"with one of the suffixes {', '.join(FILE_SUFFIXES)}; the directory holds {_listing(path)}"
         )
     available = _load_splits(kind, source)
-    for candidate in (*names, ""):
-        if candidate in available:
-            return _from_data_set(source, candidate, available[candidate])
-    raise MissingDataError(
-        f"{source}: no {split} split; wanted {' or '.join(names)}, found {', '.join(available)}"
-    )
+    found_splits = [name for name in (*names, None) if name in available]
+    if not found_splits:
+        raise MissingDataError(
+            f"{source}: no {split} split; wanted {' or '.join(names)}, found {', '.join(map(str, available))}"
+        )
+    records = _from_data_set(source, found_splits[0], available[found_splits[0]])
+    return replace(records, notes=_left_alone(found_splits[1:]))
+
+
+def files_of(source: str | Path, split: str) -> list[Path]:
+    """The files that `read_split` reads for a split; none for a data set, or where there is none."""
+    kind, path = _kind(source)
+    return _chosen(_files_by_name(kind, path, split))[0] if kind in ("file", "files") else []
+
+
+def read_files(origin: str, files: list[Path], others: list[Path], delimiter: str | None = None) -> Records:
+    """The rows of ``files``, which must be of one kind and have the same columns.
+
+    ``others`` might have been meant too; that they were not read is noted, as is which files were joined.
+    """
+    if len({file.suffix.lower() for file in files}) > 1:
+        names = listed([file.name for file in files])
+        raise DataError(f"{origin}: files of several kinds, {names}; keep one kind, lest rows are read twice")
+    _refuse_twice(origin, files)
+    parts = [read_file(file, delimiter) for file in files]
+    for part in parts[1:]:
+        if part.columns != parts[0].columns:
+            raise DataError(
+                f"{part.origin}: columns {part.columns} differ from {parts[0].columns} in {parts[0].origin}"
+            )
+    notes = [note for part in parts for note in part.notes]
+    if len(parts) > 1:
+        notes.append(f"{len(parts)} files joined: {_names(files)}")
+    notes += _left_alone([file.name for file in others])
+    rows = [row for part in parts for row in part.rows]
+    return Records(parts[0].origin if len(parts) == 1 else origin, parts[0].columns, rows, tuple(notes))
 
 
 def read_every_split(source: str | Path) -> list[Records]:
@@ -148,13 +88,24 @@ def read_every_split(source: str | Path) -> list[Records]:
                 f"{path}: no file with one of the suffixes {', '.join(FILE_SUFFIXES)}; "
                 f"the directory holds {_listing(path)}"
             )
-        return [read_file(file) for file in files]
+        _refuse_twice(str(path), files)
+        parts = [read_file(file) for file in files]
+        if len(files) > 1:
+            joined = f"{len(files)} files read: {_names(files)}"
+            parts[0] = replace(parts[0], notes=(joined, *parts[0].notes))
+        return parts
     return [_from_data_set(source, split, data) for split, data in _load_splits(kind, source).items()]
 
 
 def is_one_file(source: str | Path) -> bool:
     """True if `read_split` would read the same file for every split."""
     return _kind(source)[0] == "file" and "{split}" not in str(source)
+
+
+def is_one_data_set(source: str | Path) -> bool:
+    """True if `read_split` would read the same rows for every split: a saved data set that has no splits."""
+    kind, path = _kind(source)
+    return kind == "saved" and not (path / "dataset_dict.json").is_file()
 
 
 def _kind(source: str | Path) -> tuple[Literal["file", "files", "saved", "hub"], Path]:
@@ -190,24 +141,56 @@ def _listing(directory: Path) -> str:
     return ", ".join(sorted(entry.name for entry in directory.iterdir())[:12]) or "nothing"
 
 
-def _joined(origin: str, shards: list[Path]) -> Records:
-    """The files of one split, which must be of one kind and have the same columns."""
-    if len({shard.suffix.lower() for shard in shards}) > 1:
-        names = ", ".join(shard.name for shard in shards)
-        raise DataError(f"{origin}: files of several kinds, {names}; keep one kind, lest rows are read twice")
-    parts = [read_file(shard) for shard in shards]
-    for part in parts[1:]:
-        if part.columns != parts[0].columns:
+def _files_by_name(kind: str, path: Path, split: str) -> dict[str, list[Path]]:
+    """The files of a split under each of its names that has some, the name to be preferred first."""
+    found = {}
+    for name in SPLIT_NAMES[split]:
+        if kind == "file":
+            file = Path(str(path).replace("{split}", name))
+            files = [file] if file.is_file() else []
+        else:
+            pattern = re.compile(rf"{name}([-._ \d]|$)")
+            files = [file for file in _data_files(path) if pattern.match(file.stem.lower())]
+        if files:
+            found[name] = files
+    return found
+
+
+def _chosen(found: dict[str, list[Path]]) -> tuple[list[Path], list[Path]]:
+    """The files under the first name, and the others."""
+    chosen = next(iter(found.values()), [])
+    return chosen, [file for files in found.values() for file in files if file not in chosen]
+
+
+def _left_alone(names: list[Any]) -> tuple[str, ...]:
+    return (f"also there, but not read: {listed(names)}",) if names else ()
+
+
+def _names(files: list[Path]) -> str:
+    """The files' names, below the folder that holds all of them."""
+    folder = os.path.commonpath([file.parent for file in files])
+    return listed([os.path.relpath(file, folder) for file in files])
+
+
+def _refuse_twice(origin: str, files: list[Path]) -> None:
+    """Raises DataError where rows would be read twice: from links to one file, or copies of several kinds."""
+    by_place: dict[tuple[int, int], Path] = {}
+    by_stem: dict[Path, Path] = {}
+    for file in files:
+        stat = file.stat()
+        other = by_place.setdefault((stat.st_dev, stat.st_ino), file)
+        if other is not file:
+            raise DataError(f"{origin}: {other.name} and {file.name} are one file; keep one of the names")
+        other = by_stem.setdefault(file.with_suffix(""), file)
+        if other is not file and other.suffix != file.suffix:
             raise DataError(
-                f"{part.origin}: columns {part.columns} differ from {parts[0].columns} in {parts[0].origin}"
+                f"{origin}: {other.name} and {file.name} differ in kind only; "
+                "keep one, lest rows are read twice"
             )
-    if len(parts) == 1:
-        return parts[0]
-    return Records(origin, parts[0].columns, [row for part in parts for row in part.rows])
 
 
-def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str, Any]:
-    """Every split of a data set by name; a saved one without splits has the one name ""."""
+def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str | None, Any]:
+    """Every split of a data set by name; a saved one without splits has the one name None."""
     import datasets
 
     name, _, config = str(source).partition(":")
@@ -225,108 +208,14 @@ def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str,
         )
         raise DataError(f"{source}: {what} ({type(error).__name__}: {error})") from error
     if isinstance(loaded, datasets.Dataset):
-        return {"": loaded}
+        return {None: loaded}
     return {str(split): data for split, data in loaded.items()}
 
 
-def _from_data_set(source: str | Path, split: str, data: Any) -> Records:
-    return _from_columns(f"{source} ({split})" if split else str(source), data.to_dict())
-
-
-def decode_utf8(path: Path) -> str:
-    """The text of a UTF-8 file; DataError names file, line and byte offset of the first bad byte."""
-    raw = path.read_bytes()
+def _from_data_set(source: str | Path, split: str | None, data: Any) -> Records:
+    origin = str(source) if split is None else f"{source} ({split})"
     try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} at byte offset {error.start}; "
-            "save the file as UTF-8"
-        ) from None
-
-
-def _read_delimited(path: Path, delimiter: str | None) -> Records:
-    text = decode_utf8(path)
-    if delimiter is None:
-        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
-    records = _delimited_records(path, reader)
-    header = next(records, None)
-    if header is None or isinstance(header[1], str):
-        raise DataError(f"{path}:1: no header row" if header is None else f"{path}:1: {header[1]}")
-    columns = header[1]
-    duplicated = sorted({name for name in columns if name and columns.count(name) > 1})
-    if duplicated:
-        raise DataError(f"{path}:{header[0]}: column names appear twice: {', '.join(duplicated)}")
-    rows = []
-    for line, fields in records:
-        if isinstance(fields, str):
-            rows.append(Record(str(path), line, {}, fields))
-        elif len(fields) != len(columns):
-            rows.append(
-                Record(str(path), line, {}, f"{len(fields)} fields where the header has {len(columns)}")
-            )
-        else:
-            rows.append(Record(str(path), line, dict(zip(columns, fields, strict=True))))
-    return Records(str(path), columns, rows)
-
-
-def _delimited_records(path: Path, reader: Any) -> Iterator[tuple[int, list[str] | str]]:
-    """(line where the record starts, its fields or what is wrong with its quoting), without blank lines."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            # An unclosed quote swallows every row that follows, so it must not pass as one bad row.
-            if "unexpected end of data" in str(error) or "field larger" in str(error):
-                limit = f"within {csv.field_size_limit():,} characters"
-                raise DataError(
-                    f"{path}:{line}: a quoted field begins here and is not closed {limit}"
-                ) from None
-            yield line, f"bad quoting: {error}"
-            continue
-        if fields:
-            yield line, fields
-
-
-def _read_json_lines(path: Path) -> Records:
-    rows: list[Record] = []
-    columns: dict[str, None] = {}
-    for line, text in enumerate(decode_utf8(path).split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            rows.append(Record(str(path), line, {}, f"not JSON: {error.msg} at column {error.colno}"))
-            continue
-        if not isinstance(values, dict):
-            rows.append(Record(str(path), line, {}, "not a JSON object; one object on each line is expected"))
-            continue
-        columns.update(dict.fromkeys(values))
-        rows.append(Record(str(path), line, values))
-    return Records(str(path), list(columns), rows)
-
-
-def _read_parquet(path: Path) -> Records:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-    return _from_columns(str(path), {name: table[name].to_pylist() for name in table.column_names})
-
-
-def _from_columns(origin: str, columns: dict[str, list[Any]]) -> Records:
-    names = list(columns)
-    rows = [
-        Record(origin, number, dict(zip(names, values, strict=True)))
-        for number, values in enumerate(zip(*columns.values(), strict=True), start=1)
-    ]
-    return Records(origin, names, rows)
+        table = data.with_format("arrow")[:]
+    except Exception as error:  # as above
+        raise DataError(f"{origin}: not readable ({type(error).__name__}: {error})") from error
+    return from_table(origin, table)

@@ -12,7 +12,8 @@ import sentencex
 import torch
 
 from mtfast.data.cache import Arrays, Notes, cache_key, cached
-from mtfast.data.records import DataError, UnusableRowError, read_every_split
+from mtfast.data.records import read_every_split
+from mtfast.data.rows import DataError, UnusableRowError
 from mtfast.data.tasks import RowAccount, SkippedRow
 from mtfast.data.tokenized import check_max_length, from_arrays, to_arrays
 from mtfast.data.tokens import (
@@ -118,7 +119,8 @@ def read_reviews(source: str | Path, limit: int | None = None, *, strict: bool =
         texts.append(text)
         places.append((row.file, row.line))
     _refuse_if_strict(skipped, strict)
-    account = RowAccount(len(rows), len(texts), skipped)
+    notes = tuple(note for part in parts for note in part.notes)
+    account = RowAccount(len(rows), len(texts), skipped, notes)
     if not texts:
         raise DataError(f"{source}: no usable review; {account.summary(at_most=3)}")
     return ReviewTable(str(source), texts, places, account)
@@ -167,6 +169,7 @@ def build_samples(
         reviews.account.read,
         reviews.account.read - len(skipped),
         skipped,
+        reviews.account.notes,
         samples=len(arrays["nsp_labels"]),
         single_sentence_reviews=notes["single"],
         long_sentences=notes["long_sentences"],

@@ -6,15 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mtfast.data.records import (
-    SPLIT_NAMES,
-    DataError,
-    MissingDataError,
-    Records,
-    UnusableRowError,
-    read_file,
-    read_split,
-)
+from mtfast.data.records import SPLIT_NAMES, files_of, read_files, read_split
+from mtfast.data.rows import DataError, MissingDataError, Records, UnusableRowError, encodable, shown
 
 Split = Literal["train", "dev", "test"]
 
@@ -77,16 +70,18 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class RowAccount:
-    """How many rows were read and used, and each one that was not."""
+    """How many rows were read and used, and each one that was not; and the notes of whoever read them."""
 
     read: int
     used: int
     skipped: list[SkippedRow] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def summary(self, *facts: str, at_most: int = 10) -> str:
-        """One line, with ``facts`` at its end, and one more for each skipped row, up to ``at_most``."""
+        """One line, with ``facts`` at its end, one for each note and one more for each skipped row, up to
+        ``at_most``."""
         counts = f"{self.read:,} rows read, {self.used:,} used, {len(self.skipped):,} skipped"
-        lines = [", ".join([counts, *facts])]
+        lines = [", ".join([counts, *facts]), *(f"  {note}" for note in self.notes)]
         lines += [f"  {row}" for row in self.skipped[:at_most]]
         if len(self.skipped) > at_most:
             lines.append(f"  and {len(self.skipped) - at_most:,} more")
@@ -135,18 +130,38 @@ def read_task(
     return _build_table(task, split, _read_source(task, source, split), strict)
 
 
-def _read_source(task: Task, source: str | Path, split: str) -> Records:
+def task_files(task_name: str, source: str | Path, split: Split) -> list[Path]:
+    """The files that `read_task` reads; none for a data set, or where there is none."""
+    if (course := _course_files(TASKS[task_name], source, split)) is not None:
+        return course[:1]
+    return files_of(source, split)
+
+
+def _course_files(task: Task, source: str | Path, split: str) -> list[Path] | None:
+    """The files of a split in a directory of CS 224N files, the one to be read first; None for any other
+    source."""
     path = Path(source).expanduser()
     if not path.is_dir() or next(path.glob(f"{task.file_prefix}-*.csv"), None) is None:
-        return read_split(source, split)
+        return None
+    return [file for name in _course_names(task, split) if (file := path / name).is_file()]
+
+
+def _course_names(task: Task, split: str) -> list[str]:
     stems = ["test-student", "test"] if split == "test" else [split]
-    names = [f"{task.file_prefix}-{stem}.csv" for stem in stems]
-    for name in names:
-        if (path / name).is_file():
-            return read_file(path / name, delimiter="\t")
+    return [f"{task.file_prefix}-{stem}.csv" for stem in stems]
+
+
+def _read_source(task: Task, source: str | Path, split: str) -> Records:
+    files = _course_files(task, source, split)
+    if files is None:
+        return read_split(source, split)
+    if files:
+        return read_files(str(files[0]), files[:1], files[1:], delimiter="\t")
+    path = Path(source).expanduser()
     found = ", ".join(sorted(file.name for file in path.glob(f"{task.file_prefix}-*.csv")))
     raise MissingDataError(
-        f"{path}: no {split} file of {task.name}: wanted {' or '.join(names)}, found {found}"
+        f"{path}: no {split} file of {task.name}: "
+        f"wanted {' or '.join(_course_names(task, split))}, found {found}"
     )
 
 
@@ -173,18 +188,18 @@ def _build_table(task: Task, split: str, records: Records, strict: bool) -> Task
         try:
             sentences = [row.text(name) for name in text_columns]
             label = None if label_column is None else _label(row.values.get(label_column), label_column, task)
+            name = _id(row.values.get(id_column), number) if id_column else str(number)
         except UnusableRowError as problem:
             skipped.append(SkippedRow(row.file, row.line, str(problem)))
             if strict:
                 raise DataError(f"{skipped[-1]} (strict: rows are not skipped)") from None
             continue
-        given = row.values.get(id_column) if id_column else None
-        ids.append(str(number if given is None else given).strip() or str(number))
+        ids.append(name)
         for column, sentence in zip(texts, sentences, strict=True):
             column.append(sentence)
         if label is not None:
             labels.append(label)
-    account = RowAccount(len(records.rows), len(ids), skipped)
+    account = RowAccount(len(records.rows), len(ids), skipped, records.notes)
     if not ids:
         raise DataError(f"{records.origin}: no usable row for {task.name}; {account.summary(at_most=3)}")
     array: np.ndarray | None = None if label_column is None else np.asarray(labels, dtype=task.label_dtype)
@@ -193,21 +208,36 @@ def _build_table(task: Task, split: str, records: Records, strict: bool) -> Task
     return TaskTable(task, split, records.origin, ids, texts, array, account)
 
 
+def _id(value: Any, number: int) -> str:
+    """The id in one line, as prediction files need it; the row's number where there is none."""
+    if value is None or value != value:  # NaN: an empty cell to pandas
+        return str(number)
+    text = shown(value) if isinstance(value, list | dict) else str(value)
+    return encodable(" ".join(text.splitlines()).strip(), "id") or str(number)
+
+
 def _label(value: Any, column: str, task: Task) -> float:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise UnusableRowError(f"empty label in {column}")
     try:
-        label = float(value)
-    except (TypeError, ValueError):
-        raise UnusableRowError(f"{column} is {value!r}, not a number") from None
+        label = _number(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UnusableRowError(f"{column} is {shown(value)}, not a number") from None
     whole = "" if task.kind == "similarity" else "whole "
     in_range = task.label_low <= label <= task.label_high  # false for NaN
     if not in_range or (whole and label != int(label)):
         raise UnusableRowError(
-            f"{column} is {value!r}, out of range: {task.name} takes {whole}numbers from "
+            f"{column} is {shown(value)}, out of range: {task.name} takes {whole}numbers from "
             f"{task.label_low} to {task.label_high}"
         )
     return label
+
+
+def _number(value: Any) -> float:
+    """ValueError, TypeError or OverflowError if it is none."""
+    if isinstance(value, str) and "_" in value:  # 0_4 is 4 to Python
+        raise ValueError(value)
+    return float(value)
 
 
 def _labels_withheld(records: Records, column: str) -> bool:

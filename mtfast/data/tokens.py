@@ -1,6 +1,7 @@
 """From texts to token sequences: word pieces, special tokens, truncation, all in flat arrays."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ _CHUNK = 8192
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The tokenizer's ids that packing needs, and all ids that are special (sorted)."""
+    """The tokenizer's ids that packing needs, all ids that are special (sorted), and the id of unknown words,
+    where it has one."""
 
     cls: int
     sep: int
     pad: int
     all: tuple[int, ...]
+    unk: int | None = None
 
     @classmethod
     def of(cls, tokenizer: Any) -> "SpecialTokens":
@@ -29,6 +32,7 @@ class SpecialTokens:
             tokenizer.sep_token_id,
             tokenizer.pad_token_id,
             tuple(sorted(set(tokenizer.all_special_ids))),
+            tokenizer.unk_token_id,
         )
 
 
@@ -100,6 +104,18 @@ class Tokenized:
     def truncated(self) -> int:
         """Sequences that were cut to ``max_length``."""
         return self.sequences.truncated
+
+    @cached_property
+    def word_pieces(self) -> int:
+        """Tokens that are not [CLS], [SEP] or [PAD]."""
+        frame = self.special.cls, self.special.sep, self.special.pad
+        return len(self.tokens) - sum(int(np.count_nonzero(self.tokens == token)) for token in frame)
+
+    @cached_property
+    def unknown(self) -> int:
+        """Word pieces that stand for words the tokenizer does not know."""
+        unk = self.special.unk
+        return 0 if unk is None else int(np.count_nonzero(self.tokens == unk))
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ projection; `mtfast.models.checkpoint` converts the weights from and to Hugging 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
@@ -176,6 +177,10 @@ class PackedBertLayer(nn.Module):
 class PackedBert(nn.Module):
     """The BERT encoder over a packed batch, freshly initialised from a `transformers.BertConfig`.
 
+    Attributes:
+        activation_checkpointing: in training, keep only the layers' inputs and compute the rest again in the
+            backward pass: the same gradients, with less memory and about a third more work.
+
     Raises:
         ValueError: the config describes something else than an absolute-position BERT encoder.
     """
@@ -184,6 +189,7 @@ class PackedBert(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
+        self.activation_checkpointing = False
         self.embeddings = PackedEmbeddings(config)
         self.layers = nn.ModuleList(PackedBertLayer(config) for _ in range(config.num_hidden_layers))
         init_weights(self, config.initializer_range)
@@ -224,9 +230,14 @@ class PackedBert(nn.Module):
             raise ValueError("cls_only and rows exclude each other: both say which tokens to return")
         x = self.embeddings(input_ids, token_type_ids, position_ids)
         for layer in self.layers[:-1]:
-            x = layer(x, cu_seqlens, max_seqlen)
+            x = self._run(layer, x, cu_seqlens, max_seqlen)
         cls_rows = first_rows(cu_seqlens, x.size(0)) if cls_only else None
-        return self.layers[-1](x, cu_seqlens, max_seqlen, cls_rows, rows)
+        return self._run(self.layers[-1], x, cu_seqlens, max_seqlen, cls_rows, rows)
+
+    def _run(self, layer: nn.Module, *arguments: Tensor | int | None) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
 
 
 def flops_per_token(config: BertConfig, mean_seqlen: float, *, training: bool = True) -> float:

@@ -8,23 +8,18 @@ A saved directory holds `model.safetensors` and `config.json` as `BertModel.from
 import copy
 import json
 import os
-import pickle
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
 from mtfast.models.bert import PackedBert, check_config
+from mtfast.models.files import CheckpointError, read_json, read_tensors, replacing, restore, save_tensors
 from mtfast.models.multitask import HeadsConfig, MultiTaskHeads, MultiTaskModel, PretrainModel
 from mtfast.models.names import from_hf_state_dict, hf_state_dict
 
@@ -46,10 +41,6 @@ _HEADS_FILE = "heads.safetensors"
 _HEADS_CONFIG_FILE = "mtfast.json"
 _FORMAT = 1
 _SUPPORTED = "mtfast reads BERT encoders (model_type 'bert') with absolute positions"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or that is not what the run needs."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,7 @@ def load_bert_config(name_or_path: str | os.PathLike[str]) -> BertConfig:
     file = _file(source, subfolder, "config.json")
     if file is None:
         raise CheckpointError(f"{name_or_path} has no config.json: it is not a Hugging Face checkpoint")
-    fields = _read_json(file)
+    fields = read_json(file, dict)
     model_type = fields.get("model_type")
     architectures = fields.get("architectures") or []
     named_bert = model_type == "bert" or (
@@ -122,7 +113,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     """The tokenizer of a checkpoint, with the special tokens that packing and masking need.
 
     Raises:
-        CheckpointError: there is none, or it lacks [CLS], [SEP], [MASK] or [PAD].
+        CheckpointError: there is none, or it lacks [CLS], [SEP], [MASK] or [PAD], or has nothing else.
     """
     source, subfolder = _locate(name_or_path)
     try:
@@ -138,6 +129,11 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     ]
     if missing:
         raise CheckpointError(f"the tokenizer of {name_or_path} has no {', '.join(missing)}")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers 5 makes of missing files
+        raise CheckpointError(
+            f"{name_or_path} has no tokenizer: {len(tokenizer)} special tokens were found, no word pieces; "
+            "its tokenizer.json or vocab.txt is missing or empty"
+        )
     return tokenizer
 
 
@@ -146,7 +142,7 @@ def load_heads_config(name_or_path: str | os.PathLike[str]) -> HeadsConfig | Non
     file = _file(*_locate(name_or_path), _HEADS_CONFIG_FILE)
     if file is None:
         return None
-    fields = _read_json(file)
+    fields = read_json(file, dict)
     if fields.get("format") != _FORMAT:
         raise CheckpointError(f"{file} has format {fields.get('format')!r}; this mtfast reads {_FORMAT}")
     try:
@@ -164,8 +160,8 @@ def load_pretrained(
     values and are reported. Task heads are loaded where the checkpoint has them.
 
     Raises:
-        CheckpointError: another architecture, a missing or torn file, a missing or differently shaped tensor,
-            or task heads configured otherwise than the model's; the message names it.
+        CheckpointError: another architecture, a missing or torn file, a tensor that is missing, differently
+            shaped or not finite, or task heads configured otherwise than the model's; the message names it.
     """
     prefix = (
         "encoder." if isinstance(model, PackedBert) else "heads." if isinstance(model, MultiTaskHeads) else ""
@@ -195,6 +191,12 @@ def load_pretrained(
         if name in wanted and tensor.shape != wanted[name].shape:
             raise CheckpointError(
                 f"{name_or_path}: {name} is {list(tensor.shape)}, the model's is {list(wanted[name].shape)}"
+            )
+        if name in wanted and not (finite := tensor.isfinite()).all():
+            bad = tensor.numel() - int(finite.sum())
+            raise CheckpointError(
+                f"{name_or_path}: {bad:,} of the {tensor.numel():,} values of {name} are not finite, so "
+                "nothing can be computed with it; take another checkpoint"
             )
     state = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name in wanted}
     model.load_state_dict(state, strict=False)
@@ -236,11 +238,11 @@ def save_pretrained(
     prefixed = any(name.startswith("bert.") for name in tensors)
     config.architectures = ["BertForPreTraining" if prefixed else "BertModel"]
     config.dtype = state_dict["encoder.embeddings.word"].dtype
-    with _replacing(directory) as incoming:
+    with replacing(directory) as incoming:
         config.save_pretrained(incoming)
         if tokenizer is not None:
             tokenizer.save_pretrained(incoming)
-        _save_tensors(incoming / _WEIGHTS[0], tensors)
+        save_tensors(incoming / _WEIGHTS[0], tensors)
         if heads is not None:
             _write_heads(incoming, task_heads, heads)
 
@@ -252,73 +254,31 @@ def save_heads(
 
     The directory appears whole or not at all; one that was there is replaced.
     """
-    with _replacing(directory) as incoming:
+    with replacing(directory) as incoming:
         _write_heads(incoming, {f"heads.{name}": tensor for name, tensor in state_dict.items()}, config)
 
 
 def _write_heads(directory: Path, tensors: Mapping[str, Tensor], config: HeadsConfig) -> None:
-    _save_tensors(directory / _HEADS_FILE, tensors)
+    save_tensors(directory / _HEADS_FILE, tensors)
     text = json.dumps({"format": _FORMAT, "heads": asdict(config)}, indent=2)
     (directory / _HEADS_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of `directory` where filling it raises nothing.
-
-    Raises:
-        CheckpointError: the disk is full, or may not be written to; nothing of the attempt stays.
-    """
-    target = Path(directory).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    incoming = target.with_name(f".{target.name}.incoming")
-    shutil.rmtree(incoming, ignore_errors=True)
-    try:
-        incoming.mkdir()
-        yield incoming
-    except BaseException as error:
-        shutil.rmtree(incoming, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(f"{target} cannot be written: {error}") from error
-        raise
-    _restore(target)
-    outgoing = _outgoing(target)
-    shutil.rmtree(outgoing, ignore_errors=True)
-    if target.exists():
-        target.rename(outgoing)
-    incoming.rename(target)
-    shutil.rmtree(outgoing, ignore_errors=True)
-
-
-def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # safetensors wants every tensor to own its storage: the parts of a fused projection do not.
-    owned = {
-        name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()
-    }
-    save_file(owned, file, metadata={"format": "pt"})
-
-
-def _outgoing(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.outgoing")
-
-
-def _restore(directory: Path) -> None:
-    """Undo the first half of a replacement that was interrupted between its two renames."""
-    if not directory.exists() and _outgoing(directory).exists():
-        _outgoing(directory).rename(directory)
 
 
 def _locate(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
     """(directory or hub name, subfolder of the transformer in a sentence-transformers checkpoint)."""
     name = os.path.expanduser(os.fspath(name_or_path))
     path = Path(name).absolute()
-    _restore(path)
+    restore(path)
     if not path.is_dir() and (name.startswith((".", os.sep)) or name.count("/") > 1 or path.is_file()):
         what = "is a file, not a checkpoint directory" if path.is_file() else "does not exist"
         raise CheckpointError(f"{name_or_path} {what}")
     if _file(name, "", "config.json") is None:
         modules = _file(name, "", "modules.json")
-        for module in _read_json(modules) if modules is not None else ():
+        for module in read_json(modules, list) if modules is not None else ():
+            if not isinstance(module, dict) or not isinstance(module.get("path", ""), str):
+                raise CheckpointError(
+                    f"{modules} should list modules with a type and a path, found {module!r}"
+                )
             if str(module.get("type", "")).endswith(".Transformer") and module.get("path"):
                 return name, module["path"]
     return name, ""
@@ -328,6 +288,8 @@ def _file(source: str, subfolder: str, filename: str) -> Path | None:
     """A file of a checkpoint, from its directory or through Hugging Face's cache; None if it has none."""
     if Path(source).is_dir():
         file = Path(source, subfolder, filename)
+        if file.is_dir():
+            raise CheckpointError(f"{file} is a directory; it should be a file")
         return file if file.is_file() else None
     try:
         return Path(hf_hub_download(source, filename, subfolder=subfolder or None))
@@ -341,36 +303,23 @@ def _file(source: str, subfolder: str, filename: str) -> Path | None:
         ) from error
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-
-
 def _read_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
     source, subfolder = _locate(name_or_path)
     for filename in _WEIGHTS:
         if (file := _file(source, subfolder, filename)) is not None:
-            return _read_tensors(file)
+            return read_tensors(file)
         if (index := _file(source, subfolder, f"{filename}.index.json")) is not None:
             tensors: dict[str, Tensor] = {}
-            for shard in sorted(set(_read_json(index)["weight_map"].values())):
+            shards = read_json(index, dict).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise CheckpointError(f"{index} has no weight_map from names of weights to names of files")
+            for shard in sorted(set(shards.values())):
                 file = _file(source, subfolder, shard)
                 if file is None:
                     raise CheckpointError(f"{index} names {shard}, which is not there")
-                tensors |= _read_tensors(file)
+                tensors |= read_tensors(file)
             return tensors
     raise CheckpointError(f"{name_or_path} has neither {' nor '.join(_WEIGHTS)}, whole or in shards")
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise CheckpointError(f"{file} is torn or not a file of tensors: {error}") from error
 
 
 def _read_heads(name_or_path: str | os.PathLike[str], config: HeadsConfig) -> dict[str, Tensor]:
@@ -386,4 +335,4 @@ def _read_heads(name_or_path: str | os.PathLike[str], config: HeadsConfig) -> di
     file = _file(*_locate(name_or_path), _HEADS_FILE)
     if file is None:
         raise CheckpointError(f"{name_or_path} has {_HEADS_CONFIG_FILE} but no {_HEADS_FILE}")
-    return _read_tensors(file)
+    return read_tensors(file)

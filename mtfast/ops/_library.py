@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mtfast.ops import _arguments
 
@@ -63,9 +64,15 @@ def with_derivative(op_name: str, setup: Callable[..., None], derivative: Callab
     `torch.func` need the derivative in a form of their own.
 
     Args:
-        setup, derivative: `setup_context` and `backward` as `torch.library.register_autograd` takes them.
+        setup: `setup_context` as `torch.library.register_autograd` takes it.
+        derivative: (ctx, saved_tensors, *gradients) -> the inputs' gradients; what it calls comes from
+            `underivable`.
     """
-    torch.library.register_autograd(f"mtfast::{op_name}", derivative, setup_context=setup)
+
+    def unpacked(ctx: Any, *grads: Any) -> Any:
+        return derivative(ctx, ctx.saved_tensors, *grads)
+
+    torch.library.register_autograd(f"mtfast::{op_name}", unpacked, setup_context=setup)
     op = getattr(torch.ops.mtfast, op_name).default
     below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -78,10 +85,14 @@ def with_derivative(op_name: str, setup: Callable[..., None], derivative: Callab
             return output
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
+            # Outside the guard: where activations are checkpointed this runs the forward pass again, which
+            # needs autograd.
+            saved = ctx.saved_tensors
+            if torch.is_grad_enabled():  # create_graph
+                return derivative(ctx, saved, *grads)
             with below_autograd():
-                return derivative(ctx, *grads)
+                return derivative(ctx, saved, *grads)
 
     class Transformed(torch.autograd.Function):
         generate_vmap_rule = True
@@ -91,17 +102,53 @@ def with_derivative(op_name: str, setup: Callable[..., None], derivative: Callab
             return op(*inputs)
 
         setup_context = staticmethod(setup)
-        backward = staticmethod(derivative)
+        backward = staticmethod(unpacked)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*inputs)
         if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*inputs)
-        if not torch.is_grad_enabled():
+        # Where forward-mode AD is on, autograd has to see the call even without gradients: it refuses.
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             with below_autograd():
                 return op(*inputs)
         return Direct.apply(*inputs)
+
+    return call
+
+
+def underivable(op_name: str) -> Any:
+    """Registers that `mtfast::<op_name>`, itself a derivative, has none, and returns the op to call.
+
+    Differentiating its results raises RuntimeError. Without that they would pass for constants.
+    """
+    first = op_name.removesuffix("_backward")
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{first} has no second derivative: its gradient, made with create_graph=True or a transform of "
+            "torch.func, cannot be differentiated again; the eager references, *_ref in mtfast.ops, can"
+        )
+
+    torch.library.register_autograd(f"mtfast::{op_name}", refuse)
+    op = getattr(torch.ops.mtfast, op_name).default
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return op(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        backward = staticmethod(refuse)
+
+    def call(*inputs: Any) -> Any:
+        return Transformed.apply(*inputs) if torch._C._are_functorch_transforms_active() else op(*inputs)
 
     return call
 

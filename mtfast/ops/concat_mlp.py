@@ -159,12 +159,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(u, v, weight1, weight2, z, u_rows, v_rows, seed)
 
 
-def _backward(ctx, dy, _dz) -> tuple[Tensor | None, ...]:
+def _derivative(ctx, saved, dy, _dz) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 12
-    u, v, weight1, weight2, z, u_rows, v_rows, seed = ctx.saved_tensors
+    u, v, weight1, weight2, z, u_rows, v_rows, seed = saved
     need = ctx.needs_input_grad
-    du, dv, *dweights = torch.ops.mtfast.concat_mlp_backward(
+    du, dv, *dweights = _concat_mlp_backward(
         dy.contiguous(),
         u,
         v,
@@ -193,7 +193,8 @@ def _scatter(grad: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
     return out.index_put_((rows,), grad, accumulate=True)
 
 
-_concat_mlp = _library.with_derivative("concat_mlp", _setup_context, _backward)
+_concat_mlp_backward = _library.underivable("concat_mlp_backward")
+_concat_mlp = _library.with_derivative("concat_mlp", _setup_context, _derivative)
 
 
 class ConcatMLP(nn.Module):

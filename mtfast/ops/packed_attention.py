@@ -57,7 +57,7 @@ def packed_attention(
     """
     q, k, v = _autocast(q=q, k=k, v=v)
     max_seqlen, dropout_p = _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
-    out, lse = _calls["packed_attention"](
+    out, stats = _calls["packed_attention"](
         q,
         k,
         v,
@@ -67,7 +67,7 @@ def packed_attention(
         _scale(softmax_scale, q),
         _library.seed_tensor(seed, dropout_p, "q", q),
     )
-    return (out, lse.detach()) if return_lse else out
+    return (out, lse_of(stats)) if return_lse else out
 
 
 def packed_attention_qkv(
@@ -86,7 +86,7 @@ def packed_attention_qkv(
         raise ValueError(f"qkv must be [total, 3, heads, head_dim], found {list(qkv.shape)}")
     q, k, v = qkv.unbind(1)
     max_seqlen, dropout_p = _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, q_name="qkv")
-    out, lse = _calls["packed_attention_qkv"](
+    out, stats = _calls["packed_attention_qkv"](
         qkv,
         cu_seqlens,
         max_seqlen,
@@ -94,7 +94,7 @@ def packed_attention_qkv(
         _scale(softmax_scale, q),
         _library.seed_tensor(seed, dropout_p, "qkv", q),
     )
-    return (out, lse.detach()) if return_lse else out
+    return (out, lse_of(stats)) if return_lse else out
 
 
 def packed_attention_cls(
@@ -329,24 +329,30 @@ def _check(
     return _arguments.not_negative("max_seqlen", max_seqlen), _arguments.dropout_probability(dropout_p)
 
 
-def _lse_like(rows: Tensor, k: Tensor) -> Tensor:
+def lse_of(stats: Tensor) -> Tensor:
+    """Log-sum-exp [heads, rows] of what the ops keep of each row of scores, `AttentionForward::stats`."""
+    most, total = stats.detach().double().unbind(-1)
+    return (most * math.log(2) + total.log()).to(stats.dtype)
+
+
+def _stats_like(rows: Tensor, k: Tensor) -> Tensor:
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-    return k.new_empty((k.size(-2), rows.size(0)), dtype=dtype)
+    return k.new_empty((k.size(-2), rows.size(0), 2), dtype=dtype)
 
 
 def _fake(q, k, v, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
-    return k.new_empty(q.shape), _lse_like(q, k)
+    return k.new_empty(q.shape), _stats_like(q, k)
 
 
-def _fake_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
+def _fake_backward(dout, q, k, v, out, stats, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
     return tuple(k.new_empty(x.shape) for x in (q, k, v))
 
 
 def _fake_qkv(qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
-    return qkv.new_empty((qkv.size(0), qkv.size(2), qkv.size(3))), _lse_like(qkv, qkv)
+    return qkv.new_empty((qkv.size(0), qkv.size(2), qkv.size(3))), _stats_like(qkv, qkv)
 
 
-def _fake_qkv_backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
+def _fake_qkv_backward(dout, qkv, out, stats, cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed):
     return qkv.new_empty(qkv.shape)
 
 
@@ -360,16 +366,17 @@ def _setup_context(tensors: int):
 
 
 def _derivative(op: str, tensors: int):
-    def backward(ctx, dout, _dlse):
+    call = _library.underivable(op)
+
+    def derivative(ctx, saved, dout, _dstats):
         nothing = (None,) * 5
         if dout is None:
             return (*(None,) * tensors, *nothing)
-        *inputs, cu_seqlens, seed, out, lse = ctx.saved_tensors
-        call = getattr(torch.ops.mtfast, op)
-        grads = call(dout, *inputs, out, lse, cu_seqlens, *ctx.options, seed)
+        *inputs, cu_seqlens, seed, out, stats = saved
+        grads = call(dout, *inputs, out, stats, cu_seqlens, *ctx.options, seed)
         return (*(grads if tensors > 1 else (grads,)), *nothing)
 
-    return backward
+    return derivative
 
 
 _calls = {}

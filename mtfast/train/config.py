@@ -76,6 +76,8 @@ class EngineConfig:
     In bf16, 0 runs as 1: the same update, made faster."""
     optimizer: Literal["adamw", "deepspeed-adam", "apex-adam"] = "adamw"
     """torch's fused AdamW, DeepSpeed's FusedAdam, or NVIDIA apex's FusedAdam."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, slower."""
     deepspeed_config: Annotated[str | None, tyro.conf.arg(aliases=["--deepspeed-config"])] = None
     """A DeepSpeed JSON file merged into the engine's; "auto" values are filled from this configuration."""
 
@@ -102,6 +104,11 @@ class StageConfig:
     """Decay every parameter (the paper's plain setting); false spares biases and LayerNorm."""
     gradient_clipping: float = 0.0
     """Largest global gradient norm; 0 does not clip."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite gradient does: stop the run, or skip the update of its step. To know in time,
+    `skip` waits for the device in every step, and steps of head training are no CUDA graphs."""
+    max_skipped: int = 3
+    """With `skip`, stop the run after more than so many steps in a row were left out."""
     bucket_tokens: int = 64
     """Round the tokens of a packed step up to a multiple of this, so that shapes repeat."""
     checkpoint_every: int = 0
@@ -231,6 +238,7 @@ _STAGE_RULES: dict[str, Rule] = {
     "betas": ("both lie in [0, 1)", lambda values: all(0.0 <= value < 1.0 for value in values)),
     "weight_decay": _NOT_NEGATIVE,
     "gradient_clipping": _NOT_NEGATIVE,
+    "max_skipped": _at_least(1),
     "bucket_tokens": _at_least(1),
     "checkpoint_every": _at_least(0),
     "max_steps": _at_least(1),

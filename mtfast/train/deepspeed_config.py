@@ -58,6 +58,10 @@ def deepspeed_config(
     conflicts = _conflicts(decided | optimizer, given)
     if "scheduler" in given and given["scheduler"] != AUTO:
         conflicts.append(f"scheduler: the learning rate follows {stage_name}.schedule={stage.schedule!r}")
+    if "activation_checkpointing" in given:
+        conflicts.append(
+            "activation_checkpointing: layers do it themselves; set engine.activation_checkpointing"
+        )
     if conflicts:
         raise ConfigError(
             f"{engine.deepspeed_config} contradicts the configuration of {stage_name}:\n  "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtfast.models.checkpoint import CheckpointError
-
-from . import ranks
+from . import ranks, state
 from .config import ConfigError, EngineConfig, StageConfig
 from .deepspeed_config import deepspeed_config
 
@@ -73,6 +71,12 @@ class Engine:
     ) -> None:
         """float32: keep the weights in float32 in any precision, for a stage that computes under autocast."""
         self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
+        ranks.agree(f"DeepSpeed's configuration of {stage_name}", self._settings)
+        if stage.non_finite == "skip" and "zenflow" in self._settings["zero_optimization"]:
+            raise ConfigError(
+                f"{stage_name}.non_finite skip does not go with DeepSpeed's zenflow, which updates a part of "
+                f"the weights outside the step; use {stage_name}.non_finite stop"
+            )
         self._bf16 = self._settings["bf16"]["enabled"]
         self.capturable = self._is_capturable(config, stage)
         exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -87,6 +91,8 @@ class Engine:
             self._set_masters(exact)
         if self._zero_stage == 0 and ranks.world_size() == 1:
             self._engine.enable_backward_allreduce = False  # which would copy the gradients there and back
+        if stage.non_finite == "skip":
+            self._skip_non_finite()
 
     def _is_capturable(self, config: EngineConfig, stage: StageConfig) -> bool:
         """Whether a step, from the forward pass to the update, can be recorded as a CUDA graph."""
@@ -97,7 +103,35 @@ class Engine:
             and config.optimizer == "adamw"
             and stage.accumulation == 1
             and stage.gradient_clipping == 0.0  # DeepSpeed's clipping copies the limit from the host
+            and stage.non_finite == "stop"  # skipping is the host's decision
         )
+
+    def _skip_non_finite(self) -> None:
+        """Leave out updates whose gradients are not finite, on every rank alike; DeepSpeed counts them.
+
+        ZeRO 3 does so by itself, ZeRO 1 and 2 when told to. Without ZeRO it leaves that to the optimizer, and
+        every rank has the same gradients.
+        """
+        optimizer = self._engine.optimizer
+        if self._zero_stage > 0:
+            optimizer.check_grad_overflow = True
+            return
+        update = optimizer.step
+
+        def step() -> None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            largest = nn.utils.get_total_norm([g for g in gradients if g is not None], math.inf)
+            optimizer.overflow = not math.isfinite(largest)
+            if not optimizer.overflow:
+                update()
+
+        optimizer.step = step
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out so far because their gradients were not finite, the same on every rank. DeepSpeed
+        leaves such out under ZeRO 3, and in float32 where it clips, also where it was not told to."""
+        return self._engine.skipped_steps
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +147,31 @@ class Engine:
         """Backward pass of one micro-batch; the last of a step also updates the weights."""
         self._engine.backward(loss)
         self._engine.step()
+
+    def first_non_finite(self) -> str | None:
+        """Name of the first weight that is not finite, None where all are; the same on every rank, and all
+        must call it. The host waits for the device."""
+        mine = dict(self._local_weights())
+        largest = nn.utils.get_total_norm([part for part in mine.values() if part.numel()], math.inf)
+        found = (~largest.isfinite()).float().to(self.device)
+        ranks.sum_over_ranks(found)
+        if not found.item():
+            return None
+        bad = {name for name, part in mine.items() if not part.isfinite().all()}
+        everywhere = set().union(*ranks.gather(bad))
+        return next(name for name in self._parameters if name in everywhere)
+
+    def _local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as the next step uses them; under ZeRO 3 this rank's share of each, flat and without
+        what fills the last share up."""
+        parameter: Any
+        for name, parameter in self._parameters.items():
+            if self._zero_stage < 3:
+                yield name, parameter.detach()
+                continue
+            share = parameter.ds_tensor.detach().flatten()
+            left = parameter.ds_numel - ranks.rank() * share.numel()
+            yield name, share[: max(left, 0)]
 
     def set_learning_rate(self, learning_rate: float) -> None:
         rate: float | Tensor = learning_rate
@@ -169,40 +228,36 @@ class Engine:
         try:
             self._engine.save_checkpoint(str(directory), tag=tag, client_state=client, save_latest=False)
         except (OSError, RuntimeError) as error:  # torch's writer of archives raises RuntimeError
+            told = state.unwritable(directory, error)
             shutil.rmtree(directory / tag, ignore_errors=True)
-            raise CheckpointError(
-                f"the training state could not be written to {directory}: {error}"
-            ) from error
+            raise told from error
         ranks.barrier()
-        if ranks.is_main():
-            pointer = {"tag": tag, "world_size": ranks.world_size(), "zero_stage": self._zero_stage}
-            partial = directory / "latest.json.partial"
-            partial.write_text(json.dumps(pointer), encoding="utf-8")
-            partial.replace(directory / "latest.json")
-            for old in directory.glob("step-*"):
-                if old.name != tag:
-                    shutil.rmtree(old)
-        ranks.barrier()
+        ranks.on_main(state.point_at, directory, tag, self._facts)
 
     def load(self, directory: Path) -> dict[str, Any] | None:
-        """Continue from the newest whole state in `directory`; None where there is none.
+        """Continue from the newest state in `directory`; None where there is none.
 
         Raises:
-            ConfigError: the state was written by another number of ranks or another ZeRO stage.
+            ConfigError: the state was written by another number of ranks or another ZeRO stage, or not all of
+                it is there.
+            CheckpointError: the state cannot be read.
         """
-        try:
-            pointer = json.loads((directory / "latest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        tag = ranks.seen_by_main(lambda: state.newest(directory, self._facts))
+        if tag is None:
             return None
-        now = {"world_size": ranks.world_size(), "zero_stage": self._zero_stage}
-        for name, value in now.items():
-            if pointer[name] != value:
-                raise ConfigError(
-                    f"{directory} was written with {name} {pointer[name]}, this run has {value}; "
-                    "continue it as it was started, or remove that directory to start the stage again"
-                )
-        _, client = self._engine.load_checkpoint(str(directory), tag=pointer["tag"])
+        try:
+            path, client = self._engine.load_checkpoint(str(directory), tag=tag)
+            if path is None:
+                raise FileNotFoundError("DeepSpeed finds no state in it")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what reads the files raises many kinds where they are damaged
+            raise state.unreadable(directory, tag, error) from error
         return client
+
+    @property
+    def _facts(self) -> dict[str, int]:
+        return {"world_size": ranks.world_size(), "zero_stage": self._zero_stage}
 
     def close(self) -> None:
         """Let go of DeepSpeed's buffers and hooks, so that another stage can follow in this process."""

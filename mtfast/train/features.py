@@ -17,6 +17,7 @@ from mtfast.data.tokenized import TokenizedTask
 from mtfast.models.bert import PackedBert, first_rows
 
 from . import ranks
+from .files import naming
 from .inputs import EVALUATION_TOKENS
 
 SHARED_ROWS = 65536
@@ -162,6 +163,9 @@ def _allocate(
     for name, rows in heights.items():
         path = directory / f"{name}-{ranks.rank()}.bin"
         path.unlink(missing_ok=True)  # a new file reads as zeros
+        with naming(path), open(path, "wb") as file:
+            # Else a disk that runs full would end the process, without a word, as it writes to its memory.
+            os.posix_fallocate(file.fileno(), 0, rows * hidden * dtype.itemsize)
         flat = torch.from_file(str(path), shared=True, size=rows * hidden, dtype=dtype)
         mapped[name] = flat.view(rows, hidden)
     return mapped

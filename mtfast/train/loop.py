@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtfast.models.checkpoint import CheckpointError
+
 from . import ranks
 from .config import STAGES, RunConfig, StageConfig, StageName
 from .engine import Engine
 from .progress import StageProgress, peak_flops, say
 from .rundir import RunDirectory
+from .state import POINTER
 
 # Dev metrics whose best epoch is kept as a checkpoint of its own.
 CRITERIA = {
@@ -29,8 +32,19 @@ CRITERIA = {
 }
 
 
-class NonFiniteLoss(RuntimeError):
-    """A loss became infinite or not a number."""
+class NonFinite(RuntimeError):
+    """A loss, a gradient, a weight or a dev metric is infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A step whose losses the device still has: [len(loss_names)] on the device; counts of this rank."""
+
+    step: int
+    losses: Tensor
+    examples: int
+    tokens: int
+    skipped: bool
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,8 @@ class Position:
     last_loss: float | None = None
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
     epochs_without_gain: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 def learning_rate_at(stage: StageConfig, step: int, total_steps: int) -> float:
@@ -129,17 +145,32 @@ class _Loop:
         self.directory = run.stage(stage.name)
         self.state_directory = self.directory / "state"
         client = stage.engine.load(self.state_directory)
-        self.at = Position(**client["position"]) if client else Position()
+        self.at = Position() if client is None else self._position(client)
         self.steps_per_epoch = len(stage.plan(0))
         whole = self.steps_per_epoch * self.settings.epochs
         self.total_steps = min(whole, self.settings.max_steps or whole)
-        self.pending: list[tuple[int, Tensor, int, int]] = []
+        self.allowed_in_a_row = self.settings.max_skipped if self.settings.non_finite == "skip" else 0
+        self.pending: list[Trained] = []
         if client:
             say(f"{stage.name}: continuing after step {self.at.step} of {self.total_steps}")
         run.rewind(stage.name, self.at.step)
 
+    def _position(self, client: dict[str, Any]) -> Position:
+        try:
+            return Position(**client["position"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the state in {self.state_directory} is of another version of mtfast ({error}); remove that "
+                "directory to start the stage again"
+            ) from error
+
     def run(self) -> dict[str, Any]:
         stage, at = self.stage, self.at
+        if bad := stage.engine.first_non_finite():
+            raise NonFinite(
+                f"{stage.name}: weights are not finite before step {at.step + 1} is made, {bad} first; "
+                + (f"remove {self.state_directory}" if at.step else "start from another checkpoint")
+            )
         tensor_cores = stage.engine.device.type == "cuda" and self.config.engine.precision == "bf16"
         peak = peak_flops(torch.cuda.get_device_name()) if tensor_cores else None
         with StageProgress(stage.name, self.total_steps, at.step, stage.flops_per_token, peak) as progress:
@@ -155,7 +186,7 @@ class _Loop:
         steps = stage.plan(at.epoch)[at.step_in_epoch :][: self.total_steps - at.step]
         for micro_batches in stage.micro_batches(steps, at.epoch):
             self._step(micro_batches)
-            if at.step % self.config.log_every == 0:
+            if at.step % self.config.log_every == 0 or at.skipped_in_a_row > self.allowed_in_a_row:
                 self._flush()
             every = self.settings.checkpoint_every
             if every and at.step % every == 0 and at.step_in_epoch < self.steps_per_epoch:
@@ -173,6 +204,7 @@ class _Loop:
         stage.engine.set_learning_rate(rate)
         values = torch.zeros(len(stage.loss_names), device=stage.engine.device)
         examples = tokens = 0
+        skipped_before = stage.engine.skipped
         for index, batch in enumerate(micro_batches):
             # Every draw of a forward pass follows from where it stands, so a continued run repeats it.
             number = STAGES.index(stage.name)
@@ -180,60 +212,101 @@ class _Loop:
             values = values + stage.step(batch.data) / len(micro_batches)
             examples, tokens = examples + batch.examples, tokens + batch.tokens
         at.step, at.step_in_epoch = at.step + 1, at.step_in_epoch + 1
-        self.pending.append((at.step, values, examples, tokens))
+        skipped = stage.engine.skipped > skipped_before
+        at.skipped += skipped
+        at.skipped_in_a_row = at.skipped_in_a_row + 1 if skipped else 0
+        self.pending.append(Trained(at.step, values, examples, tokens, skipped))
 
     def _flush(self) -> None:
-        """Read the losses of the steps since the last flush; only here does the host wait for the device."""
+        """Read the losses of the steps since the last flush and see to it that the weights are finite; only
+        here does the host wait for the device. Nothing is saved without a flush after the last step."""
         if not self.pending:
             return
         at, stage = self.at, self.stage
-        device = self.pending[0][1].device
-        counts = torch.tensor([[p[2], p[3]] for p in self.pending], dtype=torch.float64, device=device)
-        table = torch.cat([torch.stack([p[1] for p in self.pending]).double(), counts], dim=1)
+        device = self.pending[0].losses.device
+        counts = torch.tensor(
+            [[p.examples, p.tokens] for p in self.pending], dtype=torch.float64, device=device
+        )
+        table = torch.cat([torch.stack([p.losses for p in self.pending]).double(), counts], dim=1)
         rows = ranks.mean_over_ranks(table).tolist()
+        steps, self.pending = self.pending, []
+        bad = stage.engine.first_non_finite()
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
         world = ranks.world_size()
         examples, tokens = (sum(row[i] for row in rows) * world for i in (-2, -1))
+        rates = {"examples_per_s": examples / seconds, "tokens_per_s": tokens / seconds}
         records = []
-        for (step, *_), row in zip(self.pending, rows, strict=True):
+        for trained, row in zip(steps, rows, strict=True):
             losses = dict(zip(stage.loss_names, row, strict=False))
-            for name, value in losses.items():
-                if not math.isfinite(value):
-                    raise NonFiniteLoss(
-                        f"{stage.name}: the {name} loss is {value} at step {step}; {self._last_good()}"
-                    )
-            loss = self._weighted(losses)
-            if at.first_loss is None:
-                at.first_loss = loss
-            at.last_loss = loss
-            records.append(
-                {
-                    "kind": "step",
-                    "stage": stage.name,
-                    "step": step,
-                    "epoch": (step - 1) // self.steps_per_epoch,
-                    "loss": loss,
-                    "losses": losses,
-                    "learning_rate": learning_rate_at(self.settings, step - 1, self.total_steps),
-                    "examples_per_s": examples / seconds,
-                    "tokens_per_s": tokens / seconds,
-                }
+            records.append(self._record(trained, losses) | ({} if trained.skipped else rates))
+        if bad:
+            since = (
+                f"step {steps[0].step}" if len(steps) == 1 else f"steps {steps[0].step} to {steps[-1].step}"
+            )
+            raise NonFinite(
+                f"{stage.name}: weights are not finite after {since}, {bad} first; {self._advice()}"
             )
         at.examples, at.tokens = at.examples + examples, at.tokens + tokens
         at.train_seconds, at.seconds = at.train_seconds + seconds, at.seconds + seconds
-        self.pending = []
         self.run_directory.append(records)
-        self.progress.update(at.step, records[-1]["losses"], examples, tokens)
+        self._tell_skipped([trained.step for trained in steps if trained.skipped])
+        self.progress.update(at.step, losses, examples, tokens)
+
+    def _record(self, trained: Trained, losses: dict[str, float]) -> dict[str, Any]:
+        """The step's line of metrics.jsonl. Raises NonFinite for the losses of a step that was made."""
+        at, stage, step = self.at, self.stage, trained.step
+        place = {"stage": stage.name, "step": step, "epoch": (step - 1) // self.steps_per_epoch}
+        if trained.skipped and self.allowed_in_a_row:
+            finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
+            return {"kind": "skipped", **place, "losses": finite}
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise NonFinite(
+                    f"{stage.name}: the {name} loss is {value} at step {step}; {self._advice(step)}"
+                )
+        loss = self._weighted(losses)
+        if at.first_loss is None:
+            at.first_loss = loss
+        at.last_loss = loss
+        rate = learning_rate_at(self.settings, step - 1, self.total_steps)
+        return {"kind": "step", **place, "loss": loss, "losses": losses, "learning_rate": rate}
+
+    def _tell_skipped(self, steps: list[int]) -> None:
+        """Say which steps' updates were left out, and stop where that is not allowed or happens too often."""
+        if not steps:
+            return
+        at, stage = self.at, self.stage
+        which = f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+        what = f"{stage.name}: the gradients of {which} were not finite"
+        if not self.allowed_in_a_row:
+            raise NonFinite(f"{what}; {self._advice()}")
+        say(f"{what}: left out, {at.skipped} of {at.step} so far")
+        if at.skipped_in_a_row > self.allowed_in_a_row:
+            raise NonFinite(
+                f"{what}, {at.skipped_in_a_row} in a row, and {stage.name}.max_skipped is "
+                f"{self.allowed_in_a_row}; {self._advice()}"
+            )
 
     def _weighted(self, losses: dict[str, float]) -> float:
         values = {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in losses.items()}
         return float(self.stage.total(values))
 
-    def _last_good(self) -> str:
-        if (self.state_directory / "latest.json").exists():
-            return f"the last good state is in {self.state_directory}; lower {self.stage.name}.learning_rate"
-        return f"no state had been saved yet; lower {self.stage.name}.learning_rate and start again"
+    def _advice(self, step: int | None = None) -> str:
+        """What is left and what to do about a value that is not finite, at `step` where that is known."""
+        name = self.stage.name
+        if step == 1:
+            return (
+                "no update had been made yet, so the learning rate is not the cause; look at the checkpoint "
+                "and at the loss weights, or compute in engine.precision fp32"
+            )
+        kept = (self.state_directory / POINTER).exists()
+        left = f"the last good state is in {self.state_directory}" if kept else "no state had been saved yet"
+        skip = f", or leave such steps out ({name}.non_finite skip)" if not self.allowed_in_a_row else ""
+        return (
+            f"{left}; start again in another --run-dir with a lower {name}.learning_rate or with "
+            f"{name}.gradient_clipping{skip}"
+        )
 
     def _evaluate(self) -> None:
         at, stage = self.at, self.stage
@@ -241,6 +314,12 @@ class _Loop:
         stage.engine.train(False)
         metrics = stage.evaluate()
         if metrics is not None:
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise NonFinite(
+                        f"{stage.name}: {name} is {value} after step {at.step}: predictions for the dev data "
+                        f"are not finite; {self._advice()}"
+                    )
             record = {
                 "kind": "eval",
                 "stage": stage.name,
@@ -267,8 +346,7 @@ class _Loop:
         state = self.stage.engine.state_dict()
         for name in risen:
             at.best[name] = {"value": metrics[CRITERIA[name]], "epoch": at.epoch, "metrics": metrics}
-            if ranks.is_main():
-                self.stage.save(self.directory / f"best-{name}", state)
+            ranks.on_main(self.stage.save, self.directory / f"best-{name}", state)
 
     def _out_of_patience(self) -> bool:
         patience = getattr(self.settings, "patience", None)
@@ -284,8 +362,7 @@ class _Loop:
     def _finish(self) -> dict[str, Any]:
         at, stage = self.at, self.stage
         state = stage.engine.state_dict()
-        if ranks.is_main():
-            stage.save(self.directory / "last", state)
+        ranks.on_main(stage.save, self.directory / "last", state)
         seconds = max(at.train_seconds, 1e-9)
         result = {
             "summary": {
@@ -295,6 +372,7 @@ class _Loop:
                 "tokens_per_s": at.tokens / seconds,
                 "first_loss": at.first_loss,
                 "last_loss": at.last_loss,
+                "skipped_steps": at.skipped,
             },
             "best": at.best,
         }

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from .config import ConfigError
 
 
 def prepare_environment() -> None:
     """Complete what a launcher would have set, so that plain `python -m mtfast` is a run of one rank.
 
     On a CPU the cores are shared out among the ranks of this machine unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        ConfigError: RANK is set and what belongs to it is not, or is no number.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not os.environ.get(name, "").isdecimal():
+            found = f"{name} is {os.environ[name]!r}" if name in os.environ else f"{name} is not set"
+            raise ConfigError(
+                f"RANK is set, as a launcher sets it, but {found}: start the run with deepspeed or torchrun, "
+                "or give each process its RANK, WORLD_SIZE and LOCAL_RANK (its number on its machine)"
+            )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -24,15 +38,25 @@ def prepare_environment() -> None:
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, without: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else without  # what is wrong with it `prepare_environment` tells
 
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def whereabouts() -> str:
+    """This process among those of the run, for people."""
+    return f"rank {rank()} on {socket.gethostname()}"
 
 
 def barrier() -> None:
@@ -73,24 +97,55 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def on_main(make: Any) -> Any:
-    """Call `make()` on rank 0 alone; its result there, None on the others, which wait for it.
+def on_main(make: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `make(*arguments)` on rank 0 alone; its result there, None on the others, which wait for it.
 
     A failure on rank 0 is raised on every rank instead of leaving the others waiting.
     """
     result, failure = None, None
     if is_main():
         try:
-            result = make()
+            result = make(*arguments)
         except Exception as error:  # re-raised below, on every rank
             failure = error
     failure = broadcast(failure)
     if failure is not None:
+        failure.of_main = True
         raise failure
     return result
 
 
-def main_first(make: Any) -> Any:
-    """Call `make()` on rank 0 as `on_main` does and then on the others, so that one process fills a cache."""
-    result = on_main(make)
-    return result if is_main() else make()
+def origin(error: Exception, otherwise: int | None) -> int | None:
+    """The rank whose failure `error` is: 0 if `on_main` raised it, else `otherwise`."""
+    return 0 if getattr(error, "of_main", False) else otherwise
+
+
+def seen_by_main(look: Callable[[], Any]) -> Any:
+    """What `look()` returns on rank 0, on every rank: what files there are is for one to say, since another
+    host may see an older state of them."""
+    return broadcast(on_main(look))
+
+
+def main_first(make: Callable[[], Any]) -> Any:
+    """Call `make()` on rank 0 as `on_main` does and then on the others, so that one process fills a cache.
+
+    Raises:
+        ConfigError: on every rank, where it failed on one of the others; the message names that.
+    """
+    result, failure = on_main(make), None
+    if not is_main():
+        try:
+            result = make()
+        except Exception as error:
+            failure = f"{whereabouts()}: {error or type(error).__name__}"
+    if (first := next(filter(None, gather(failure)), None)) is not None:
+        raise ConfigError(first)
+    return result
+
+
+def agree(what: str, mine: Any) -> None:
+    """Raises ConfigError on every rank where `mine` is not the same on all; `what` says what that is."""
+    found = gather((whereabouts(), mine))
+    others = [where for where, value in found if value != found[0][1]]
+    if others:
+        raise ConfigError(f"{what} is not the same on {', '.join(others)} as on {found[0][0]}")

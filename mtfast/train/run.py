@@ -55,7 +55,7 @@ def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> No
         say(f"{name}: already finished in {run.stage(name)}")
         return
     for later in STAGES[STAGES.index(name) + 1 :]:
-        if run.stage(later).exists():
+        if run.has_begun(later):
             raise ConfigError(f"{run.path}: {later} has begun without {name}; choose another --run-dir")
     _record(config, run)
     if same_as is not None and run.take_over(name, same_as):
@@ -69,6 +69,7 @@ def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> No
 def _open(config: RunConfig, stages: tuple[StageName, ...]) -> tuple[RunDirectory, Source]:
     """Join the process group; the run's directory and weights. Tells what keeps `stages` from running."""
     start()
+    ranks.agree("the version of mtfast or torch", (__version__, torch.__version__))
     for name in stages:
         deepspeed_config(config.engine, config.stage(name), name, ranks.world_size())
     run = RunDirectory(config)
@@ -184,8 +185,7 @@ def predict(config: RunConfig) -> list[Path]:
             values = predictor.predict({task: table})[task]
             stem, column = PREDICTION_FILES[task]
             path = predictor.run.path / "predictions" / f"{stem}-{split}-output.csv"
-            if ranks.is_main():
-                _write_predictions(path, column, table.ids, values)
+            ranks.on_main(_write_predictions, path, column, table.ids, values)
             written.append(path)
     say("\n".join(f"wrote {path}" for path in written))
     return written

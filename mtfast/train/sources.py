@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig
 
+from mtfast.data.cache import checksum
 from mtfast.models.checkpoint import LoadReport, load_bert_config, load_pretrained, load_tokenizer
 from mtfast.models.multitask import (
     HeadsConfig,
@@ -19,6 +20,7 @@ from mtfast.models.multitask import (
     build_pretrain_model,
 )
 
+from . import ranks
 from .config import ConfigError, RunConfig, StageName
 from .loop import seed_for
 from .progress import say_once
@@ -43,6 +45,8 @@ def find_source(config: RunConfig, run: RunDirectory) -> Source:
     """The run's newest weights before fine-tuning: pre-trained encoder and trained heads, if any."""
     name = config.model.checkpoint
     bert = load_bert_config(name)
+    kept = bert.to_dict() | {"transformers_version": None, "_name_or_path": None}
+    ranks.agree(f"the config of {name}", kept)
     bert.hidden_dropout_prob = bert.attention_probs_dropout_prob = config.model.dropout_p
     encoder: str | None = None if config.model.from_scratch else name
     if run.result("pretrain") is not None:
@@ -66,6 +70,11 @@ def check_fit(config: RunConfig, source: Source, stages: tuple[StageName, ...]) 
     if pieces > bert.vocab_size:
         raise ConfigError(
             f"the tokenizer of {name} has {pieces} word pieces, its model embeds {bert.vocab_size}"
+        )
+    if 2 * pieces < bert.vocab_size:  # padded tables are usual, such ones are not
+        raise ConfigError(
+            f"the tokenizer of {name} has {pieces} word pieces, its model embeds {bert.vocab_size}: it is "
+            f"another model's, or not whole; {name} should hold the model's own tokenizer.json or vocab.txt"
         )
     if bert.type_vocab_size < 2 and ("pretrain" in stages or config.model.pair_input == "joint"):
         raise ConfigError(
@@ -97,6 +106,7 @@ def build_pretrain(config: RunConfig, source: Source) -> tuple[PretrainModel, di
     """
     torch.manual_seed(seed_for(config.seed))
     model = build_pretrain_model(source.config)
+    model.encoder.activation_checkpointing = config.engine.activation_checkpointing
     return model, _load(source.encoder, model)
 
 
@@ -107,6 +117,7 @@ def build_multitask(config: RunConfig, source: Source) -> tuple[MultiTaskModel, 
     """
     torch.manual_seed(seed_for(config.seed))
     model = build_multitask_model(source.config, heads_config(config))
+    model.encoder.activation_checkpointing = config.engine.activation_checkpointing
     return model, _load(source.encoder, model, source.heads)
 
 
@@ -120,5 +131,11 @@ def _load(
         load_pretrained(heads, model.heads)
         fresh = tuple(name for name in report.initialised if not name.startswith("heads."))
         said = f"{replace(report, initialised=fresh).summary() if checkpoint else said}; heads from {heads}"
+    if ranks.world_size() > 1:
+        weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        ranks.agree(
+            f"the weights of {' and '.join(filter(None, (checkpoint, heads))) or 'a new model'}",
+            checksum(weights),
+        )
     say_once(said)
     return report.carried

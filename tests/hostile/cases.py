@@ -158,8 +158,8 @@ def registered(rng: random.Random, op: str) -> Case:
     given["softmax_scale"] = 0.3
     if not backward:
         return Case(getattr(raw, op), given)
-    out, lse = getattr(raw, op)(**given)
-    return Case(getattr(raw, f"{op}_backward"), given | {"dout": out, "out": out, "lse": lse})
+    out, stats = getattr(raw, op)(**given)
+    return Case(getattr(raw, f"{op}_backward"), given | {"dout": out, "out": out, "stats": stats})
 
 
 CASES: dict[str, Callable[[random.Random, str], Case]] = {

@@ -1,0 +1,190 @@
+"""Reading one file into records: delimited text, JSON lines, Parquet; and the tables of data sets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mtfast.data.delimited import UnclosedQuoteError, split_rows
+from mtfast.data.rows import DataError, MissingDataError, Record, Records, listed, repeated
+
+FILE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_file(path: Path, delimiter: str | None = None) -> Records:
+    """Reads one Parquet, CSV/TSV or JSON-lines file; the suffix decides which.
+
+    ``delimiter`` is for delimited text; None means a tab if the header has one, else a comma.
+    Raises DataError if the file is missing, of another kind, not UTF-8, or not readable as what it claims.
+    """
+    if not path.is_file():
+        raise MissingDataError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    if suffix in (".csv", ".tsv"):
+        return _read_delimited(path, "\t" if suffix == ".tsv" else delimiter)
+    if suffix in (".jsonl", ".json"):
+        return _read_json_lines(path)
+    raise DataError(f"{path}: unknown kind of file; known are {', '.join(FILE_SUFFIXES)}")
+
+
+def decode_utf8(path: Path) -> str:
+    """The text of a UTF-8 file; DataError names file, line and byte offset of the first bad byte."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        if raw.startswith(_UTF16):
+            raise DataError(f"{path}: UTF-16, by its byte-order mark; save the file as UTF-8") from None
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} at byte offset {error.start}; "
+            "save the file as UTF-8"
+        ) from None
+
+
+def _read_delimited(path: Path, delimiter: str | None) -> Records:
+    text = decode_utf8(path)
+    if delimiter is None:
+        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+    try:
+        rows = list(split_rows(text, delimiter))
+    except UnclosedQuoteError as error:
+        raise DataError(
+            f"{path}:{error.line}: a quoted field begins here and is not closed; "
+            "a quote that belongs to the text is doubled, in a quoted field"
+        ) from None
+    if not rows:
+        raise DataError(f"{path}:1: no header row")
+    header = rows[0]
+    if header.problem is not None:
+        raise DataError(f"{path}:{header.line}: {header.problem}")
+    columns = header.fields
+    if any("\r" in name for name in columns):
+        raise DataError(
+            f"{path}:{header.line}: a carriage return in the header; lines should end with LF or CRLF"
+        )
+    if duplicated := repeated(name for name in columns if name):
+        raise DataError(f"{path}:{header.line}: column names appear twice: {listed(duplicated)}")
+    records = [
+        Record(str(path), row.line, {}, row.problem)
+        if row.problem is not None
+        else Record(str(path), row.line, dict(zip(columns, row.fields, strict=True)))
+        for row in rows[1:]
+    ]
+    odd = [row.line for row in rows[1:] if row.odd and row.problem is None]
+    what = "line breaks or tabs" if delimiter == "\t" else "line breaks"
+    notes = (f"{path.name}: {len(odd):,} rows with quoted {what}, in line {listed(odd)}",) if odd else ()
+    return Records(str(path), columns, records, notes)
+
+
+class _RepeatedKeyError(Exception):
+    """An object that gives one key two values."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = map(repr, repeated(key for key, _ in pairs))
+        raise _RepeatedKeyError(f"keys that appear twice: {listed(list(names))}")
+    return values
+
+
+def _read_json_lines(path: Path) -> Records:
+    text = decode_utf8(path)
+    _refuse_one_json_value(path, text)
+    rows: list[Record] = []
+    columns: dict[str, None] = {}
+    for line, part in enumerate(text.split("\n"), start=1):
+        if not part.strip():
+            continue
+        values, problem = _json_object(part)
+        columns.update(dict.fromkeys(values))
+        rows.append(Record(str(path), line, values, problem))
+    return Records(str(path), list(columns), rows)
+
+
+def _json_object(text: str) -> tuple[dict[str, Any], str | None]:
+    """The values of an object, or what is wrong with it."""
+    try:
+        values = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        return {}, f"not JSON: {error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets within brackets
+        return {}, f"JSON that cannot be read: {error}"
+    except _RepeatedKeyError as error:
+        return {}, str(error)
+    if not isinstance(values, dict):
+        return {}, "not a JSON object; one object on each line is expected"
+    return values, None
+
+
+def _refuse_one_json_value(path: Path, text: str) -> None:
+    """Raises DataError for an array of rows, and for objects written over several lines."""
+    begin = len(text) - len(text.lstrip())
+    first, _, others = text[begin:].partition("\n")
+    if first.startswith("[") and not (others.strip() and _is_json(first)):
+        what = "a JSON array"
+    elif first.startswith("{") and not _is_json(first) and _object_goes_on(text, begin):
+        what = "a JSON object over several lines"
+    else:
+        return
+    line = text.count("\n", 0, begin) + 1
+    raise DataError(f"{path}:{line}: {what} begins here; JSON lines are expected, one object on each line")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _object_goes_on(text: str, begin: int) -> bool:
+    try:
+        json.JSONDecoder().raw_decode(text, begin)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_parquet(path: Path) -> Records:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
+    except Exception as error:  # Arrow raises many kinds for a damaged file
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+    return from_table(str(path), table)
+
+
+def from_table(origin: str, table: Any) -> Records:
+    """The rows of an Arrow table; DataError names the column of a value that cannot be read, and its row."""
+    names = table.column_names
+    if duplicated := repeated(names):
+        raise DataError(f"{origin}: column names appear twice: {listed(duplicated)}")
+    columns = [_values(origin, name, table[name]) for name in names]
+    rows = [
+        Record(origin, number, dict(zip(names, values, strict=True)))
+        for number, values in enumerate(zip(*columns, strict=True), start=1)
+    ]
+    return Records(origin, names, rows)
+
+
+def _values(origin: str, name: str, column: Any) -> list[Any]:
+    try:
+        column.validate(full=True)  # offsets of a damaged file lead anywhere
+    except Exception as error:
+        raise DataError(f"{origin}: {name} cannot be read: {error}") from error
+    try:
+        return column.to_pylist()
+    except Exception:  # a date beyond year 9999, say: found again below
+        for number, value in enumerate(column, start=1):
+            try:
+                value.as_py()
+            except Exception as error:
+                raise DataError(f"{origin}:{number}: {name} cannot be read: {error}") from error
+        raise

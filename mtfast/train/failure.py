@@ -1,0 +1,63 @@
+"""What a run's process dies of is told once, with rank and host, and all processes leave alike.
+
+One that fails alone, over a file that only its host lacks, leaves the others in a collective which ends with
+"connection closed", if at all. So each asks the process group's store, before it speaks, who failed first and
+whether that has been told.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from . import ranks
+
+FAILED, TOLD, LEFT = "mtfast/failed", "mtfast/told", "mtfast/left"
+PATIENCE_SECONDS = 3.0
+
+
+def leave(reason: str, code: int, *, failed: int | None) -> NoReturn:
+    """End this process with status `code` once `reason` has been told, by it or by another that failed too.
+
+    Args:
+        failed: the rank that failed of itself; None where it may be any, and this one's failure what that
+            has led to. Who failed first is then believed, and rank 0 where it failed of itself.
+    """
+    store = _store()
+    if store is None:
+        if ranks.is_main():
+            print(reason, file=sys.stderr)
+        raise SystemExit(code)
+    me = str(ranks.rank())
+    try:
+        first = failed in (None, ranks.rank()) and store.compare_set(FAILED, "", me) == me.encode()
+        if not (ranks.is_main() and (first or failed == 0)):
+            _wait(lambda: store.check([TOLD]), PATIENCE_SECONDS if first else 2 * PATIENCE_SECONDS)
+        if store.compare_set(TOLD, "", me) == me.encode():
+            print(reason if ranks.is_main() else f"{ranks.whereabouts()}: {reason}", file=sys.stderr)
+        if ranks.is_main():  # with which the store ends: what waits for it is let go first
+            if dist.get_backend() == "gloo":
+                dist.destroy_process_group()
+            _wait(lambda: store.add(LEFT, 0) >= ranks.world_size() - 1, PATIENCE_SECONDS)
+        else:
+            store.add(LEFT, 1)
+    except RuntimeError:
+        print(f"{ranks.whereabouts()}: lost the connection to rank 0", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _store() -> Any:
+    """The store through which the run's processes met; None for a single one and before they have."""
+    if ranks.world_size() == 1 or not dist.is_initialized():
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def _wait(until: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not until() and time.monotonic() < deadline:
+        time.sleep(0.02)

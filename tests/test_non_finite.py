@@ -1,0 +1,175 @@
+"""What NaN does to a run: it stops before anything is saved, or leaves the step out where it is asked to."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from poison import STEPS, Small, check_skipping
+from torch import Tensor
+
+import mtfast
+from mtfast.train import engine as engine_module
+from mtfast.train.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
+from mtfast.train.loop import NonFinite, Stage, run_stage
+from mtfast.train.losses import task_metrics
+from mtfast.train.rundir import RunDirectory
+
+KINDS = [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    engine_module.start()
+    return RunConfig(
+        run_dir=str(tmp_path / "run"),
+        engine=EngineConfig(precision="fp32", zero_stage=0),
+        finetune=TaskStageConfig(epochs=2, batch_size=4, learning_rate=0.1, checkpoint_every=2),
+    )
+
+
+def train(config: RunConfig, stage: Stage) -> dict:
+    try:
+        return run_stage(stage, config, RunDirectory(config))
+    finally:
+        stage.engine.close()
+
+
+def change(config: RunConfig, **changes) -> RunConfig:
+    return replace(config, finetune=replace(config.finetune, **changes))
+
+
+def last_weights(config: RunConfig) -> dict[str, Tensor]:
+    return torch.load(config.path / "finetune" / "last" / "weights.pt")
+
+
+def lines(config: RunConfig, kind: str) -> list[dict]:
+    records = map(json.loads, (config.path / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == kind]
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "clipping"), [*((*kind, 0.0) for kind in KINDS), ("fp32", 2, 1.0)]
+)
+def test_a_nan_gradient_stops_the_run_before_it_is_saved(precision, zero_stage, clipping, config, tmp_path):
+    config = replace(config, engine=EngineConfig(precision=precision, zero_stage=zero_stage))
+    config = change(config, gradient_clipping=clipping)
+    what = (
+        "the gradients of step 4 were not finite"
+        if zero_stage == 3 or clipping  # where DeepSpeed makes no such step, and tells nobody
+        else "weights are not finite after steps 3 to 4, weight first"
+    )
+    with pytest.raises(NonFinite, match=rf"finetune: {what}; the last good state is in .*run/finetune/state"):
+        train(config, Small(config, bad=(STEPS,)))
+    assert not list((config.path / "finetune").glob("best-*"))
+    assert json.loads((config.path / "finetune/state/latest.json").read_text())["tag"] == "step-2"
+    train(config, Small(config))  # goes on from there
+    whole = replace(config, run_dir=str(tmp_path / "whole"))
+    train(whole, Small(whole))
+    weights, expected = last_weights(config), last_weights(whole)
+    assert all(torch.equal(x, expected[name]) for name, x in weights.items())
+    assert [r["losses"] for r in lines(config, "step")] == [r["losses"] for r in lines(whole, "step")]
+
+
+def test_steps_left_out_are_counted_told_and_recorded(config, capsys):
+    config = change(config, non_finite="skip")
+    result = train(config, Small(config, bad=(2, 5, 6)))
+    assert [r["step"] for r in lines(config, "skipped")] == [2, 5, 6]
+    assert [r["step"] for r in lines(config, "step")] == [1, 3, 4, 7, 8]
+    assert lines(config, "skipped")[0] | {"losses": 0} == {
+        "kind": "skipped", "stage": "finetune", "step": 2, "epoch": 0, "losses": 0
+    }  # fmt: skip
+    assert result["summary"]["skipped_steps"] == 3 and result["summary"]["steps"] == 8
+    said = capsys.readouterr().out
+    assert "finetune: the gradients of step 2 were not finite: left out, 1 of 2 so far" in said
+    assert "the gradients of steps 5, 6 were not finite: left out, 3 of 6 so far" in said
+    assert all(x.isfinite().all() for x in last_weights(config).values())
+
+
+def test_too_many_steps_in_a_row_stop_the_run_at_once(config):
+    config = change(config, non_finite="skip", max_skipped=2, checkpoint_every=1)
+    stage = Small(config, bad=(2, 4, 5, 6))
+    with pytest.raises(
+        NonFinite, match=r"gradients of step 6 .*, 3 in a row, and finetune\.max_skipped is 2"
+    ):
+        train(config, stage)
+    assert next(stage.steps) == 7
+    assert json.loads((config.path / "finetune/state/latest.json").read_text())["tag"] == "step-5"
+    with pytest.raises(NonFinite, match="gradients of step 6 "):  # steps are counted across a continuation
+        train(config, Small(config, bad=(1,)))
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), KINDS)
+@pytest.mark.parametrize(("value", "clipping"), [(math.nan, 0.0), (math.inf, 1.0)])
+def test_a_step_left_out_changes_nothing(precision, zero_stage, value, clipping):
+    engine_module.start()
+    check_skipping(precision, zero_stage, value, clipping)
+
+
+def test_two_ranks_leave_out_a_step_in_which_one_has_a_nan():
+    here = Path(__file__).parent
+    common = {
+        "PYTHONPATH": str(Path(mtfast.__file__).parents[1]),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(31600 + os.getpid() % 1000),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(here / "poison.py")],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-3000:]
+
+
+def test_skipping_is_refused_where_weights_change_outside_the_step(config, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"zenflow": {}}}')
+    engine = EngineConfig(zero_stage=2, deepspeed_config=str(tmp_path / "ds.json"))
+    with pytest.raises(ConfigError, match=r"finetune\.non_finite skip does not go with DeepSpeed's zenflow"):
+        Small(change(replace(config, engine=engine), non_finite="skip"))
+
+
+def test_weights_that_are_bad_from_the_start_are_not_blamed_on_the_learning_rate(config):
+    stage = Small(config)
+    with torch.no_grad():
+        stage.engine._model.bias[1] = math.nan
+    with pytest.raises(NonFinite, match="not finite before step 1 is made, bias first; start from another"):
+        train(config, stage)
+
+
+def test_a_loss_that_is_nan_before_any_update_is_not_blamed_on_the_learning_rate(config):
+    stage = Small(config)
+    stage.losses = lambda data: {"fit": stage.engine(data).mean() * math.nan}
+    with pytest.raises(NonFinite, match="the fit loss is nan at step 1; no update had been made yet"):
+        train(config, stage)
+
+
+def test_a_dev_metric_that_is_nan_is_never_the_best(config):
+    config = change(config, patience=1)
+    stage = Small(config)
+    stage.scores = iter([0.5, math.nan])
+    with pytest.raises(NonFinite, match=r"finetune: mean is nan after step 8: predictions for the dev data"):
+        train(config, stage)
+    assert len(lines(config, "eval")) == 1
+    result = train(config, Small(config))
+    assert result["best"]["mean"]["value"] == 0.5
+
+
+def test_a_correlation_that_is_undefined_is_told(capsys):
+    labels = {"sst": np.zeros(3), "quora": np.zeros(3), "sts": np.array([1.0, 2.0, 3.0])}
+    metrics = task_metrics(labels | {"sts": np.full(3, 2.5)}, labels)
+    assert metrics["sts_pearson"] == 0.0
+    assert "sts: all predictions are equal, their correlation is undefined" in capsys.readouterr().out

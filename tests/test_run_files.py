@@ -1,0 +1,246 @@
+"""A run's directory: one process at a time in it, and what is said of damaged files and full disks."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from poison import Small
+from torch import nn
+
+import mtfast
+from mtfast.models.checkpoint import CheckpointError
+from mtfast.report import read_run
+from mtfast.train import engine as engine_module
+from mtfast.train import features
+from mtfast.train.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
+from mtfast.train.engine import Engine
+from mtfast.train.loop import run_stage
+from mtfast.train.rundir import RunDirectory
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mtfast.train.lock import hold
+hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    return RunConfig(run_dir=str(tmp_path / "run"))
+
+
+@pytest.fixture
+def engine():
+    engine_module.start()
+    made = Engine(
+        nn.Linear(64, 64), EngineConfig(precision="fp32", zero_stage=1), TaskStageConfig(), "finetune"
+    )
+    yield made
+    made.close()
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing more to a file fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(config):
+    run = RunDirectory(config)
+    other = replace(config, run_dir=f"{config.run_dir}-2")
+    for _ in range(2):  # one process may open a directory again, and others beside it
+        assert RunDirectory(config).path == run.path and RunDirectory(other)
+
+    directory = Path(f"{config.run_dir}-3")
+    python = {**os.environ, "PYTHONPATH": str(Path(mtfast.__file__).parents[1])}
+    command = [sys.executable, "-c", HOLD]
+    refused = subprocess.run(
+        [*command, config.run_dir], env=python, capture_output=True, text=True, timeout=30
+    )
+    assert (
+        refused.returncode
+        and f"ConfigError: {run.path} is in use by process {os.getpid()} " in refused.stderr
+    )
+    holder = subprocess.Popen([*command, str(directory)], env=python, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    third = replace(config, run_dir=str(directory))
+    says = (
+        rf"-3 is in use by process {holder.pid} on \S+ since \d{{4}}-\S+ \S+ \(.*python.*run-3\); wait for it"
+    )
+    with pytest.raises(ConfigError, match=f"(?s){says}"):
+        RunDirectory(third)
+    assert not (directory / "config.yaml").exists()
+    read_run(directory)  # a report only reads
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    RunDirectory(third).append([{"stage": "heads", "step": 1}])
+    assert json.loads((directory / "run.lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_directory_that_is_refused_gets_no_lock(config):
+    config.path.mkdir()
+    (config.path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        RunDirectory(config)
+    assert [path.name for path in config.path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"best": 3}', '{"summary": []}'])
+def test_a_result_that_cannot_be_read_is_named(config, tmp_path, text):
+    run = RunDirectory(config)
+    run.stage("heads").mkdir()
+    (run.stage("heads") / "result.json").write_text(text)
+    says = r"run/heads/result\.json .*; remove \S*run/heads to run the stage again"
+    with pytest.raises(ConfigError, match=says):
+        run.result("heads")
+    other = RunDirectory(replace(config, run_dir=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match=says):
+        other.take_over("heads", run.path)
+    assert not other.stage("heads").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"a": ', "[1]"])
+def test_a_summary_that_cannot_be_read_is_named(config, text):
+    run = RunDirectory(config)
+    (run.path / "summary.json").write_text(text)
+    for read in (lambda: run.summarize(a=1), lambda: read_run(run.path)):
+        with pytest.raises(
+            ConfigError, match=r"run/summary\.json .*; remove it, and the run goes on without it"
+        ):
+            read()
+    (run.path / "summary.json").unlink()
+    assert run.summarize(a=1) == {"a": 1}
+
+
+@pytest.mark.parametrize("text", [b"", b"a: [", b"\xff", b"- 1", None, b"1: 2\na: 3"])
+def test_a_configuration_that_cannot_be_read_is_named(config, text):
+    RunDirectory(config).append([{"stage": "heads", "step": 1}])
+    owned = config.path / "config.yaml"
+    owned.unlink()
+    if text is None:
+        owned.mkdir()
+    else:
+        owned.write_bytes(text)
+    with pytest.raises(ConfigError, match=r"(?si)run\b.*choose another --run-dir, or remove that directory"):
+        RunDirectory(config)
+
+
+def test_lines_of_metrics_that_are_no_records_are_left_out(config, tmp_path):
+    run = RunDirectory(config)
+    run.append([{"stage": "heads", "step": 1}, {"stage": "heads", "step": 2}])
+    metrics = run.path / "metrics.jsonl"
+    metrics.write_bytes(b'3\n{"stage": "heads"}\n\xff\x00\n' + metrics.read_bytes() + b'{"stage": "he')
+    run.stage("heads").mkdir()
+    run.finish_stage("heads", {"summary": {}})
+    other = RunDirectory(replace(config, run_dir=str(tmp_path / "other")))
+    assert other.take_over("heads", run.path)
+    run.rewind("heads", 1)
+    assert metrics.read_text() == '{"stage": "heads", "step": 1}\n'
+    assert (other.path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_full_disk_is_told_with_the_files_name(config):
+    run = RunDirectory(config)
+    run.summarize(a=1)
+    with file_size_limit(1000):
+        for write, name in (
+            (lambda: run.append([{"stage": "heads", "step": 1, "text": "x" * 2000}]), "metrics.jsonl"),
+            (lambda: run.summarize(b="x" * 2000), "summary.json"),
+        ):
+            with pytest.raises(OSError, match="File too large") as raised:
+                write()
+            assert raised.value.filename == str(run.path / name)
+    assert run.summarize() == {"a": 1} and not list(run.path.glob("*.partial"))
+
+
+def test_a_state_on_a_full_disk_says_so_and_the_one_before_is_kept(tmp_path, engine):
+    engine.save(tmp_path, 1, {"position": 1})
+    says = (
+        rf"could not be written to {tmp_path}: (the disk is full or a limit is reached, [\d,]+ MiB|File too)"
+    )
+    with file_size_limit(1000), pytest.raises(CheckpointError, match=says):
+        engine.save(tmp_path, 2, {"position": 2})
+    assert engine.load(tmp_path) | {"position": 1} == engine.load(tmp_path)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-1"]
+
+
+def overwrite(file: Path, text: bytes) -> None:
+    file.write_bytes(text)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def damage(file: Path) -> None:
+    file.write_bytes(bytes(len(file.read_bytes())))
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil", "message"),
+    [
+        ("latest.json", lambda file: overwrite(file, b""), r"latest\.json cannot be read"),
+        ("latest.json", lambda file: overwrite(file, b'{"tag": "st'), r"latest\.json cannot be read"),
+        ("latest.json", lambda file: overwrite(file, b"[]"), r"latest\.json does not hold a JSON object"),
+        ("latest.json", lambda file: overwrite(file, b"{}"), r"latest\.json does not say which state"),
+        ("step-1", shutil.rmtree, r"step-1/\S+ is missing"),
+        ("step-1/*optim*", Path.unlink, r"step-1/\S*optim\S* is missing"),
+        ("step-1/*optim*", cut, r"step-1/\S*optim\S* has \d+ bytes and should have \d+"),
+        ("step-1/*model*", cut, r"step-1/\S*model\S* has \d+ bytes and should have \d+"),
+        ("step-1/*optim*", damage, r"the training state in \S*/step-1 cannot be read \(."),
+        ("step-1/*model*", damage, r"the training state in \S*/step-1 cannot be read \(."),
+    ],
+)
+def test_a_state_that_is_not_whole_is_named_and_not_passed_over(tmp_path, engine, part, spoil, message):
+    engine.save(tmp_path, 1, {"position": 1})
+    (file,) = tmp_path.glob(part)
+    spoil(file)
+    with pytest.raises((ConfigError, CheckpointError)) as raised:
+        engine.load(tmp_path)
+    text = str(raised.value)
+    assert re.search(message, text) and text.endswith(f"remove {tmp_path} to start the stage again")
+    assert "\n" not in text
+
+
+def test_a_state_of_another_version_is_named(config, tmp_path):
+    engine_module.start()
+    config = replace(config, engine=EngineConfig(precision="fp32", zero_stage=0))
+    stage = Small(config)
+    run = RunDirectory(config)
+    for client in ({}, {"position": {"place": 1}}):
+        stage.engine.save(run.stage("finetune") / "state", 1, client)
+        with pytest.raises(
+            CheckpointError, match=r"run/finetune/state is of another version of mtfast .*; remove"
+        ):
+            run_stage(stage, config, run)
+    stage.engine.close()
+
+
+def test_a_table_in_a_file_has_its_room_on_the_disk_before_it_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "room", lambda device: 0)
+    heights, device = {"cls": 1000}, torch.device("cpu")
+    table = features._allocate(heights, 64, torch.float32, device, tmp_path)["cls"]
+    assert table.shape == (1000, 64) and not table.any()
+    assert (tmp_path / "cls-0.bin").stat().st_blocks * 512 >= 1000 * 64 * 4
+    with file_size_limit(1000), pytest.raises(OSError, match="File too large") as raised:
+        features._allocate(heights, 64, torch.float32, device, tmp_path)
+    assert raised.value.filename == str(tmp_path / "cls-0.bin")
