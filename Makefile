@@ -4,11 +4,12 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
-.PHONY: help install demo test lint format gpu clean
+.PHONY: help install demo test sweep lint format gpu clean
 
 help:
 	@echo "make demo     train the demo recipe and write its report (about two minutes)"
 	@echo "make test     run the tests"
+	@echo "make sweep    run every case of the tests that go through many (about half an hour)"
 	@echo "make lint     ruff, clang-format and mypy"
 	@echo "make gpu      on a machine with a GPU: build for it, test, benchmark, sanitize"
 	@echo "make install  only build and install into .venv"
@@ -38,6 +39,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+sweep: install
+	MTFAST_TEST_SWEEP=full $(BIN)/python -m pytest -q -m sweep
 
 lint: install
 	$(BIN)/ruff check .

@@ -55,8 +55,7 @@ inline Dtype dtype_of(const char* op, const char* name, const Tensor& x) {
 
 inline void check_same_device(const char* op, const char* name, const Tensor& x, const char* like_name,
                               const Tensor& like) {
-  check(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), op, ": ", name,
-        " must be on the device of ", like_name);
+  check(x.device() == like.device(), op, ": ", name, " must be on the device of ", like_name);
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& x) {

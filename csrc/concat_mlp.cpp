@@ -40,7 +40,8 @@ void check_matrix(const char* name, const Tensor& t, const Tensor& u, int64_t ro
         ", ", columns, "]");
   check(t.scalar_type() == u.scalar_type(), "concat_mlp: ", name, " and u must be of one dtype");
   check(t.device() == u.device(), "concat_mlp: ", name, " and u must be on one device");
-  check(t.stride(1) == 1 || t.size(1) == 1, "concat_mlp: the rows of ", name, " must be contiguous");
+  check(t.stride(1) == 1 || t.size(1) == 1 || t.numel() == 0, "concat_mlp: the rows of ", name,
+        " must be contiguous");
 }
 
 void check_vector(const char* name, const Tensor& t, const Tensor& u, int64_t size) {
@@ -85,7 +86,7 @@ int64_t check_operands(const Tensor& u, const Tensor& v, const Tensor& weight1, 
   check_contiguous("concat_mlp", "weight2", weight2);
   const int64_t batch = check_rows<kCuda>("u", u_rows, u), v_batch = check_rows<kCuda>("v", v_rows, v);
   check(batch == v_batch, "concat_mlp: u gives ", batch, " rows and v gives ", v_batch);
-  if (dropout_p != 0) check_seed("concat_mlp", seed, "u", u);
+  if (dropout_p != 0 || seed) check_seed("concat_mlp", seed, "u", u);
   return batch;
 }
 
@@ -131,6 +132,7 @@ template <class Index>
 void copy_rows(const Tensor& from, const Index* rows, int64_t begin, int64_t end, char* to, int64_t pitch) {
   const int64_t bytes = static_cast<int64_t>(from.element_size());
   const int64_t from_pitch = from.stride(0) * bytes, size = from.size(1) * bytes;
+  if (size == 0) return;
   const auto* source = static_cast<const char*>(from.const_data_ptr());
   const int64_t grain = std::max<int64_t>(1, kCopyGrain / std::max<int64_t>(1, size));
   torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t past) {

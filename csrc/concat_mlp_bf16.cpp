@@ -217,6 +217,7 @@ void cpu_input_gradients(const Layer& layer, const CpuScratch& scratch, const vo
 
 void cpu_weight1_gradient(const Layer& layer, const CpuScratch& scratch, void* dz, const Source& u,
                           const Source& v, int64_t hidden, int64_t begin, int64_t end, void* dweight1) {
+  if (layer.inner == 0) return;
   auto* rows_of_dz = static_cast<bf16*>(dz);
   share_out(PairRows{}, scratch, 1, Rows{0, ceil_div(end - begin, 2)}, kTaskRows / 2, layer, rows_of_dz,
             end - begin);

@@ -42,8 +42,10 @@ MTFAST_CLONES void draw_each(uint64_t seed, Purpose purpose, const int64_t* __re
 }
 
 MTFAST_CLONES bool consecutive(const int64_t* __restrict positions, int64_t n) {
-  int64_t differs = 0;
-  for (int64_t i = 0; i < n; ++i) differs |= (positions[i] - i) ^ positions[0];
+  uint64_t differs = 0;
+  for (int64_t i = 0; i < n; ++i)  // in unsigned arithmetic, which wraps
+    differs |= (static_cast<uint64_t>(positions[i]) - static_cast<uint64_t>(i)) ^
+               static_cast<uint64_t>(positions[0]);
   return differs == 0;
 }
 

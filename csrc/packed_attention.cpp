@@ -30,13 +30,13 @@ AttentionTensor part(const Tensor& qkv, int64_t k) {
 }
 
 template <bool kCuda>
-AttentionShape shape_of(const char* op, const Tensor& like, int64_t heads, int64_t head_dim,
+AttentionShape shape_of(const char* op, const char* name, const Tensor& like, int64_t heads, int64_t head_dim,
                         const Tensor& cu_seqlens, int64_t max_seqlen, double dropout_p, double softmax_scale,
                         const OptionalTensor& seed) {
   AttentionShape shape;
-  shape.dtype = dtype_of(op, "q", like);
-  check(shape.dtype != Dtype::kFloat64 || !kCuda, op,
-        ": float64 is for the CPU; on CUDA q must be bfloat16, float16 or float32");
+  shape.dtype = dtype_of(op, name, like);
+  check(shape.dtype != Dtype::kFloat64 || !kCuda, op, ": float64 is for the CPU; on CUDA ", name,
+        " must be bfloat16, float16 or float32");
   shape.total = like.size(0);
   shape.heads = heads;
   shape.head_dim = head_dim;
@@ -124,8 +124,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   const char* op = kCls ? "packed_attention_cls" : "packed_attention";
   check(k.dim() == 3, op, ": k must be [total, heads, head_dim], found ", k.dim(), " dimensions");
   AttentionForward args;
-  args.shape =
-      shape_of<kCuda>(op, k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  args.shape = shape_of<kCuda>(op, "k", k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p,
+                               softmax_scale, seed);
   const int64_t rows = kCls ? args.shape.sequences : args.shape.total;
   args.q = layout<kCuda>(op, "q", q, rows, k);
   args.k = layout<kCuda>(op, "k", k, args.shape.total, k);
@@ -145,9 +145,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout_any, const Tensor
                                             double softmax_scale, const OptionalTensor& seed) {
   const char* op = kCls ? "packed_attention_cls_backward" : "packed_attention_backward";
   const Tensor dout = laid_out<kCuda>(dout_any);
+  check(k.dim() == 3, op, ": k must be [total, heads, head_dim], found ", k.dim(), " dimensions");
   AttentionBackward args;
-  args.shape =
-      shape_of<kCuda>(op, k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed);
+  args.shape = shape_of<kCuda>(op, "k", k, k.size(1), k.size(2), cu_seqlens, max_seqlen, dropout_p,
+                               softmax_scale, seed);
   const int64_t rows = kCls ? args.shape.sequences : args.shape.total;
   args.q = layout<kCuda>(op, "q", q, rows, k);
   args.k = layout<kCuda>(op, "k", k, args.shape.total, k);
@@ -170,8 +171,8 @@ AttentionShape qkv_shape(const char* op, const Tensor& qkv, const Tensor& cu_seq
                          double dropout_p, double softmax_scale, const OptionalTensor& seed) {
   check(qkv.dim() == 4 && qkv.size(1) == 3, op, ": qkv must be [total, 3, heads, head_dim], found ",
         qkv.dim(), " dimensions");
-  return shape_of<kCuda>(op, qkv, qkv.size(2), qkv.size(3), cu_seqlens, max_seqlen, dropout_p, softmax_scale,
-                         seed);
+  return shape_of<kCuda>(op, "qkv", qkv, qkv.size(2), qkv.size(3), cu_seqlens, max_seqlen, dropout_p,
+                         softmax_scale, seed);
 }
 
 template <bool kCuda>
@@ -207,11 +208,12 @@ Tensor backward_qkv(const Tensor& dout_any, const Tensor& qkv_any, const Tensor&
   args.dq = part(dqkv, 0);
   args.dk = part(dqkv, 1);
   args.dv = part(dqkv, 2);
-  args.out = layout<kCuda>(op, "out", out, args.shape.total, out);
-  args.dout = layout<kCuda>(op, "dout", dout, args.shape.total, out);
   check(out.dim() == 3 && out.size(1) == args.shape.heads && out.size(2) == args.shape.head_dim &&
             out.scalar_type() == qkv.scalar_type(),
         op, ": out must be what the forward returned");
+  check_same_device(op, "out", out, "qkv", qkv);
+  args.out = layout<kCuda>(op, "out", out, args.shape.total, out);
+  args.dout = layout<kCuda>(op, "dout", dout, args.shape.total, out);
   args.stats = data_of_stats(op, stats, args.shape, args.shape.total, qkv);
   launch<kCuda>(op, args, false, qkv);
   return dqkv;

@@ -114,7 +114,10 @@ void balance_step(const int64_t* tokens, int64_t begin, int64_t end, std::vector
 }  // namespace
 
 void balance(const int64_t* tokens, const int64_t* step_offsets, int64_t steps, int64_t bins, int64_t* bin) {
-  std::vector<Bin> work(bins);
+  int64_t most = 1;  // examples of a step: that many bins are never empty
+  for (int64_t step = 0; step < steps; ++step)
+    most = std::max(most, step_offsets[step + 1] - step_offsets[step]);
+  std::vector<Bin> work(std::min(bins, most));
   for (int64_t step = 0; step < steps; ++step) {
     balance_step(tokens, step_offsets[step], step_offsets[step + 1], work, bin);
   }
@@ -147,6 +150,12 @@ Int64Array balance_arrays(const Int64Array& tokens, const Int64Array& step_offse
   if (negative != sizes + examples) {
     throw py::value_error("tokens[" + std::to_string(negative - sizes) +
                           "] is negative: " + std::to_string(*negative));
+  }
+  const int64_t most = INT64_MAX / 4 / std::max<int64_t>(1, examples);
+  const int64_t* large = std::find_if(sizes, sizes + examples, [=](int64_t size) { return size > most; });
+  if (large != sizes + examples) {
+    throw py::value_error("tokens[" + std::to_string(large - sizes) + "] must be at most " +
+                          std::to_string(most) + ", so that sums fit, found " + std::to_string(*large));
   }
   Int64Array bin(examples);
   int64_t* out = bin.mutable_data();

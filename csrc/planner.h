@@ -8,7 +8,7 @@ namespace mtfast {
 // Deals every step's examples to `bins` bins so that the bins' token totals are as equal as a longest-first
 // greedy choice and pairwise exchanges make them.
 //
-//   tokens        [n]          tokens of each example, >= 0
+//   tokens        [n]          tokens of each example, >= 0; n of the largest make at most 2^61
 //   step_offsets  [steps + 1]  step s owns examples step_offsets[s] .. step_offsets[s + 1]; first 0, last n
 //   bin           [n]          out: the bin of each example, 0 .. bins - 1
 //

@@ -178,7 +178,7 @@ MTFAST_INLINE f32x16 exp2(f32x16 x) {
   y = y * f + 2.4022650696e-1f;
   y = y * f + 6.9314718056e-1f;
   y = y * f + 1.0f;
-  y = reinterpret_cast<f32x16>(reinterpret_cast<i32x16>(y) + (reinterpret_cast<i32x16>(shifted) << 23));
+  y = reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(y) + (reinterpret_cast<u32x16>(shifted) << 23));
   return (x >= -126.0f) ? y : (x < -126.0f) ? f32x16{} : x;
 }
 

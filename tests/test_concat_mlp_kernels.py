@@ -124,6 +124,7 @@ def run() -> Run:
     return emulated(*load_all(SOURCES))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_at_most_twice_eagers(dtype, run, full_sweep):
     check_random_cases(run, range(0, 200, 1 if full_sweep else 10), dtype)

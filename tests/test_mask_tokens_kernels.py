@@ -130,6 +130,7 @@ def test_agrees_with_the_reference_on_200_batches(case):
         check_against_the_reference(emulated(kernels, offset), range(offset, 10 if case.races else 200, 2))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_agrees_with_the_cpu_on_many_tokens(strategy, dtype, mask, full_sweep):

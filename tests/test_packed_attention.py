@@ -47,6 +47,7 @@ def run(batch: Batch, dropout_p: float = 0.0, seed: int = SEED) -> list[Tensor |
     return [None if x is None else x.detach().cpu() for x in (out, lse, *grads)]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -131,6 +131,7 @@ def run() -> Run:
     return emulated(*load_all(SOURCES))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_batches_match_float64(dtype, head_dim, run, full_sweep):
@@ -138,6 +139,7 @@ def test_random_batches_match_float64(dtype, head_dim, run, full_sweep):
     check_random_batches(run, numbers, head_dim, dtype)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_query_a_sequence(dtype, head_dim, run, full_sweep):

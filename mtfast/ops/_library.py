@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mtfast.ops import _arguments
+
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 
 # Whether ops look at the values of index tensors on a GPU, which waits for it. On the CPU they always do.
 CHECK_VALUES = os.environ.get("MTFAST_CHECK_VALUES") == "1"
 
 _SEED_LIMIT = 2**63 - 1
+_SEED = "an int or an int64 tensor of one element"
 
 
 @functools.cache
@@ -156,16 +159,19 @@ def seed_tensor(seed: int | Tensor | None, dropout_p: float, like_name: str, lik
     None draws one from torch's default generator of that device. Without dropout there is no seed.
 
     Raises:
-        TypeError, ValueError: the seed is a tensor of another dtype, size or device.
+        TypeError, ValueError: the seed is no int of 64 bits, or a tensor of another dtype, size or device.
         RuntimeError: it is an int while a CUDA graph is captured, whose replays would all drop the same.
     """
     device = like.device
     if isinstance(seed, Tensor):
+        _arguments.check_tensor("seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             found = f"{seed.dtype} {list(seed.shape)}"
-            raise TypeError(f"seed must be an int or an int64 tensor of one element, found {found}")
+            raise TypeError(f"seed must be {_SEED}, found {found}")
         if seed.device != device:
             raise ValueError(f"seed is on {seed.device}, {like_name} on {device}: they must be on one device")
+    elif seed is not None:
+        seed = _arguments.seed_bits(seed, _SEED)
     if dropout_p == 0.0:
         return None
     if isinstance(seed, Tensor):

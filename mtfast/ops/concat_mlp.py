@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtfast.ops import _library, _philox
+from mtfast.ops import _arguments, _library, _philox
 
 ACTIVATIONS = ("relu", "gelu", "tanh")  # in the order of the C++ enum
 MAX_OUTPUTS = 8
@@ -46,25 +46,26 @@ def concat_mlp(
         activation: "relu", "gelu" (the erf form) or "tanh".
         dropout_p: probability in [0, 1) that an element of the hidden layer is dropped in training,
             resolved to 1/65536; what is kept is scaled so that the expectation is the undropped element.
-        seed: what dropout is drawn from: one seed, row and column of the hidden layer give one decision. An
-            int, or an int64 tensor of one element on the inputs' device. None draws one from torch's default
-            generator of that device. While a CUDA graph is captured an int is refused, since every replay
-            would drop the same.
+        seed: what dropout is drawn from: one seed, row and column of the hidden layer give one decision. Any
+            64-bit int, or an int64 tensor of one element on the inputs' device. None draws one from torch's
+            default generator of that device. While a CUDA graph is captured an int is refused, since every
+            replay would drop the same.
         training: False switches dropout off.
 
     Returns:
         [batch, outputs] in the inputs' dtype (under autocast, in autocast's).
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device, activation or probability that does not fit.
+        ValueError, TypeError: a kind of object, shape, dtype, device, activation or probability that does
+            not fit.
         RuntimeError: an int seed in a capture; on the CPU, a row index out of range; a device or dtype
             without an implementation. A GPU is not waited for to check indices: in 16 bits such a row of the
             result is NaN, and its gradient, as float32's result, fails torch's own assertion on the device.
     """
-    _check(u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p)
+    dropout_p = _check(u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p)
     operands = [u, v, weight1, bias1, weight2, bias2]
-    if torch.is_autocast_enabled(u.device.type):
-        dtype = torch.get_autocast_dtype(u.device.type)
+    dtype = _arguments.autocast_dtype(u)
+    if dtype is not None:
         operands = [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
     operands = [x if x.stride(-1) == 1 else x.contiguous() for x in operands[:2]] + [
         x.contiguous() for x in operands[2:]
@@ -242,13 +243,12 @@ class ConcatMLP(nn.Module):
         return f"activation={self.activation!r}, dropout_p={self.dropout_p}"
 
 
-def _check_options(activation: str, dropout_p: float, outputs: int) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), found {dropout_p}")
+def _check_options(activation: str, dropout_p: float, outputs: int) -> float:
+    _arguments.check_choice("activation", activation, ACTIVATIONS)
+    dropout_p = _arguments.dropout_probability(dropout_p)
     if not 1 <= outputs <= MAX_OUTPUTS:
         raise ValueError(f"outputs must be 1 to {MAX_OUTPUTS}, found {outputs}")
+    return dropout_p
 
 
 def _check(
@@ -262,14 +262,15 @@ def _check(
     v_rows: Tensor | None,
     activation: str,
     dropout_p: float,
-) -> None:
-    """Raise for arguments that do not fit each other, naming what was found."""
+) -> float:
+    """Raises for arguments that do not fit each other, naming what was found; returns dropout_p as float."""
     named = {"u": u, "v": v, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
     for name, tensor in named.items():
+        _arguments.check_tensor(name, tensor)
         if tensor.dim() != (1 if name.startswith("bias") else 2):
             raise ValueError(f"{name} has the wrong number of dimensions: shape {tuple(tensor.shape)}")
     (inner, twice), hidden = weight1.shape, u.shape[1]
-    _check_options(activation, dropout_p, weight2.shape[0])
+    dropout_p = _check_options(activation, dropout_p, weight2.shape[0])
     expected = {
         "v": (v.shape[0], hidden),
         "weight1": (inner, 2 * hidden),
@@ -283,24 +284,27 @@ def _check(
                 f"{name} must be {list(shape)} for u {list(u.shape)} and weight1 [{inner}, {twice}], "
                 f"found {list(named[name].shape)}"
             )
-    batch = {"u": u.shape[0] if u_rows is None else u_rows.shape[0]}  # no len(): it fixes what is exported
-    batch["v"] = v.shape[0] if v_rows is None else v_rows.shape[0]
-    if batch["u"] != batch["v"]:
-        raise ValueError(f"u gives {batch['u']} rows and v gives {batch['v']}: they must be as many")
     for name, rows in (("u_rows", u_rows), ("v_rows", v_rows)):
         if rows is None:
             continue
+        _arguments.check_tensor(name, rows, "torch.int64")
         if rows.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, found {rows.dtype}")
         if rows.dim() != 1:
             raise ValueError(f"{name} must be [batch], found shape {tuple(rows.shape)}")
         named[name] = rows
+    batch = {"u": u.shape[0] if u_rows is None else u_rows.shape[0]}  # no len(): it fixes what is exported
+    batch["v"] = v.shape[0] if v_rows is None else v_rows.shape[0]
+    if not _arguments.equal(batch["u"], batch["v"]):
+        raise ValueError(f"u gives {batch['u']} rows and v gives {batch['v']}: they must be as many")
     for name, tensor in named.items():
         if tensor.device != u.device:
             raise ValueError(f"{name} is on {tensor.device}, u on {u.device}: they must be on one device")
     if not u.is_floating_point():
         raise TypeError(f"u must be float32, float64, bfloat16 or float16, found {u.dtype}")
-    if not torch.is_autocast_enabled(u.device.type):
-        for name in ("v", "weight1", "bias1", "weight2", "bias2"):
-            if named[name].dtype != u.dtype:
-                raise TypeError(f"{name} is {named[name].dtype}, u is {u.dtype}: they must be of one dtype")
+    autocast = _arguments.autocast_dtype(u) is not None
+    for name in ("v", "weight1", "bias1", "weight2", "bias2"):
+        dtype = named[name].dtype
+        if dtype != u.dtype and not (autocast and dtype.is_floating_point):
+            raise TypeError(f"{name} is {dtype}, u is {u.dtype}: they must be of one dtype")
+    return dropout_p

@@ -1,15 +1,16 @@
 """mask_tokens: BERT's masking of a batch in one pass, reproducible token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtfast.ops import _library, _philox
+from mtfast.ops import _arguments, _library, _philox
 
 STRATEGIES = ("exact", "bernoulli")
 IGNORED = -100
+_DTYPES = {"positions": "torch.int64", "cu_seqlens": "torch.int32", "subword": "torch.bool"}
 _CHOOSE, _REPLACE = 1, 2  # Purpose in csrc/device/philox.cuh
 
 _library.load()
@@ -25,7 +26,7 @@ class MaskedTokens(NamedTuple):
 def mask_tokens(
     input_ids: Tensor,
     *,
-    special_ids: Sequence[int],
+    special_ids: Iterable[int] | Tensor,
     mask_token_id: int,
     vocab_size: int,
     seed: int,
@@ -45,7 +46,7 @@ def mask_tokens(
     Args:
         input_ids: int32 or int64, [total] (packed) or [batch, length] (padded), contiguous.
         special_ids: ids never chosen and never put in as a random replacement, [PAD] among them; at most 64
-            runs of consecutive ids.
+            runs of consecutive ids. A tensor of them had better be on the CPU: a GPU is waited for.
         mask_token_id: the id of [MASK].
         vocab_size: ids are in [0, vocab_size).
         seed: any 64-bit int.
@@ -68,17 +69,21 @@ def mask_tokens(
         MaskedTokens(input_ids, labels): labels hold the original id where chosen, -100 elsewhere.
 
     Raises:
-        ValueError: strategy is unknown.
+        TypeError: an argument is of a wrong kind: no tensor, no int, no list of ints.
+        ValueError: strategy is unknown; an int has more than 64 bits.
         RuntimeError: an argument has a wrong device, dtype, shape or value. On a GPU the values of
             input_ids and cu_seqlens are looked at only under MTFAST_CHECK_VALUES=1, since that waits for the
             GPU. Without it ids outside the vocabulary are left as they are, and wrong offsets give wrong
             choices, never an access out of bounds.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, found {strategy!r}")
+    _arguments.check_choice("strategy", strategy, STRATEGIES)
+    _arguments.check_tensor("input_ids", input_ids, "torch.int64")
     # Here, since torch chooses the implementation by all arguments' devices.
     for name, x in (("positions", positions), ("cu_seqlens", cu_seqlens), ("subword", subword)):
-        if x is not None and x.device != input_ids.device:
+        if x is None:
+            continue
+        _arguments.check_tensor(name, x, _DTYPES[name])
+        if x.device != input_ids.device:
             raise RuntimeError(
                 f"mask_tokens: {name} must be on the device of input_ids, {input_ids.device}, "
                 f"found {x.device}"
@@ -92,13 +97,13 @@ def mask_tokens(
         positions,
         cu_seqlens,
         subword,
-        special_ids,
-        mask_token_id,
-        vocab_size,
-        seed,
-        mlm_probability,
-        mask_fraction,
-        random_fraction,
+        _arguments.integers("special_ids", special_ids),
+        _arguments.int64("mask_token_id", mask_token_id),
+        _arguments.int64("vocab_size", vocab_size),
+        _arguments.seed_bits(seed),
+        _arguments.real("mlm_probability", mlm_probability),
+        _arguments.real("mask_fraction", mask_fraction),
+        _arguments.real("random_fraction", random_fraction),
         strategy == "exact",
     )
     return MaskedTokens(output, labels)
@@ -107,7 +112,7 @@ def mask_tokens(
 def mask_tokens_ref(
     input_ids: Tensor,
     *,
-    special_ids: Sequence[int],
+    special_ids: Iterable[int] | Tensor,
     mask_token_id: int,
     vocab_size: int,
     seed: int,
@@ -175,6 +180,7 @@ def exact_count(candidates: Tensor, mlm_probability: float = 0.15) -> Tensor:
     sum over a batch is the size that `torch.nonzero_static` needs to find the chosen tokens without a sync:
     `torch.nonzero_static(masked.labels != -100, size=int(exact_count(candidates).sum()))`.
     """
+    _arguments.check_tensor("candidates", candidates, "torch.int64")
     return (mlm_probability * candidates.double() + 0.5).floor().long().clamp(min=1).where(candidates > 0, 0)
 
 

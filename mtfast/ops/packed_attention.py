@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mtfast.ops import _library
+from mtfast.ops import _arguments, _library
 from mtfast.ops._philox import dropout_threshold, philox
 
 _library.load()
@@ -39,8 +39,8 @@ def packed_attention(
         max_seqlen: at least the longest sequence's length; a host integer, so that nothing syncs.
         dropout_p: probability in [0, 1) with which an attention weight is dropped, resolved to 1/65536.
         softmax_scale: default 1/sqrt(head_dim).
-        seed: of the dropout; an int, or an int64 tensor of one element on q's device. None draws one from
-            torch's default generator of that device. What is dropped depends on (seed, head, the query's
+        seed: of the dropout; any 64-bit int, or an int64 tensor of one element on q's device. None draws one
+            from torch's default generator of that device. What is dropped depends on (seed, head, the query's
             place in the packed batch, the key's place in its sequence) alone. While a CUDA graph is captured
             an int is refused, since every replay would drop the same.
         return_lse: also return the log-sum-exp of the scaled scores, float32 [heads, total]
@@ -50,13 +50,13 @@ def packed_attention(
         [total, heads, head_dim] in q's dtype, or (out, lse).
 
     Raises:
-        TypeError, ValueError: the named argument has a wrong dtype, shape, device or value.
+        TypeError, ValueError: the named argument is of a wrong kind, dtype, shape, device or value.
         RuntimeError: an int seed in a capture; on the CPU, also where cu_seqlens' values are wrong or
             max_seqlen is less than a length. On CUDA reading them would sync, so there they are not looked
             at: wrong ones give wrong numbers, never an access out of bounds.
     """
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
+    q, k, v = _autocast(q=q, k=k, v=v)
+    max_seqlen, dropout_p = _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
     out, stats = _calls["packed_attention"](
         q,
         k,
@@ -81,11 +81,11 @@ def packed_attention_qkv(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`packed_attention` of a fused projection qkv [total, 3, heads, head_dim], without the unbind."""
+    (qkv,) = _autocast(qkv=qkv)
     if qkv.dim() != 4 or qkv.size(1) != 3:
         raise ValueError(f"qkv must be [total, 3, heads, head_dim], found {list(qkv.shape)}")
-    (qkv,) = _autocast(qkv)
     q, k, v = qkv.unbind(1)
-    _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
+    max_seqlen, dropout_p = _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, q_name="qkv")
     out, stats = _calls["packed_attention_qkv"](
         qkv,
         cu_seqlens,
@@ -114,8 +114,8 @@ def packed_attention_cls(
     [sequences, heads, head_dim], zero for an empty sequence. With the same seed the weights dropped are
     those that `packed_attention` drops in the first tokens' rows. Arguments and errors as there.
     """
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, cls=True)
+    q, k, v = _autocast(q=q, k=k, v=v)
+    max_seqlen, dropout_p = _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, cls=True)
     out, _ = _calls["packed_attention_cls"](
         q,
         k,
@@ -268,53 +268,65 @@ def _attend_ref(
 
 
 def _scale(softmax_scale: float | None, q: Tensor) -> float:
-    return 1 / math.sqrt(q.size(-1)) if softmax_scale is None else float(softmax_scale)
+    if softmax_scale is None:
+        return 1 / math.sqrt(q.size(-1))
+    return _arguments.real("softmax_scale", softmax_scale)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     """As scaled_dot_product_attention: under autocast in its dtype (float64 stays)."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    for name, x in tensors.items():
+        _arguments.check_tensor(name, x)
+    found = tuple(tensors.values())
+    dtype = _arguments.autocast_dtype(found[0])
+    if dtype is None:
+        return found
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in found)
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, cls: bool = False
-) -> None:
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    *,
+    cls: bool = False,
+    q_name: str = "q",
+) -> tuple[int, float]:
+    """Raises for arguments that do not fit each other; returns max_seqlen and dropout_p as plain numbers."""
+    _arguments.check_tensor("cu_seqlens", cu_seqlens, "torch.int32")
+    shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
+    if len(shape) != 3 or len(k_shape) != 3 or v.dim() != 3:
         raise ValueError(
             "q, k and v must be [total, heads, head_dim], found "
-            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            f"{list(shape)}, {list(k_shape)} and {list(v.shape)}"
         )
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must be bfloat16, float16 or float32, found {q.dtype}")
+    if dtype not in DTYPES:
+        raise TypeError(f"{q_name} must be bfloat16, float16, float32 or float64, found {dtype}")
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, found {x.dtype}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have q's dtype {dtype}, found {x.dtype}")
     for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
-    if q.size(2) not in HEAD_DIMS:
-        raise ValueError(f"head_dim must be one of {HEAD_DIMS}, found {q.size(2)}")
-    if k.shape != v.shape or k.shape[1:] != q.shape[1:]:
+        if x.device != device:
+            raise ValueError(f"{name} must be on {q_name}'s device {device}, found {x.device}")
+    if shape[2] not in HEAD_DIMS:
+        raise ValueError(f"head_dim must be one of {HEAD_DIMS}, found {shape[2]}")
+    if k_shape != v.shape or k_shape[1:] != shape[1:]:
         raise ValueError(
-            f"q, k and v must agree in heads and head_dim, and k and v in all, found {list(q.shape)}, "
-            f"{list(k.shape)} and {list(v.shape)}"
+            f"q, k and v must agree in heads and head_dim, and k and v in all, found {list(shape)}, "
+            f"{list(k_shape)} and {list(v.shape)}"
         )
     if cu_seqlens.dim() != 1 or cu_seqlens.size(0) < 1 or cu_seqlens.dtype != torch.int32:
         raise TypeError(
             f"cu_seqlens must be int32 [sequences + 1], found {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
-    rows = cu_seqlens.size(0) - 1 if cls else k.size(0)
-    if q.size(0) != rows:
+    rows = cu_seqlens.size(0) - 1 if cls else k_shape[0]
+    if not _arguments.equal(shape[0], rows):
         what = "sequences" if cls else "total"
-        raise ValueError(f"q must have {what} = {rows} rows, found {q.size(0)}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), found {dropout_p}")
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen must not be negative, found {max_seqlen}")
+        raise ValueError(f"q must have {what} = {rows} rows, found {shape[0]}")
+    return _arguments.not_negative("max_seqlen", max_seqlen), _arguments.dropout_probability(dropout_p)
 
 
 def lse_of(stats: Tensor) -> Tensor:

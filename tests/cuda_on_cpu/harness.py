@@ -143,13 +143,9 @@ def run_sanitized(function: str, *sources: str | Path) -> str:
     """
     with ThreadPoolExecutor() as pool:
         libraries = list(pool.map(lambda source: _build(_find(source), False, True), sources))
-    runtimes = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-        for name in ("libasan.so", "libubsan.so")
-    ]
     environment = {
         **os.environ,
-        "LD_PRELOAD": " ".join(r.stdout.strip() for r in runtimes),
+        "LD_PRELOAD": sanitizer_runtimes(),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
         "PYTHONMALLOC": "malloc",
@@ -163,6 +159,15 @@ def run_sanitized(function: str, *sources: str | Path) -> str:
     if done.returncode:
         raise KernelError(done.stdout + done.stderr)
     return done.stdout
+
+
+def sanitizer_runtimes() -> str:
+    """What LD_PRELOAD must name in a process that loads sanitized libraries."""
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return " ".join(runtime.stdout.strip() for runtime in runtimes)
 
 
 def _contracted() -> list[str]:
