@@ -18,8 +18,8 @@ import mtfast
 from mtfast.train import engine as engine_module
 from mtfast.train.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
 from mtfast.train.loop import NonFinite, Stage, run_stage
-from mtfast.train.losses import task_metrics
 from mtfast.train.rundir import RunDirectory
+from mtfast.train.task_stage import dev_metrics
 
 KINDS = [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
 
@@ -170,6 +170,6 @@ def test_a_dev_metric_that_is_nan_is_never_the_best(config):
 
 def test_a_correlation_that_is_undefined_is_told(capsys):
     labels = {"sst": np.zeros(3), "quora": np.zeros(3), "sts": np.array([1.0, 2.0, 3.0])}
-    metrics = task_metrics(labels | {"sts": np.full(3, 2.5)}, labels)
+    metrics = dev_metrics(labels | {"sts": np.full(3, 2.5)}, labels)
     assert metrics["sts_pearson"] == 0.0
     assert "sts: all predictions are equal, their correlation is undefined" in capsys.readouterr().out

@@ -23,12 +23,11 @@ from .finetune import Finetune
 from .heads import Heads
 from .inputs import account_of, labels_of, load_reviews, load_task, load_tasks
 from .loop import Stage, run_stage
-from .losses import task_metrics
 from .pretrain import Pretrain
 from .progress import say
 from .rundir import RunDirectory, write_text
 from .sources import Source, build_multitask, check_fit, find_source, finished_source
-from .task_stage import predict_packed
+from .task_stage import dev_metrics, predict_packed
 
 TRAINING_SPLITS: tuple[Split, ...] = ("train", "dev")
 PREDICTION_SPLITS: tuple[Split, ...] = ("dev", "test")
@@ -156,7 +155,7 @@ def evaluate(config: RunConfig) -> dict[str, float]:
     """Dev metrics of the run's best weights, printed and written to summary.json."""
     predictor = Predictor(config)
     dev = predictor.tables("dev")
-    metrics = task_metrics(predictor.predict(dev), labels_of(dev))
+    metrics = dev_metrics(predictor.predict(dev), labels_of(dev))
     predictor.run.summarize(dev=metrics)
     for name, value in metrics.items():
         say(f"dev {name} {value:.4f}")

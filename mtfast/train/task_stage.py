@@ -19,6 +19,7 @@ from .config import TASK_NAMES, RunConfig, TaskStageConfig
 from .inputs import EVALUATION_TOKENS, labels_of
 from .loop import MicroBatch, Stage
 from .losses import predictions_of, task_metrics
+from .progress import say
 
 Forward = Callable[[PackedBatch, Tensor | None], dict[str, Tensor]]
 
@@ -62,11 +63,19 @@ class TaskStage(Stage):
         return torch.stack([losses[task] * getattr(weights, task) for task in TASK_NAMES]).sum()
 
     def evaluate(self) -> dict[str, float] | None:
-        return task_metrics(self.predict(self.dev), labels_of(self.dev))
+        return dev_metrics(self.predict(self.dev), labels_of(self.dev))
 
     @abstractmethod
     def predict(self, tables: dict[str, TokenizedTask]) -> dict[str, np.ndarray]:
         """Predictions of every example in the tables' order, the same on every rank."""
+
+
+def dev_metrics(predictions: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> dict[str, float]:
+    """`task_metrics`; says so where a correlation is none."""
+    for what, scores in (("predictions", predictions["sts"]), ("labels", labels["sts"])):
+        if np.ptp(scores) == 0:
+            say(f"sts: all {what} are equal, their correlation is undefined and counts as 0")
+    return task_metrics(predictions, labels)
 
 
 def placed(batch: PackedBatch, stage: Stage) -> tuple[PackedBatch, Tensor | None]:
