@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Two files of tests at a time, with one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
 .PHONY: help install demo test sweep lint format gpu clean
@@ -38,10 +40,10 @@ demo: install
 	@echo "The report: runs/demo/report.html"
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 sweep: install
-	MTFAST_TEST_SWEEP=full $(BIN)/python -m pytest -q -m sweep
+	MTFAST_TEST_SWEEP=full $(PYTEST) -m sweep
 
 lint: install
 	$(BIN)/ruff check .
