@@ -8,17 +8,11 @@ that has each kind of case, the same inputs each time.
 import os
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 
 # Where checking values on a GPU would cost a synchronisation, ops do it only when asked to: here, always.
 os.environ.setdefault("MTFAST_CHECK_VALUES", "1")
-
-_settings = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
-hypothesis.settings.register_profile("part", max_examples=50, derandomize=True, **_settings)
-hypothesis.settings.register_profile("full", max_examples=10_000, **_settings)
-hypothesis.settings.load_profile("full" if os.environ.get("MTFAST_TEST_SWEEP") == "full" else "part")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -229,6 +229,7 @@ MISSING = (
     "scipy",
     "rich",
     "matplotlib",
+    "hypothesis",
     "xformers",
     "apex",
 )

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import os
 import shutil
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mtfast.data.delimited import UnclosedQuoteError, split_rows
@@ -18,6 +19,16 @@ from mtfast.data.rows import DataError
 from mtfast.data.tasks import TASKS, read_task
 
 pytestmark = pytest.mark.sweep
+_FULL = os.environ.get("MTFAST_TEST_SWEEP") == "full"
+settings.register_profile(
+    "mtfast",
+    max_examples=10_000 if _FULL else 50,
+    derandomize=not _FULL,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("mtfast")
 
 PIECES = [
     "", " ", "a", "film", '"', '""', '"a', 'a"', '"a"', '"a" b', 'a "b"', "a, b", "a,b", "a\tb", "\r", "a\rb",
