@@ -229,7 +229,6 @@ MISSING = (
     "scipy",
     "rich",
     "matplotlib",
-    "hypothesis",
     "xformers",
     "apex",
 )

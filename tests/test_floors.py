@@ -1,6 +1,7 @@
 """Imports point down: the command line, recipes and report, train, models and data, ops."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def room_of(path: Path) -> str:
 
 def imports_of(path: Path) -> set[str]:
     """Every module named by an import statement anywhere in the file, relative ones made absolute."""
-    package = ["mtfast", *path.relative_to(ROOT).parts[:-1]]
+    package = ["mtfast", *path.relative_to(ROOT).parts[:-1]] if ROOT in path.parents else []
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -70,3 +71,14 @@ def test_ops_import_torch_alone():
         if name.split(".")[0] in ("transformers", "deepspeed", "datasets", "numpy")
     }
     assert not outside
+
+
+def test_tests_of_the_ops_need_torch_and_pytest_alone():
+    """They also run where there is a GPU and little else."""
+    tests = Path(__file__).parent
+    own = {path.stem for path in tests.glob("*.py")} | {"mtfast", "torch", "pytest"}
+    ops = ("mask_tokens", "packed_attention", "concat_mlp")
+    of_ops = [name for op in ops for name in (f"test_{op}.py", f"{op}_cases.py")]
+    for name in ("conftest.py", "devices.py", "real_lengths.py", *of_ops):
+        imported = {imported.split(".")[0] for imported in imports_of(tests / name)}
+        assert imported - own <= sys.stdlib_module_names, name
