@@ -158,6 +158,7 @@ def _main(argv: list[str] | None) -> None:
         description=f"{COMMANDS[name].summary}. {RECIPES[recipe].__doc__} --print-config shows the result.",
         console_outputs=ranks.is_main(),
     )
+    from mtfast.train.engine import stop
     from mtfast.train.failure import leave
 
     errors = _expected_errors()
@@ -169,17 +170,18 @@ def _main(argv: list[str] | None) -> None:
         if recipe == "demo" and name != "report":
             _write_demo_corpus()
         COMMANDS[name].run(config)
+        stop()
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues the run", code=130)
     except errors as error:
-        leave(f"mtfast: {error}", 2, failed=ranks.origin(error, ranks.rank()))
+        leave(error, f"mtfast: {error}", 2, expected=True)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FIXABLE:
             text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            leave(f"mtfast: {text}", 2, failed=ranks.origin(error, ranks.rank()))
+            leave(error, f"mtfast: {text}", 2, expected=True)
         if ranks.world_size() == 1:
             raise
-        leave(traceback.format_exc(), 1, failed=ranks.origin(error, None))
+        leave(error, traceback.format_exc(), 1, expected=False)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

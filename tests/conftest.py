@@ -15,8 +15,14 @@ import torch
 os.environ.setdefault("MTFAST_CHECK_VALUES", "1")
 
 
+# Begun first, so that the processes which share the files out end together.
+LONGEST = ("test_launch", "test_packed_attention_kernels", "test_training_parity", "test_packed_attention")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs a GPU where there is none, unless a marker expression asks for it."""
+    """The longest files first. Leaves out what needs a GPU where there is none, unless a marker expression
+    asks for it."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if torch.cuda.is_available() or config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]

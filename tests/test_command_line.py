@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BIN = Path(sys.executable).parent
-FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")
+FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 
 
 def started(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -50,15 +50,16 @@ def test_a_reader_who_leaves_early_is_no_error(arguments, tmp_path):
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
         ({"RANK": "zero", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is 'zero'"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
     ],
 )
 def test_what_a_launcher_should_have_set_is_named(variables, message, monkeypatch):
     from mtfast.train import ranks
-    from mtfast.train.config import ConfigError
 
     for name in FROM_LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"but {message}: start the run with deepspeed or torchrun"):
+    with pytest.raises(ranks.LaunchError, match=f"but {message}: start the run with deepspeed or torchrun"):
         ranks.prepare_environment()

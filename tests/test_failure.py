@@ -49,14 +49,14 @@ import torch.distributed as dist
 from transformers import BertConfig
 from mtfast import cli
 from mtfast.data.records import DataError
-from mtfast.train import loop, ranks, rundir
+from mtfast.train import failure, loop, ranks, rundir
 from mtfast.train.config import DataConfig, RunConfig
 from mtfast.train.inputs import load_task
 from mtfast.train.rundir import RunDirectory
 from mtfast.train.sources import Source, build_multitask
 from small_tokenizer import small_tokenizer
 
-rundir.SHARED_SECONDS = 0.5
+rundir.SHARED_SECONDS, failure.PATIENCE_SECONDS = 0.5, 1.0
 BERT = BertConfig(
     vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
 )

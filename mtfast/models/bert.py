@@ -235,7 +235,7 @@ class PackedBert(nn.Module):
         return self._run(self.layers[-1], x, cu_seqlens, max_seqlen, cls_rows, rows)
 
     def _run(self, layer: nn.Module, *arguments: Tensor | int | None) -> Tensor:
-        if self.activation_checkpointing and self.training:
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *arguments, use_reentrant=False)
         return layer(*arguments)
 

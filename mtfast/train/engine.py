@@ -38,8 +38,9 @@ def start() -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, together: its threads are not to outlive what they use."""
     if torch.distributed.is_initialized():
+        ranks.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -15,22 +15,26 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from . import ranks
+from .config import ConfigError
 
 FAILED, TOLD, LEFT = "mtfast/failed", "mtfast/told", "mtfast/left"
 PATIENCE_SECONDS = 3.0
 
 
-def leave(reason: str, code: int, *, failed: int | None) -> NoReturn:
-    """End this process with status `code` once `reason` has been told, by it or by another that failed too.
+def leave(error: Exception, reason: str, code: int, *, expected: bool) -> NoReturn:
+    """End this process over `error`, with status `code`, once a reason has been told: its own or that of
+    another process which failed too.
 
     Args:
-        failed: the rank that failed of itself; None where it may be any, and this one's failure what that
-            has led to. Who failed first is then believed, and rank 0 where it failed of itself.
+        expected: the error is this process's own. Any other may be what another's failure has led to: who
+            failed first is then believed, and rank 0 where it failed of itself.
     """
     store = _store()
+    failed = _failed(error, expected, store)
+    told_here = reason if ranks.is_main() else f"{ranks.whereabouts()}: {reason}"
     if store is None:
-        if ranks.is_main():
-            print(reason, file=sys.stderr)
+        if ranks.is_main() or failed != 0:
+            print(told_here, file=sys.stderr)
         raise SystemExit(code)
     me = str(ranks.rank())
     try:
@@ -38,7 +42,7 @@ def leave(reason: str, code: int, *, failed: int | None) -> NoReturn:
         if not (ranks.is_main() and (first or failed == 0)):
             _wait(lambda: store.check([TOLD]), PATIENCE_SECONDS if first else 2 * PATIENCE_SECONDS)
         if store.compare_set(TOLD, "", me) == me.encode():
-            print(reason if ranks.is_main() else f"{ranks.whereabouts()}: {reason}", file=sys.stderr)
+            print(told_here, file=sys.stderr)
         if ranks.is_main():  # with which the store ends: what waits for it is let go first
             if dist.get_backend() == "gloo":
                 dist.destroy_process_group()
@@ -48,6 +52,14 @@ def leave(reason: str, code: int, *, failed: int | None) -> NoReturn:
     except RuntimeError:
         print(f"{ranks.whereabouts()}: lost the connection to rank 0", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _failed(error: Exception, expected: bool, store: Any) -> int | None:
+    """The rank that failed; None where that is not known."""
+    of_command_line = isinstance(error, ConfigError) and not isinstance(error, ranks.LaunchError)
+    if getattr(error, "of_main", False) or (store is None and of_command_line):  # which all ranks have
+        return 0
+    return ranks.rank() if expected else None
 
 
 def _store() -> Any:

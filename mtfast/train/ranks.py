@@ -13,22 +13,29 @@ import torch.distributed as dist
 from .config import ConfigError
 
 
+class LaunchError(ConfigError):
+    """What a launcher tells this process makes no sense."""
+
+
 def prepare_environment() -> None:
     """Complete what a launcher would have set, so that plain `python -m mtfast` is a run of one rank.
 
     On a CPU the cores are shared out among the ranks of this machine unless OMP_NUM_THREADS says otherwise.
 
     Raises:
-        ConfigError: RANK is set and what belongs to it is not, or is no number.
+        LaunchError: RANK is set and what belongs to it is not, or is no number.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        if not os.environ.get(name, "").isdecimal():
-            found = f"{name} is {os.environ[name]!r}" if name in os.environ else f"{name} is not set"
-            raise ConfigError(
+    rendezvous = ("MASTER_ADDR", "MASTER_PORT") if world_size() > 1 else ()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *rendezvous):
+        value = os.environ.get(name, "")
+        if not (value if name == "MASTER_ADDR" else value.isdecimal()):
+            found = f"{name} is {value!r}" if name in os.environ else f"{name} is not set"
+            raise LaunchError(
                 f"RANK is set, as a launcher sets it, but {found}: start the run with deepspeed or torchrun, "
-                "or give each process its RANK, WORLD_SIZE and LOCAL_RANK (its number on its machine)"
+                "or give each process RANK, WORLD_SIZE, LOCAL_RANK (its number on its machine), MASTER_ADDR "
+                "and MASTER_PORT"
             )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -110,14 +117,9 @@ def on_main(make: Callable[..., Any], *arguments: Any) -> Any:
             failure = error
     failure = broadcast(failure)
     if failure is not None:
-        failure.of_main = True
+        failure.of_main = True  # for who tells of it
         raise failure
     return result
-
-
-def origin(error: Exception, otherwise: int | None) -> int | None:
-    """The rank whose failure `error` is: 0 if `on_main` raised it, else `otherwise`."""
-    return 0 if getattr(error, "of_main", False) else otherwise
 
 
 def seen_by_main(look: Callable[[], Any]) -> Any:
