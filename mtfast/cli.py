@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
@@ -170,7 +171,7 @@ def _main(argv: list[str] | None) -> None:
         if recipe == "demo" and name != "report":
             _write_demo_corpus()
         COMMANDS[name].run(config)
-        stop()
+        atexit.register(stop)  # not now: another command may follow in this process
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues the run", code=130)
     except errors as error:
