@@ -1,3 +1,3 @@
-from mtfast.cli import main
+from mtfast.cli import run_process
 
-main()
+run_process()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
 import os
 import signal
@@ -119,8 +118,22 @@ COMMANDS = {
 }
 
 
+def run_process() -> NoReturn:
+    """Entry point of `mtfast` and `python -m mtfast`: `main`, and with it the process."""
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise
+        code = end.code or 0
+    else:
+        ranks.finish()
+    ranks.end_process(code)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `mtfast` and `python -m mtfast`."""
+    """Run a command. Raises SystemExit where it fails."""
     try:
         try:
             _main(argv)
@@ -159,7 +172,6 @@ def _main(argv: list[str] | None) -> None:
         description=f"{COMMANDS[name].summary}. {RECIPES[recipe].__doc__} --print-config shows the result.",
         console_outputs=ranks.is_main(),
     )
-    from mtfast.train.engine import stop
     from mtfast.train.failure import leave
 
     errors = _expected_errors()
@@ -171,7 +183,6 @@ def _main(argv: list[str] | None) -> None:
         if recipe == "demo" and name != "report":
             _write_demo_corpus()
         COMMANDS[name].run(config)
-        atexit.register(stop)  # not now: another command may follow in this process
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues the run", code=130)
     except errors as error:

@@ -117,4 +117,5 @@ if __name__ == "__main__":
         check_skipping(*kind, math.nan, clipping=0.0)
     # The rank without such gradients tells of the weights too.
     assert trained("bf16", 1, [1, 2], {2: math.nan})[1:] == (0, "0.weight")
-    engine_module.stop()
+    ranks.finish()
+    ranks.end_process(0)

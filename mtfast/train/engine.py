@@ -38,9 +38,8 @@ def start() -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group, together: its threads are not to outlive what they use."""
+    """Leave the process group."""
     if torch.distributed.is_initialized():
-        ranks.barrier()
         torch.distributed.destroy_process_group()
 
 
