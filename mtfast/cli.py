@@ -197,7 +197,7 @@ def _main(argv: list[str] | None) -> None:
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
-    from mtfast.data.records import DataError
+    from mtfast.data.rows import DataError
     from mtfast.models.checkpoint import CheckpointError
     from mtfast.train.loop import NonFinite
 

@@ -11,8 +11,8 @@ from small_tokenizer import small_tokenizer
 from transformers import AutoTokenizer
 
 from mtfast.data.packing import pack_reviews
-from mtfast.data.records import DataError
 from mtfast.data.reviews import ReviewTable, build_samples, read_reviews
+from mtfast.data.rows import DataError
 from mtfast.data.sampler import plan_reviews
 from mtfast.data.tasks import RowAccount
 from mtfast.ops import mask_tokens

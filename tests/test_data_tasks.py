@@ -9,7 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mtfast.data.records import DataError, MissingDataError, is_one_file
+from mtfast.data.records import is_one_file
+from mtfast.data.rows import DataError, MissingDataError
 from mtfast.data.tasks import TASKS, read_task
 
 SST_HEADER = "\tid\tsentence\tsentiment\n"

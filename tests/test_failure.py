@@ -48,7 +48,7 @@ import os, sys
 import torch.distributed as dist
 from transformers import BertConfig
 from mtfast import cli
-from mtfast.data.records import DataError
+from mtfast.data.rows import DataError
 from mtfast.train import failure, loop, ranks, rundir
 from mtfast.train.config import DataConfig, RunConfig
 from mtfast.train.inputs import load_task

@@ -82,7 +82,7 @@ def deepspeed_config(
 
 def _defaults(decided: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Leaves out what makes the host wait for the device in every step: timing it, looking for overflows (the
-    loop stops at a loss that is not finite), and the norm of gradients that nobody clips."""
+    loop looks at losses and weights when it reads them), and the norm of gradients that nobody clips."""
     defaults: dict[str, Any] = {
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

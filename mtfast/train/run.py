@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from mtfast import __version__
-from mtfast.data.records import MissingDataError
 from mtfast.data.reviews import ReviewSamples
+from mtfast.data.rows import MissingDataError
 from mtfast.data.tasks import Split
 from mtfast.data.tokenized import TokenizedTask
 from mtfast.machine import device_name, version_of
