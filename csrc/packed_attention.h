@@ -15,7 +15,7 @@ struct AttentionTensor {
   int64_t head_stride = 0;
 };
 
-// Dropout: Philox 4x32-10 with key = seed and counter (row, column / 8, head, Purpose::kAttentionDropout),
+// Dropout: Philox 4x32-7 with key = seed and counter (row, column / 8, head, Purpose::kAttentionDropout),
 // the row counted from the begin of the packed batch and the column from the begin of its sequence, gives
 // eight 16-bit draws; column's is number column % 8. A weight is kept where its draw is at least `threshold`.
 struct AttentionShape {

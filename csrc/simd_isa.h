@@ -92,7 +92,7 @@ MTFAST_INLINE void philox16(uint64_t seed, u32x16 c0, u32x16 c1, uint32_t c2_all
                             u32x16 (&words)[4]) {
   u32x16 c2 = u32x16{} + c2_all, c3 = u32x16{} + static_cast<uint32_t>(purpose);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     u32x16 high0, low0, high1, low1;
     multiply<isa>(0xD2511F53u, c0, high0, low0);
     multiply<isa>(0xCD9E8D57u, c2, high1, low1);

@@ -1,9 +1,10 @@
-"""Philox 4x32-10 in eager PyTorch, for the references: the same bits as csrc/device/philox.cuh."""
+"""Philox 4x32-7 in eager PyTorch, for the references: the same bits as csrc/device/philox.cuh."""
 
 import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
+ROUNDS = 7  # kPhiloxRounds of csrc/device/philox.cuh
 
 
 def philox(
@@ -11,7 +12,7 @@ def philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words, as int64, of one counter under the 64-bit key `seed`; the counters broadcast."""
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
+    for _ in range(ROUNDS):
         # int64 products wrap, which leaves the low 64 bits of the unsigned product.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW

@@ -219,7 +219,7 @@ def dropout_keep_ref(
     """Which weights the kernels keep: bool [..., heads, rows, columns] for int64 row [..., rows, 1],
     the place in the packed batch, and column [..., 1, columns], that in the sequence; None without dropout.
 
-    One Philox 4x32-10 call with key = seed and counter (row, column // 8, head, 4) gives eight 16-bit draws
+    One Philox 4x32-7 call with key = seed and counter (row, column // 8, head, 4) gives eight 16-bit draws
     for a group of eight columns; a weight is kept where its draw is at least round(65536 * dropout_p).
     """
     threshold = dropout_threshold(dropout_p)

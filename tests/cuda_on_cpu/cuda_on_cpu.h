@@ -156,6 +156,14 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
 inline float __uint_as_float(unsigned x) {
   float y;
   std::memcpy(&y, &x, sizeof y);
