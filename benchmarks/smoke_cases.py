@@ -23,7 +23,8 @@ from mtfast.ops import (
 from mtfast.ops.concat_mlp import ACTIVATIONS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LENGTHS = {"short": (20, 0, 7, 31, 1), "long": (70, 3, 200)}  # whole sequences have kernels of their own
+# The longest sequence chooses the kernels; "long" runs those of up to 128 tokens too.
+LENGTHS = {"short": (20, 0, 7, 31, 1), "middle": (40, 3, 64), "long": (70, 3, 200)}
 # batch, hidden, inner, outputs
 SHAPES = {"64": (70, 64, 96, 2), "unaligned": (33, 37, 65, 1), "3 outputs": (40, 72, 70, 3),
           "8 outputs": (9, 8, 16, 8), "large tiles": (990, 64, 1024, 2)}  # fmt: skip

@@ -4,8 +4,9 @@
 //
 // keep[row, column] comes from Philox with key `seed`, counter (column / 32 * 4 + column % 8 / 2, row, 0,
 // Purpose::kConcatMlpDropout) and the 16-bit word 2 * (column % 32 / 8) + column % 2 of its output: dropped
-// where the word is below `threshold`. (A thread that holds columns 2t and 2t + 1 of four neighbouring
-// 8-wide tiles, as tensor cores lay them out, needs one call; so does the CPU for 8 columns.)
+// where the word is below `threshold`. (Four threads with 8 columns each make one call each for these 32 and
+// exchange the words; a thread with columns 2t and 2t + 1 of four neighbouring 8-wide tiles, as tensor cores
+// lay them out, would need none of the others'.)
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -81,17 +82,26 @@ void cpu_input_gradients(const Layer& layer, const CpuScratch& scratch, const vo
 void cpu_weight1_gradient(const Layer& layer, const CpuScratch& scratch, void* dz, const Source& u,
                           const Source& v, int64_t hidden, int64_t begin, int64_t end, void* dweight1);
 
-// ---- CUDA; a row out of range reads as zeros and makes its output NaN ----
+// ---- CUDA; a row out of range is not read, and makes its output NaN ----
 
 constexpr int kSmallestTile = 64;  // columns of the hidden layer that a block of the forward covers, at least
-constexpr int kChunkRows = 32;     // rows whose sums a block of the backward takes, at least
+constexpr int kChunkRows = 32;     // rows whose sums a block of the backward takes, or a multiple of them
+constexpr int kMostChunks = 128;   // about: more would write sums for as long as the rows take
 
 inline int64_t backward_chunk_rows(int64_t batch) {
-  const int64_t rows = (batch + 63) / 64;
-  return rows < kChunkRows ? kChunkRows : (rows + 7) / 8 * 8;
+  const int64_t most = kChunkRows * kMostChunks;
+  return kChunkRows * (batch <= most ? 1 : (batch + most - 1) / most);
 }
 inline int64_t backward_chunks(int64_t batch) {
   return (batch + backward_chunk_rows(batch) - 1) / backward_chunk_rows(batch);
+}
+// Elements of dbias1 and dweight2, of which a chunk has sums in float; it has dbias2's in double.
+MTFAST_HOST_DEVICE int64_t backward_float_sums(const Layer& layer) {
+  return (1 + layer.outputs) * layer.inner;
+}
+inline int64_t backward_scratch_bytes(const Layer& layer) {
+  return backward_chunks(layer.batch) *
+         (layer.outputs * int64_t{sizeof(double)} + backward_float_sums(layer) * int64_t{sizeof(float)});
 }
 
 }  // namespace mtfast::concat_mlp
@@ -110,8 +120,12 @@ int mtfast_concat_mlp_forward(const mtfast::concat_mlp::Layer* layer, const mtfa
 int mtfast_concat_mlp_output(const mtfast::concat_mlp::Layer* layer, const void* z, const void* weight2,
                              const void* bias2, const int64_t* seed, void* y, void* stream);
 
-// As cpu_backward. partial: float [backward_chunks(batch), 1 + outputs, inner] of scratch.
+// both [batch, 2 * hidden] = [u; v], for torch's products; a row out of range becomes NaN.
+int mtfast_concat_mlp_gather(const mtfast::concat_mlp::Layer* layer, const mtfast::concat_mlp::Source* u,
+                             const mtfast::concat_mlp::Source* v, int64_t hidden, void* both, void* stream);
+
+// As cpu_backward. partial: backward_scratch_bytes(layer) of scratch.
 int mtfast_concat_mlp_backward(const mtfast::concat_mlp::Layer* layer, const void* dy, const void* z,
-                               const void* weight2, const int64_t* seed, void* dz, float* partial,
+                               const void* weight2, const int64_t* seed, void* dz, double* partial,
                                void* dbias1, void* dweight2, void* dbias2, void* stream);
 }

@@ -1,88 +1,101 @@
-// What both directions of concat_mlp do to elements of the hidden layer: loads and stores of eight,
-// activation, dropout.
+// What both directions of concat_mlp do to rows and to elements of the hidden layer: loads and stores of
+// eight, activation, dropout.
 #pragma once
 #include "concat_mlp.h"
-#include "device/element.cuh"
+#include "device/vector.cuh"
 
 namespace mtfast::concat_mlp {
 
-// ---- eight elements ----
+// ---- rows and eight of their elements ----
+
+// The row of `from` that row `i` of the product reads; -1 where there is none.
+__device__ __forceinline__ int64_t source_row(const Source& from, int64_t i, int64_t batch) {
+  if (i >= batch) return -1;
+  int64_t row = i;
+  if (from.rows != nullptr)
+    row = from.wide_rows ? static_cast<const int64_t*>(from.rows)[i]
+                         : static_cast<const int32_t*>(from.rows)[i];
+  return row >= 0 && row < from.count ? row : -1;
+}
 
 template <class T>
-struct alignas(16) Eight {
-  T x[8];
+struct Eight {
+  static constexpr int kSize = Vector<T>::kSize;
+  Vector<T> parts[8 / kSize];
 };
 
 // Columns column .. column + 7 of a row that has `inner`; those beyond read 0. Whole rows start on 16 bytes
 // when `aligned`, and then so do eight columns.
 template <class T>
-__device__ __forceinline__ void load8(const T* row, int64_t column, int64_t inner, bool aligned,
-                                      float (&out)[8]) {
-  Eight<T> eight;
-  if (aligned) {
-    uint4 words[sizeof(Eight<T>) / 16] = {};
-    if (column < inner) MTFAST_UNROLL
-    for (int i = 0; i < static_cast<int>(sizeof(words) / 16); ++i)
-      words[i] = reinterpret_cast<const uint4*>(row + column)[i];
-    memcpy(&eight, words, sizeof eight);
-  } else {
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      round_to(eight.x[i], 0.f);
-      if (column + i < inner) eight.x[i] = row[column + i];
+__device__ __forceinline__ Eight<T> load8(const T* row, int64_t column, int64_t inner, bool aligned) {
+  constexpr int kSize = Eight<T>::kSize;
+  Eight<T> eight{};
+  MTFAST_UNROLL
+  for (int i = 0; i < 8; i += kSize) {
+    Vector<T>& part = eight.parts[i / kSize];
+    if (aligned) {
+      if (column < inner) part = load(row + column + i);
+    } else {
+      MTFAST_UNROLL
+      for (int e = 0; e < kSize; ++e) {
+        if (column + i + e < inner) part.x[e] = row[column + i + e];
+      }
     }
   }
+  return eight;
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(float (&to)[8], const Eight<T>& from) {
   MTFAST_UNROLL
-  for (int i = 0; i < 8; ++i) out[i] = to_float(eight.x[i]);
+  for (int i = 0; i < 8; ++i) {
+    to[i] = to_float(from.parts[i / Eight<T>::kSize].x[i % Eight<T>::kSize]);
+  }
 }
 
 template <class T>
 __device__ __forceinline__ void store8(T* row, int64_t column, int64_t inner, bool aligned,
                                        const float (&in)[8]) {
-  if (!aligned) {
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; ++i)
-      if (column + i < inner) round_to(row[column + i], in[i]);
-  } else if (column < inner) {
-    if constexpr (sizeof(T) == 2) {
-      *reinterpret_cast<uint4*>(row + column) =
-          make_uint4(pair_bits<T>(in[0], in[1]), pair_bits<T>(in[2], in[3]), pair_bits<T>(in[4], in[5]),
-                     pair_bits<T>(in[6], in[7]));
+  constexpr int kSize = Eight<T>::kSize;
+  MTFAST_UNROLL
+  for (int i = 0; i < 8; i += kSize) {
+    if (aligned) {
+      float part[kSize];
+      memcpy(part, in + i, sizeof part);
+      if (column < inner) store(row + column + i, round_to<T>(part));
     } else {
-      *reinterpret_cast<float4*>(row + column) = make_float4(in[0], in[1], in[2], in[3]);
-      *reinterpret_cast<float4*>(row + column + 4) = make_float4(in[4], in[5], in[6], in[7]);
+      MTFAST_UNROLL
+      for (int e = 0; e < kSize; ++e) {
+        if (column + i + e < inner) round_to(row[column + i + e], in[i + e]);
+      }
     }
   }
 }
 
 // ---- activation and dropout ----
 
-template <Activation activation>
-__device__ __forceinline__ float activate(float x) {
-  if constexpr (activation == Activation::kRelu) return x < 0.f ? 0.f : x;
-  if constexpr (activation == Activation::kGelu) return 0.5f * x * (1.f + erff(x * 0.70710678f));
-  return tanhf(x);
-}
-
-// h = act(x) and its slope there.
-__device__ __forceinline__ void activate(Activation activation, float x, float& h, float& slope) {
+// x becomes h = act(x); slope is act's there.
+__device__ __forceinline__ void activate(Activation activation, float (&x)[8], float (&slope)[8]) {
   if (activation == Activation::kRelu) {
-    h = x < 0.f ? 0.f : x;
-    slope = x <= 0.f ? 0.f : 1.f;
+    MTFAST_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      slope[i] = x[i] <= 0.f ? 0.f : 1.f;
+      x[i] = x[i] < 0.f ? 0.f : x[i];
+    }
   } else if (activation == Activation::kGelu) {
-    const float cdf = 0.5f * (1.f + erff(x * 0.70710678f));
-    h = x * cdf;
-    slope = cdf + x * expf(-0.5f * x * x) * 0.39894228f;
+    MTFAST_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const float cdf = 0.5f * (1.f + erff(x[i] * 0.70710678f));
+      slope[i] = cdf + x[i] * expf(-0.5f * x[i] * x[i]) * 0.39894228f;
+      x[i] *= cdf;
+    }
   } else {
-    h = tanhf(x);
-    slope = 1.f - h * h;
+    MTFAST_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      x[i] = tanhf(x[i]);
+      slope[i] = 1.f - x[i] * x[i];
+    }
   }
-}
-
-// The call whose words decide columns 2t, 2t + 1 of each of the four 8-wide tiles of 32 columns.
-__device__ __forceinline__ Philox4 dropout_call(uint64_t seed, int64_t row, int64_t column, int t) {
-  return philox(static_cast<uint32_t>(column / 32 * 4 + t), static_cast<uint32_t>(row), 0,
-                static_cast<uint32_t>(Purpose::kConcatMlpDropout), seed);
 }
 
 __device__ __forceinline__ uint32_t word_of(const Philox4& call, int i) {
@@ -95,7 +108,8 @@ __device__ __forceinline__ uint32_t word_of(const Philox4& call, int i) {
 __device__ __forceinline__ uint32_t kept_of_eight(uint64_t seed, int64_t row, int64_t column,
                                                   uint32_t threshold) {
   const int tile = static_cast<int>(threadIdx.x) & 3;
-  const Philox4 call = dropout_call(seed, row, column, tile);
+  const Philox4 call = philox(static_cast<uint32_t>(column / 32 * 4 + tile), static_cast<uint32_t>(row), 0,
+                              static_cast<uint32_t>(Purpose::kConcatMlpDropout), seed);
   uint32_t kept = 0;
   MTFAST_UNROLL
   for (int step = 0; step < 4; ++step) {
@@ -109,8 +123,6 @@ __device__ __forceinline__ uint32_t kept_of_eight(uint64_t seed, int64_t row, in
 }
 
 // ---- launches ----
-
-inline bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 inline unsigned blocks(int64_t size, int64_t each) { return static_cast<unsigned>((size + each - 1) / each); }
 

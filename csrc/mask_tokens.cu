@@ -1,302 +1,284 @@
-// mask_tokens in CUDA: "bernoulli" is one pass, four tokens a thread, so that one Philox call serves four
-// draws; "exact" gives each sequence a block, which finds the largest draw it chooses by radix selection.
-#include "device/reduce.cuh"
-#include "device/runtime.cuh"
-#include "mask_tokens.h"
+// mask_tokens in CUDA.
+//
+// Floor: every id is read once, an id and a label are written: 24 bytes a token of int64, 12 of int32, and 8
+// more for each look at the positions where they are given. A Philox call, some 50 instructions, serves four
+// tokens; with the draws of the replacements and the tests for special ids that is about 100 instructions a
+// token for "bernoulli" and 140 for "exact", of the 175 that an H200 issues while it moves 24 bytes: bounded
+// by memory, but not by much. Out of reach: int32, whose bytes are half and whose instructions are not;
+// positions that share no Philox calls; a few sequences, which take as long as one warp's chain of
+// instructions.
+//
+// A warp's tile is 128 tokens, four a lane: one Philox call a lane, and loads and stores of 16 bytes in which
+// neighbouring lanes are neighbours. "bernoulli" has two tiles of each warp under way. "exact" gives a warp
+// the sequences of up to four tiles, so that nothing waits for a barrier, and the whole block a longer one;
+// four warps a block, since more would need more than 48 KiB for their tiles.
+#include "mask_tokens.cuh"
 
 namespace mtfast::mask_tokens {
 namespace {
 
 constexpr int kBernoulliThreads = 256;
-constexpr int kExactThreads = 128;
-constexpr int kBins = 256;  // one radix digit
-constexpr int64_t kMostCachedDraws = 8192;
+constexpr int kBernoulliTiles = 2;
+constexpr int kExactWarps = 4;
+constexpr int kCachedTiles = 4;
 
-__device__ __forceinline__ uint32_t pick(const Philox4& draw, int64_t position) {
-  const uint32_t low = position & 1 ? draw.word[1] : draw.word[0];
-  const uint32_t high = position & 1 ? draw.word[3] : draw.word[2];
-  return position & 2 ? high : low;
+template <class Id, bool kWords>
+__global__ void __launch_bounds__(kBernoulliThreads, 5)
+    bernoulli(Batch batch, Options options, Id* output, Id* labels, bool aligned) {
+  const Masking<Id> masking{batch, options, output, labels, aligned};
+  const uint32_t total = static_cast<uint32_t>(batch.total);
+  const uint32_t warp = (blockIdx.x * kBernoulliThreads + threadIdx.x) / 32;
+  const uint64_t cutoff = options.choose_below >> 32 ? kEverything : options.choose_below << 32;
+  Tile<Id> tile[kBernoulliTiles];
+  Id id[kBernoulliTiles][kTokens];
+  MTFAST_UNROLL
+  for (int n = 0; n < kBernoulliTiles; ++n) {
+    tile[n].first = (warp * kBernoulliTiles + n) * kTile;
+    masking.load_ids(tile[n], id[n]);
+  }
+  MTFAST_UNROLL
+  for (int n = 0; n < kBernoulliTiles; ++n) {
+    bool pred[kTokens];
+    uint32_t draw[kTokens];
+    masking.ordinary(id[n], pred);
+    MTFAST_UNROLL
+    for (int t = 0; t < kTokens; ++t) pred[t] &= tile[n].token(t) < total;
+    if (!kWords) masking.draws(Purpose::kMaskChoose, tile[n], pred, draw);
+    MTFAST_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      const uint32_t i = tile[n].token(t);
+      if (kWords)
+        pred[t] = pred[t] && masking.word_chosen(i, masking.sequence_begin(i), cutoff);
+      else
+        pred[t] &= key(draw[t], i) < cutoff;
+    }
+    masking.write(tile[n], 0, total, id[n], pred);
+  }
 }
 
-// Draws of one purpose; neighbouring positions share a Philox call.
-class Draws {
- public:
-  __device__ __forceinline__ Draws(uint64_t seed, Purpose purpose) : seed_(seed), purpose_(purpose) {}
-
-  __device__ __forceinline__ uint32_t operator()(int64_t position) {
-    const int64_t group = position >> 2;
-    if (!valid_ || group != group_) {
-      draw_ = draw4(seed_, purpose_, static_cast<uint64_t>(group));
-      group_ = group;
-      valid_ = true;
-    }
-    return pick(draw_, position);
-  }
-
- private:
-  uint64_t seed_;
-  Purpose purpose_;
-  bool valid_ = false;
-  int64_t group_ = 0;
-  Philox4 draw_;
+// What a warp of "exact" keeps of its first tiles. Every lane reads and writes its own part alone.
+template <class Id>
+struct Cache {
+  Vector<Id> ids[kCachedTiles][Tile<Id>::kVectors][32];
+  Vector<uint32_t> draws[kCachedTiles][32];
 };
 
 template <class Id>
-struct Tokens {
-  const Batch& batch;
-  const Options& options;
-
-  __device__ __forceinline__ int64_t id(int64_t i) const {
-    return static_cast<const Id*>(batch.input_ids)[i];
-  }
-  __device__ __forceinline__ int64_t position(int64_t i) const {
-    return batch.positions ? batch.positions[i] : i;
-  }
-  __device__ __forceinline__ bool ordinary(int64_t id) const {
-    return id >= 0 && id < options.vocab_size && !options.special.contains(id);
-  }
-  // Whether ordinary token i continues the word of the token before it; `begin` is its sequence's first
-  // token.
-  __device__ __forceinline__ bool goes_on(int64_t i, int64_t begin) const {
-    return i > begin && batch.subword[id(i)] && ordinary(id(i - 1));
-  }
-  __device__ __forceinline__ int64_t word_start(int64_t i, int64_t begin) const {
-    while (goes_on(i, begin)) --i;
-    return i;
-  }
-  // Where sequence s begins or, for s = sequences, the last one ends. Offsets are moved into the batch: then
-  // whatever they are, sequences cover all tokens from the first bound to the last one.
-  __device__ __forceinline__ int64_t bound(int64_t s) const {
-    if (!batch.cu_seqlens) return s * batch.row_length;
-    const int64_t at = batch.cu_seqlens[s];
-    return at < 0 ? 0 : at < batch.total ? at : batch.total;
-  }
-  // Where the sequence of token i begins; i itself where offsets say that it begins later.
-  __device__ __forceinline__ int64_t sequence_begin(int64_t i) const {
-    if (!batch.cu_seqlens) return i - static_cast<uint32_t>(i) % static_cast<uint32_t>(batch.row_length);
-    int32_t low = 0,
-            high = static_cast<int32_t>(batch.sequences);  // the last sequence that begins at or before i
-    while (high - low > 1) {
-      const int32_t middle = low + (high - low) / 2;
-      (batch.cu_seqlens[middle] <= i ? low : high) = middle;
-    }
-    const int64_t begin = bound(low);
-    return begin < i ? begin : i;
-  }
+struct Shared {
+  Cache<Id> cache[kExactWarps];
+  uint32_t sum[kExactWarps];
 };
 
-template <class T>
-struct alignas(16) Four {
-  T value[4];
-};
+// A sequence and the warps that have its tiles in turn: one warp, or all of the block.
+template <class Id, bool kWords>
+struct Sequence {
+  const Masking<Id>& masking;
+  Shared<Id>* shared;
+  uint32_t begin, end;
+  uint32_t warps, warp;
+  uint32_t candidates;  // of the cached tiles, a bit a token
 
-// kPositions: positions are looked up token by token, as whole words need even where they are the flat index.
-template <class Id, bool kPositions, bool kWords>
-__global__ void __launch_bounds__(kBernoulliThreads, 4)
-    bernoulli(Batch batch, Options options, Id* output, Id* labels, bool aligned) {
-  const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * 4;
-  if (first >= batch.total) return;
-  const Tokens<Id> tokens{batch, options};
-  const bool whole = aligned && first + 4 <= batch.total;
-  Four<Id> id, label;
-  Four<int64_t> position;
-  if (whole) {
-    id = *reinterpret_cast<const Four<Id>*>(static_cast<const Id*>(batch.input_ids) + first);
-    if (kPositions && batch.positions)
-      position = *reinterpret_cast<const Four<int64_t>*>(batch.positions + first);
-    else if (kPositions)
-      position = {first, first + 1, first + 2, first + 3};
-  } else {
-    MTFAST_UNROLL
-    for (int t = 0; t < 4; ++t) {
-      const int64_t i = first + t < batch.total ? first + t : first;
-      id.value[t] = static_cast<Id>(tokens.id(i));
-      if (kPositions) position.value[t] = tokens.position(i);
-    }
+  __device__ __forceinline__ Tile<Id> tile(int n) const {
+    return {(begin & ~3u) + kTile * (n * warps + warp)};
   }
-  Philox4 choose, replace;
-  if (!kPositions) choose = draw4(options.seed, Purpose::kMaskChoose, static_cast<uint64_t>(first >> 2));
-  Draws choose_by_position(options.seed, Purpose::kMaskChoose);
-  Draws replace_by_position(options.seed, Purpose::kMaskReplace);
-  bool chosen[4], any = false;
-  MTFAST_UNROLL
-  for (int t = 0; t < 4; ++t) {
-    chosen[t] = first + t < batch.total && tokens.ordinary(id.value[t]);
-    if (kWords) {
-      if (chosen[t]) {
-        const int64_t start = tokens.word_start(first + t, tokens.sequence_begin(first + t));
-        chosen[t] = choose_by_position(tokens.position(start)) < options.choose_below;
+  __device__ __forceinline__ Cache<Id>& cache() const { return shared->cache[threadIdx.x / 32]; }
+
+  __device__ __forceinline__ void ids_of(int n, Id (&id)[kTokens]) const {
+    if (n < kCachedTiles) {
+      MTFAST_UNROLL
+      for (int v = 0; v < Tile<Id>::kVectors; ++v) {
+        memcpy(&id[v * Tile<Id>::kWide], &cache().ids[n][v][threadIdx.x % 32], sizeof(Vector<Id>));
       }
     } else {
-      const uint32_t draw = kPositions ? choose_by_position(position.value[t]) : choose.word[t];
-      chosen[t] &= draw < options.choose_below;
-    }
-    any |= chosen[t];
-    label.value[t] = chosen[t] ? id.value[t] : static_cast<Id>(-100);
-  }
-  if (any) {
-    if (!kPositions) replace = draw4(options.seed, Purpose::kMaskReplace, static_cast<uint64_t>(first >> 2));
-    MTFAST_UNROLL
-    for (int t = 0; t < 4; ++t) {
-      if (!chosen[t]) continue;
-      const uint32_t draw = kPositions ? replace_by_position(position.value[t]) : replace.word[t];
-      id.value[t] = static_cast<Id>(replacement(options, draw, id.value[t]));
+      masking.load_ids(tile(n), id);
     }
   }
-  if (whole) {
-    *reinterpret_cast<Four<Id>*>(output + first) = id;
-    *reinterpret_cast<Four<Id>*>(labels + first) = label;
-  } else {
-    MTFAST_UNROLL
-    for (int t = 0; t < 4; ++t) {
-      if (first + t >= batch.total) break;
-      output[first + t] = id.value[t];
-      labels[first + t] = label.value[t];
-    }
-  }
-}
 
-// Shared memory of the "exact" kernel; the first `cached` draws of the sequence follow it.
-struct Selection {
-  uint32_t bins[kBins];
-  uint32_t candidates;
-  uint32_t digit;      // the bin in which the selected draw is,
-  uint32_t remaining;  // and which of it, counted from 1
+  // Which tokens are candidates, and their draws.
+  __device__ __forceinline__ void make(int n, bool (&pred)[kTokens], uint32_t (&draw)[kTokens]) const {
+    Id id[kTokens];
+    ids_of(n, id);
+    masking.ordinary(id, pred);
+    MTFAST_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      const uint32_t i = tile(n).token(t);
+      pred[t] &= i >= begin && i < end;
+      if (kWords) pred[t] = pred[t] && !masking.goes_on(i, begin);
+    }
+    masking.draws(Purpose::kMaskChoose, tile(n), pred, draw);
+  }
+
+  __device__ __forceinline__ void recall(int n, bool (&pred)[kTokens], uint32_t (&draw)[kTokens]) const {
+    if (n >= kCachedTiles) return make(n, pred, draw);
+    memcpy(draw, &cache().draws[n][threadIdx.x % 32], sizeof draw);
+    MTFAST_UNROLL
+    for (int t = 0; t < kTokens; ++t) pred[t] = candidates >> (n * kTokens + t) & 1;
+  }
+
+  __device__ __forceinline__ void fill_cache() {
+    // What is beyond the sequence is not read: of short ones that would be most of a tile.
+    constexpr uint32_t kWide = Tile<Id>::kWide;
+    const bool copied =
+        masking.aligned && (end + kWide - 1) / kWide * kWide <= static_cast<uint32_t>(masking.batch.total);
+    MTFAST_UNROLL
+    for (int n = 0; n < kCachedTiles; ++n) {
+      if (tile(n).first >= end) break;
+      Vector<Id>(*to)[32] = cache().ids[n];
+      if (copied) {
+        MTFAST_UNROLL
+        for (int v = 0; v < Tile<Id>::kVectors; ++v) {
+          const uint32_t first = tile(n).vector(v);
+          if (first < end) ptx::cp_async_16(&to[v][threadIdx.x % 32], masking.ids() + first);
+        }
+      } else {
+        Id id[kTokens];
+        masking.load_ids(tile(n), id);
+        MTFAST_UNROLL
+        for (int v = 0; v < Tile<Id>::kVectors; ++v)
+          memcpy(&to[v][threadIdx.x % 32], &id[v * Tile<Id>::kWide], sizeof(Vector<Id>));
+      }
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    candidates = 0;
+#pragma unroll 1
+    for (int n = 0; n < kCachedTiles && tile(n).first < end; ++n) {
+      bool pred[kTokens];
+      uint32_t draw[kTokens];
+      make(n, pred, draw);
+      memcpy(&cache().draws[n][threadIdx.x % 32], draw, sizeof draw);
+      MTFAST_UNROLL
+      for (int t = 0; t < kTokens; ++t) candidates |= uint32_t{pred[t]} << (n * kTokens + t);
+    }
+  }
+
+  // How many candidates' keys are below the cutoff.
+  __device__ __forceinline__ uint32_t count(uint64_t cutoff) const {
+    uint32_t sum = 0;
+    MTFAST_UNROLL
+    for (int n = 0; n < kCachedTiles; ++n)
+      if (tile(n).first < end) sum += count_of(n, cutoff);
+#pragma unroll 1
+    for (int n = kCachedTiles; tile(n).first < end; ++n) sum += count_of(n, cutoff);
+    sum = warp_sum(sum);
+    if (warps == 1) return sum;
+    if (threadIdx.x % 32 == 0) shared->sum[warp] = sum;
+    __syncthreads();
+    sum = 0;
+    MTFAST_UNROLL
+    for (int w = 0; w < kExactWarps; ++w) sum += shared->sum[w];
+    __syncthreads();
+    return sum;
+  }
+  __device__ __forceinline__ uint32_t count_of(int n, uint64_t cutoff) const {
+    bool pred[kTokens];
+    uint32_t draw[kTokens], sum = 0;
+    recall(n, pred, draw);
+    MTFAST_UNROLL
+    for (int t = 0; t < kTokens; ++t) sum += pred[t] && key(draw[t], tile(n).token(t)) < cutoff;
+    return sum;
+  }
+
+  // A cutoff below which as many keys are as are to be chosen. Draws are uniform, so that a few guesses find
+  // one: where it would be if the keys between the two bounds lay evenly. Every fourth guess is the middle,
+  // for draws that are not.
+  __device__ __forceinline__ uint64_t find_cutoff() const {
+    uint64_t low = 0, high = kEverything;
+    uint32_t below_low = 0, below_high = count(high);
+    const uint32_t wanted = static_cast<uint32_t>(exact_count(masking.options.mlm_probability, below_high));
+#pragma unroll 1
+    for (int guess = 1; below_high != wanted; ++guess) {
+      const uint64_t span = high - low;
+      const float share = __fdividef(static_cast<float>(wanted - below_low) + 0.5f,
+                                     static_cast<float>(below_high - below_low + 1));
+      const uint64_t step = guess % 4 ? static_cast<uint64_t>(static_cast<float>(span) * share) : span / 2;
+      const uint64_t pivot = low + max(uint64_t{1}, min(step, span - 1));
+      const uint32_t below = count(pivot);
+      if (below < wanted) {
+        low = pivot;
+        below_low = below;
+      } else {
+        high = pivot;
+        below_high = below;
+      }
+    }
+    return high;
+  }
+
+  __device__ __forceinline__ void mask() {
+    fill_cache();
+    const uint64_t cutoff = find_cutoff();
+#pragma unroll 1
+    for (int n = 0; tile(n).first < end; ++n) {
+      Id id[kTokens];
+      bool pred[kTokens];
+      uint32_t draw[kTokens];
+      ids_of(n, id);
+      if (kWords)
+        masking.ordinary(id, pred);
+      else
+        recall(n, pred, draw);
+      MTFAST_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        const uint32_t i = tile(n).token(t);
+        if (kWords)
+          pred[t] = pred[t] && i >= begin && i < end && masking.word_chosen(i, begin, cutoff);
+        else
+          pred[t] &= key(draw[t], i) < cutoff;
+      }
+      masking.write(tile(n), begin, end, id, pred);
+    }
+  }
 };
 
-// One warp: the bin that holds the `remaining`-th smallest, and which of that bin it is.
-__device__ __forceinline__ void find_bin(Selection* selection) {
-  const int lane = static_cast<int>(threadIdx.x);
-  constexpr int kEach = kBins / 32;
-  const uint32_t remaining = selection->remaining;
-  uint32_t sum = 0;
-  for (int b = 0; b < kEach; ++b) sum += selection->bins[lane * kEach + b];
-  uint32_t before = warp_inclusive_sum(sum) - sum;
-  __syncwarp();
-  if (before >= remaining || before + sum < remaining) return;
-  for (int b = lane * kEach;; ++b) {
-    const uint32_t here = selection->bins[b];
-    if (before + here >= remaining) {
-      selection->digit = static_cast<uint32_t>(b);
-      selection->remaining = remaining - before;
-      return;
-    }
-    before += here;
+// Each block has `each` sequences.
+template <class Id, bool kWords>
+__global__ void __launch_bounds__(32 * kExactWarps, kWords ? 6 : 8)
+    exact(Batch batch, Options options, Id* output, Id* labels, bool aligned, int each) {
+  const Masking<Id> masking{batch, options, output, labels, aligned};
+  const uint32_t warp = threadIdx.x / 32;
+  if (blockIdx.x == 0) {
+    // Of tokens before the first sequence and after the last one there should be none.
+    masking.keep(0, masking.bound(0));
+    masking.keep(masking.bound(batch.sequences), static_cast<uint32_t>(batch.total));
+    __syncthreads();
+  }
+  for (int n = 0; n < each; ++n) {
+    const int64_t s = int64_t{blockIdx.x} * each + n;
+    if (s >= batch.sequences) return;
+    const uint32_t begin = masking.bound(s), end = masking.bound(s + 1);
+    if (begin >= end) continue;
+    const bool fits = end - (begin & ~3u) <= kCachedTiles * kTile;
+    if (fits && n != static_cast<int>(warp)) continue;
+    Sequence<Id, kWords> sequence{
+        masking, shared_memory<Shared<Id>>(), begin, end, fits ? 1u : kExactWarps, fits ? 0 : warp, 0};
+    sequence.mask();
   }
 }
 
 template <class Id, bool kWords>
-__global__ void __launch_bounds__(kExactThreads, 8)
-    exact(Batch batch, Options options, Id* output, Id* labels, int cached) {
-  Selection* selection = shared_memory<Selection>();
-  uint32_t* cache = reinterpret_cast<uint32_t*>(selection + 1);
-  const Tokens<Id> tokens{batch, options};
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t sequence = blockIdx.x;
-  // Tokens before the first sequence and after the last one, of which there should be none, stay as they are.
-  const auto pass = [&](int64_t first, int64_t past) {
-    for (int64_t i = first + thread; i < past; i += kExactThreads) {
-      output[i] = static_cast<Id>(tokens.id(i));
-      labels[i] = static_cast<Id>(-100);
-    }
-  };
-  if (sequence == 0) pass(0, tokens.bound(0));
-  if (sequence + 1 >= batch.sequences) pass(tokens.bound(batch.sequences), batch.total);
-  if (sequence >= batch.sequences) return;
-  const int64_t begin = tokens.bound(sequence), end = tokens.bound(sequence + 1);
-  if (begin >= end) return;
-  Draws choose(options.seed, Purpose::kMaskChoose);
-  Draws replace(options.seed, Purpose::kMaskReplace);
-  const auto draw_of = [&](int64_t i) {
-    return i - begin < cached ? cache[i - begin] : choose(tokens.position(i));
-  };
-  const auto candidate = [&](int64_t i) {
-    return tokens.ordinary(tokens.id(i)) && !(kWords && tokens.goes_on(i, begin));
-  };
-  // Every thread takes four neighbours at a time: with default positions they share a Philox call.
-  const auto for_tokens = [&](auto f) {
-    for (int64_t group = (begin >> 2) + thread; 4 * group < end; group += kExactThreads)
-      for (int64_t i = 4 * group; i < 4 * group + 4; ++i)
-        if (i >= begin && i < end) f(i);
-  };
-
-  if (thread == 0) selection->candidates = 0;
-  __syncthreads();
-  uint32_t count = 0;
-  for_tokens([&](int64_t i) {
-    if (i - begin < cached) cache[i - begin] = choose(tokens.position(i));
-    count += candidate(i);
-  });
-  count = warp_sum(count);
-  if (thread % 32 == 0) atomicAdd(&selection->candidates, count);
-  __syncthreads();
-  if (thread == 0)
-    selection->remaining = static_cast<uint32_t>(exact_count(options.mlm_probability, selection->candidates));
-
-  // The digits of the largest chosen draw, from the highest on; afterwards `remaining` of the draws equal to
-  // it are chosen, the first ones.
-  uint32_t cutoff = 0;
-  const bool none = selection->candidates == 0;
-  for (int shift = 24; shift >= 0 && !none; shift -= 8) {
-    for (int b = thread; b < kBins; b += kExactThreads) selection->bins[b] = 0;
-    __syncthreads();
-    for_tokens([&](int64_t i) {
-      if (!candidate(i)) return;
-      const uint32_t draw = draw_of(i);
-      if ((uint64_t{draw} >> (shift + 8)) == (uint64_t{cutoff} >> (shift + 8)))
-        atomicAdd(&selection->bins[draw >> shift & (kBins - 1)], 1u);
-    });
-    __syncthreads();
-    if (thread < 32) find_bin(selection);
-    __syncthreads();
-    cutoff |= selection->digit << shift;
+int launch_kernel(const Batch& batch, const Options& options, bool is_exact, Id* output, Id* labels,
+                  void* stream) {
+  const bool aligned = on_16_bytes(batch.input_ids) && on_16_bytes(output) && on_16_bytes(labels);
+  if (is_exact) {
+    // Without a sync the longest packed sequence is unknown; where they are long, each is to have a block.
+    const int64_t sequences = batch.sequences > 0 ? batch.sequences : 1;
+    const int each = batch.total / sequences > kCachedTiles * kTile ? 1 : kExactWarps;
+    const dim3 grid(static_cast<unsigned>((sequences + each - 1) / each)), threads(32 * kExactWarps);
+    return MTFAST_LAUNCH(grid, threads, sizeof(Shared<Id>), stream, (exact<Id, kWords>), batch, options,
+                         output, labels, aligned, each);
   }
-  const auto chosen = [&](int64_t i) {  // for a candidate
-    const uint32_t draw = draw_of(i);
-    if (draw != cutoff) return draw < cutoff;
-    uint32_t before = 0;
-    for (int64_t j = begin; j < i; ++j) before += candidate(j) && draw_of(j) == cutoff;
-    return before < selection->remaining;
-  };
-  for_tokens([&](int64_t i) {
-    const int64_t id = tokens.id(i);
-    const bool is_chosen = !none && tokens.ordinary(id) && chosen(kWords ? tokens.word_start(i, begin) : i);
-    labels[i] = is_chosen ? static_cast<Id>(id) : static_cast<Id>(-100);
-    output[i] = is_chosen ? static_cast<Id>(replacement(options, replace(tokens.position(i)), id))
-                          : static_cast<Id>(id);
-  });
+  const int64_t each = kBernoulliTiles * kTokens * kBernoulliThreads;
+  const dim3 grid(static_cast<unsigned>((batch.total + each - 1) / each)), threads(kBernoulliThreads);
+  return MTFAST_LAUNCH(grid, threads, 0, stream, (bernoulli<Id, kWords>), batch, options, output, labels,
+                       aligned);
 }
 
-bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 template <class Id>
-int launch(const Batch& batch, const Options& options, bool is_exact, Id* output, Id* labels, void* stream) {
-  if (is_exact) {
-    // Without a sync the longest packed sequence is unknown: draws beyond the cache are made again when
-    // needed.
-    const int64_t sequences = batch.sequences > 0 ? batch.sequences : 1;
-    const int64_t longest = batch.cu_seqlens ? 4 * (batch.total / sequences + 1) : batch.row_length;
-    const int64_t cached = longest < kMostCachedDraws ? longest : kMostCachedDraws;
-    const size_t bytes = sizeof(Selection) + static_cast<size_t>(cached) * sizeof(uint32_t);
-    const dim3 grid(static_cast<unsigned>(sequences));
-    if (batch.subword)
-      return MTFAST_LAUNCH(grid, dim3(kExactThreads), bytes, stream, (exact<Id, true>), batch, options,
-                           output, labels, static_cast<int>(cached));
-    return MTFAST_LAUNCH(grid, dim3(kExactThreads), bytes, stream, (exact<Id, false>), batch, options, output,
-                         labels, static_cast<int>(cached));
-  }
-  const bool aligned = aligned_to_16(batch.input_ids) && aligned_to_16(batch.positions) &&
-                       aligned_to_16(output) && aligned_to_16(labels);
-  const int64_t each = 4 * kBernoulliThreads;
-  const dim3 grid(static_cast<unsigned>((batch.total + each - 1) / each)), threads(kBernoulliThreads);
-  if (batch.subword)
-    return MTFAST_LAUNCH(grid, threads, 0, stream, (bernoulli<Id, true, true>), batch, options, output,
-                         labels, aligned);
-  if (batch.positions)
-    return MTFAST_LAUNCH(grid, threads, 0, stream, (bernoulli<Id, true, false>), batch, options, output,
-                         labels, aligned);
-  return MTFAST_LAUNCH(grid, threads, 0, stream, (bernoulli<Id, false, false>), batch, options, output,
-                       labels, aligned);
+int launch(const Batch& batch, const Options& options, bool is_exact, void* output, void* labels,
+           void* stream) {
+  const auto run = batch.subword ? launch_kernel<Id, true> : launch_kernel<Id, false>;
+  return run(batch, options, is_exact, static_cast<Id*>(output), static_cast<Id*>(labels), stream);
 }
 
 }  // namespace
@@ -307,9 +289,6 @@ extern "C" int mtfast_mask_tokens(const mtfast::mask_tokens::Batch* batch,
                                   void* output_ids, void* labels, void* stream) {
   using namespace mtfast::mask_tokens;
   if (batch->total == 0) return 0;
-  if (id_bytes == 8)
-    return launch(*batch, *options, exact != 0, static_cast<int64_t*>(output_ids),
-                  static_cast<int64_t*>(labels), stream);
-  return launch(*batch, *options, exact != 0, static_cast<int32_t*>(output_ids),
-                static_cast<int32_t*>(labels), stream);
+  const auto run = id_bytes == 8 ? launch<int64_t> : launch<int32_t>;
+  return run(*batch, *options, exact != 0, output_ids, labels, stream);
 }

@@ -20,6 +20,8 @@ AttentionTensor layout(const char* op, const char* name, const Tensor& x, int64_
         " must be contiguous, its stride is ", x.numel() ? x.stride(2) : 0);
   check(!kCuda || x.numel() == 0 || on_16_bytes(x), op, ": every row of ", name,
         " must begin at a multiple of 16 bytes: pass ", name, ".clone()");
+  check(!kCuda || x.numel() == 0 || x.stride(0) <= INT32_MAX, op, ": the rows of ", name,
+        " must be less than 2^31 elements apart, found ", x.stride(0));
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
 }
 
@@ -85,14 +87,20 @@ void in_slots(int64_t slots, void (*body)(int64_t, void*), void* context) {
   });
 }
 
+// Whether CUDA takes it row by row, without tensor cores.
+[[maybe_unused]] bool by_rows(const AttentionShape& shape, bool cls) {
+  return cls || shape.dtype == Dtype::kFloat32;
+}
+
 template <bool kCuda>
 void launch(const char* op, const AttentionForward& args, bool cls, const Tensor& like) {
   if (like.numel() == 0 && args.shape.sequences == 0) return;
   if constexpr (kCuda) {
 #ifdef MTFAST_WITH_CUDA
     const OnDeviceOf device(like);
-    check_launch(op, (cls ? mtfast_packed_attention_cls_forward : mtfast_packed_attention_forward)(
-                         &args, device.stream()));
+    check_launch(op, by_rows(args.shape, cls)
+                         ? mtfast_packed_attention_rows_forward(&args, cls, device.stream())
+                         : mtfast_packed_attention_forward(&args, device.stream()));
 #endif
   } else {
     packed_attention_forward_cpu(args, cls, torch::stable::get_num_threads(), in_slots);
@@ -105,12 +113,14 @@ void launch(const char* op, const AttentionBackward& args, bool cls, const Tenso
   if constexpr (kCuda) {
 #ifdef MTFAST_WITH_CUDA
     const OnDeviceOf device(like);
-    if (cls) return check_launch(op, mtfast_packed_attention_cls_backward(&args, device.stream()));
     const AttentionShape& shape = args.shape;
-    const int64_t rows = shape.max_seqlen > attention_piece(shape.dtype, shape.head_dim) ? shape.total : 0;
-    const Tensor delta = torch::stable::new_empty(like, {shape.heads, rows}, ScalarType::Float);
-    check_launch(op, mtfast_packed_attention_backward(&args, static_cast<float*>(delta.mutable_data_ptr()),
-                                                      device.stream()));
+    const bool rows = by_rows(shape, cls);
+    const bool needs_delta = !cls && (rows || shape.max_seqlen > kOnePassTokens);
+    const Tensor scratch =
+        torch::stable::new_empty(like, {shape.heads, needs_delta ? shape.total : 0}, ScalarType::Float);
+    float* delta = static_cast<float*>(scratch.mutable_data_ptr());
+    check_launch(op, rows ? mtfast_packed_attention_rows_backward(&args, cls, delta, device.stream())
+                          : mtfast_packed_attention_backward(&args, delta, device.stream()));
 #endif
   } else {
     packed_attention_backward_cpu(args, cls, torch::stable::get_num_threads(), in_slots);

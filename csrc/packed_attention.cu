@@ -1,138 +1,224 @@
-// Packed attention, forward.
-#include "packed_attention.cuh"
+// Packed attention on tensor cores, forward, for 16-bit elements.
+//
+// Floor: q, k and v are read and out and the statistics written once, (4 * 2 * head_dim + 8) bytes a token
+// and head; products are 4 * length * head_dim FLOP, which the bytes outweigh up to lengths of about 400 on
+// an H100. Sequences of up to 32 tokens are a copy with a little arithmetic inside: a warp takes one sequence
+// and head, alone, with no barrier but its own, so that many of them on a multiprocessor keep loads under
+// way. Longer ones are bound by issue, of dropout's integer arithmetic before all: a block holds keys and
+// values of a whole sequence in shared memory, so that each is read once, and its warps take 16 queries at a
+// time; 4 warps up to 128 tokens, where many blocks are what fills a multiprocessor, and 16 beyond.
+#include "packed_attention_blocks.cuh"
 
 namespace mtfast::attention {
 namespace {
 
-// A strip's softmax so far: of rows g and g + 8, in powers of two.
-template <int kDim>
-struct Softmax {
-  Result16<kDim> out;
-  float most[2] = {kLowest, kLowest};
-  float weight[2] = {0.0f, 0.0f};
+constexpr int kShortTokens = 32;
 
-  // scores of 16 keys, of which `keys` exist
-  template <class T>
-  __device__ __forceinline__ void add(Piece16& x, int keys, float scale, const Dropout& dropout, int row,
-                                      int column, const Tile<T, kDim>& v, int v_row, float* scratch) {
+// 16 queries' softmax so far, in powers of two; of rows g and g + 8.
+template <class T, int kDim>
+struct OnlineSoftmax {
+  Accumulators<kDim> out = {};
+  float row_max[2] = {kLowest, kLowest}, row_sum[2] = {};
+
+  // With rows [from, to) of the tiles, whose row 0 is row `place` of the sequence.
+  __device__ __forceinline__ void attend(const RowFrags<kDim>& q, const Tile<T, kDim>& k,
+                                         const Tile<T, kDim>& v, int from, int to, int place, float scale,
+                                         const Dropout& dropout, int draw_row) {
+    int key = from;
+    MTFAST_NO_UNROLL
+    for (; key + 16 < to; key += 32) step<2>(q, k, v, key, to, place, scale, dropout, draw_row);
+    if (key < to) step<1>(q, k, v, key, to, place, scale, dropout, draw_row);
+  }
+
+  // With kTiles times 16 keys from row `key` of the tiles on, of which those before `to` exist.
+  template <int kTiles>
+  __device__ __forceinline__ void step(const RowFrags<kDim>& q, const Tile<T, kDim>& k,
+                                       const Tile<T, kDim>& v, int key, int to, int place, float scale,
+                                       const Dropout& dropout, int draw_row) {
     const int t = lane_index() & 3;
-    float top[2] = {most[0], most[1]};
+    Scores x[kTiles];
+    float top[2] = {row_max[0], row_max[1]};
     MTFAST_UNROLL
-    for (int n = 0; n < 2; ++n) MTFAST_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      x[n][j] = 8 * n + 2 * t + (j & 1) < keys ? __fmul_rn(x[n][j], scale) : minus_infinity();
-      top[j >> 1] = fmaxf(top[j >> 1], x[n][j]);
+    for (int i = 0; i < kTiles; ++i) multiply<T, kDim>(x[i], q, k, key + 16 * i);
+    MTFAST_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+      MTFAST_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        MTFAST_UNROLL
+        for (int j = 0; j < 4; ++j) x[i][n][j] = __fmul_rn(x[i][n][j], scale);
+      }
     }
+    if (key + 16 * kTiles > to) {
+      constexpr int kLast = kTiles - 1;
+      MTFAST_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        MTFAST_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const bool exists = key + 16 * kLast + 8 * n + 2 * t + (j & 1) < to;
+          x[kLast][n][j] = exists ? x[kLast][n][j] : minus_infinity();
+        }
+      }
+    }
+    MTFAST_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+      MTFAST_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        MTFAST_UNROLL
+        for (int j = 0; j < 4; ++j) top[j >> 1] = fmaxf(top[j >> 1], x[i][n][j]);
+      }
+    }
+    raise_max(top, place + key == 0);
+    MTFAST_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+      Philox4 draws = {};
+      if (dropout.any()) draws = dropout.draws(draw_row, place + key + 16 * i, t);
+      MTFAST_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        MTFAST_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const float weight = ptx::exp2_approx(x[i][n][j] - row_max[j >> 1]);
+          row_sum[j >> 1] += weight;
+          x[i][n][j] = dropout.keeps(draws.word[2 * n + j / 2], j % 2) ? weight : 0.0f;
+        }
+      }
+      Frag weights;
+      to_frag<T>(weights, x[i][0], x[i][1]);
+      add_product<T, kDim>(out, weights, v, key + 16 * i);
+    }
+  }
+
+  // To `top`, over the lanes of a row; what there is so far, if it is not the first, is scaled down.
+  __device__ __forceinline__ void raise_max(float (&top)[2], bool is_first) {
     MTFAST_UNROLL
     for (int r = 0; r < 2; ++r) {
       top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], 1));
       top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], 2));
     }
-    if (__any_sync(kAllLanes, top[0] > most[0] || top[1] > most[1])) {
-      const float upper = ptx::exp2_approx(most[0] - top[0]), lower = ptx::exp2_approx(most[1] - top[1]);
-      out.scale(upper, lower);
-      weight[0] *= upper;
-      weight[1] *= lower;
-      most[0] = top[0];
-      most[1] = top[1];
-    }
-    MTFAST_UNROLL
-    for (int n = 0; n < 2; ++n) MTFAST_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      x[n][j] = ptx::exp2_approx(x[n][j] - most[j >> 1]);
-      weight[j >> 1] += x[n][j];
-    }
-    if (dropout.threshold) {
-      const uint32_t kept = dropout.kept(row, column);
+    if (!is_first && __any_sync(kAllLanes, top[0] > row_max[0] || top[1] > row_max[1])) {
+      float factor[2];
       MTFAST_UNROLL
-      for (int n = 0; n < 2; ++n) MTFAST_UNROLL
-      for (int j = 0; j < 4; ++j) x[n][j] = kept >> (4 * n + j) & 1 ? x[n][j] : 0.0f;
+      for (int r = 0; r < 2; ++r) {
+        factor[r] = ptx::exp2_approx(row_max[r] - top[r]);
+        row_sum[r] *= factor[r];
+      }
+      scale_rows<kDim>(out, factor);
     }
-    add_product<T, kDim>(out, x, v, v_row, scratch);
+    row_max[0] = top[0];
+    row_max[1] = top[1];
+  }
+
+  // Of rows from `first` on, of which `count` exist.
+  __device__ __forceinline__ void store(const AttentionForward& args, const HeadRows<T>& to, int head,
+                                        int first, int count, const Tile<T, kDim>& scratch) {
+    const int g = lane_index() >> 2, t = lane_index() & 3;
+    float factor[2];
+    MTFAST_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      row_sum[r] = warp_sum<4>(row_sum[r]);
+      factor[r] = __fdividef(keep_scale(args.shape), row_sum[r]);
+      if (t == 0 && g + 8 * r < count) {
+        Statistics::store(args.stats, head * args.shape.total + first + g + 8 * r, row_max[r], row_sum[r]);
+      }
+    }
+    scale_rows<kDim>(out, factor);
+    store_rows<T, kDim>(to, first, count, out, scratch);
   }
 };
 
-// Blocks on an SM at a time: as many as their registers allow without a spill, since loads are what they wait
-// for.
-template <int kDim, bool kShortOnly>
-constexpr int blocks_together() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return kDim == 32 ? 5 : kDim == 64 ? (kShortOnly ? 5 : 4) : (kShortOnly ? 4 : 3);
-#else
-  return kDim == 32 ? 4 : kDim == 64 && kShortOnly ? 4 : 3;
-#endif
+template <class T, int kDim>
+__global__ void __launch_bounds__(32, kDim == 128 ? 8 : 16) forward_short_kernel(AttentionForward args) {
+  constexpr int kRows = kShortTokens * Tile<T, kDim>::kRowBytes;
+  const int head = static_cast<int>(blockIdx.x);
+  const Sequence sequence(args.shape, blockIdx.z * gridDim.y + blockIdx.y);
+  const int begin = sequence.begin, length = sequence.length, padded = (length + 15) / 16 * 16;
+  ptx::let_next_begin();
+  if (is_last_block()) ptx::wait_for_previous();
+  if (length == 0 || length > kShortTokens) return;
+  unsigned char* memory = shared_memory<unsigned char>();
+  const Tile<T, kDim> k(memory), v(memory + kRows), scratch(memory + 2 * kRows);
+  copy_rows<32>(k, HeadRows<T>(args.k, head), begin, padded, length);
+  copy_rows<32>(v, HeadRows<T>(args.v, head), begin, padded, length);
+  ptx::cp_async_commit();
+  const HeadRows<T> queries(args.q, head);
+  RowFrags<kDim> q;
+  read_frags<T, kDim>(q, queries, begin, length);
+  const Dropout dropout(args.shape, head);
+  const float scale = log2_scale(args.shape);
+  ptx::cp_async_wait<0>();
+  __syncwarp();
+  MTFAST_NO_UNROLL
+  for (int row = 0; row < length; row += 16) {
+    OnlineSoftmax<T, kDim> softmax;
+    softmax.attend(q, k, v, 0, length, 0, scale, dropout, begin + row + (lane_index() >> 2));
+    if (row + 16 < length) read_frags<T, kDim>(q, queries, begin + row + 16, length - row - 16);
+    softmax.store(args, {args.out, head}, head, begin + row, length - row, scratch);
+  }
 }
 
-template <class T, int kDim, bool kShortOnly>
-__global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kShortOnly>()))
-    forward_kernel(AttentionForward args) {
-  unsigned char* shared = shared_memory<unsigned char>();
-  using L = Launch<T, kDim>;
-  const Tile<T, kDim> q{reinterpret_cast<T*>(shared)}, k{reinterpret_cast<T*>(shared + L::kTile)},
-      v{reinterpret_cast<T*>(shared + 2 * L::kTile)};
-  Plan& plan = *reinterpret_cast<Plan*>(shared + 3 * L::kTile);
-  float* scratch =
-      reinterpret_cast<float*>(shared + 3 * L::kTile + L::kPlan) + warp_index() * kScratchPerWarp;
-  const AttentionShape& shape = args.shape;
-  const int heads = static_cast<int>(shape.heads), head = static_cast<int>(blockIdx.x) % heads;
-  const int window = static_cast<int>(blockIdx.x) / heads * L::kWindow;
-  const int sequences = static_cast<int>(shape.sequences), total = static_cast<int>(shape.total);
-  const float scale = log2_scale(shape);
-  const Dropout dropout(shape, head);
-  const int warp = warp_index(), g = lane_index() >> 2, t = lane_index() & 3;
-
-  int cursor = warp == 0 ? max(lower_bound(shape.cu_seqlens, sequences, window) - 1, 0) : 0;
-  for (;;) {
-    if (warp == 0)
-      make_plan<L::kPiece, Tile<T, kDim>::kMaxRows, kShortOnly>(plan, shape.cu_seqlens, sequences, total,
-                                                                window, cursor);
-    __syncthreads();
-    if (plan.strips == 0) return;
-    cursor = plan.next;
-    const bool is_long = !kShortOnly && uniform(plan.is_long);
-    const int strips = uniform(plan.strips);
-    if (is_long)
-      load_strips<T, kDim>({{q, args.q, head}}, plan);
-    else
-      load_strips<T, kDim>({{q, args.q, head}, {k, args.k, head}, {v, args.v, head}}, plan);
-    wait_for_loads();
-    // A long piece has one strip, or none, for each warp, and all warps go through its keys together.
-    for (int i = warp; i < strips || (is_long && i < kWarps); i += kWarps) {
-      const bool mine = i < strips;
-      const Strip strip = plan.strip[mine ? i : 0];
-      const int length = uniform(strip.length);
-      Rows16<T, kDim> rows(q, mine ? 16 * i : 0);
-      Softmax<kDim> softmax;
-      for (int from = 0; from < (is_long ? length : 1); from += L::kPiece) {
-        if (is_long) {
-          if (from > 0) __syncthreads();
-          load_piece<T, kDim>({{k, args.k, head}, {v, args.v, head}}, strip, from);
-          wait_for_loads();
-        }
-        const int keys = min(length - from, L::kPiece);
-        MTFAST_NO_UNROLL
-        for (int key = 0; key < keys && mine; key += 16) {
-          Piece16 x;
-          rows.times(x, k, strip.first + key);
-          softmax.template add<T>(x, keys - key, scale, dropout, strip.begin + strip.offset, from + key, v,
-                                  strip.first + key, scratch);
-        }
+template <class T, int kDim, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, (kDim == 128 ? 8 : 16) / kWarps)
+    forward_long_kernel(AttentionForward args, WorkClass of, LongPlan plan) {
+  using Keys = Resident<32 * kWarps, T, kDim>;
+  unsigned char* memory = shared_memory<unsigned char>();
+  const WorkList<kWarps> work(memory);
+  memory += WorkList<kWarps>::kBytes;
+  const Tile<T, kDim> scratch(memory + warp_index() * 16 * Tile<T, kDim>::kRowBytes);
+  const Keys keys(memory + kWarps * 16 * Tile<T, kDim>::kRowBytes, plan.resident);
+  const float scale = log2_scale(args.shape);
+  work.run(args.shape, of, [&](const Sequence& sequence, int head, int part) {
+    const int begin = sequence.begin, length = sequence.length;
+    const int first = part * plan.group, last = min(first + plan.group, length);
+    const Dropout dropout(args.shape, head);
+    const HeadRows<T> queries(args.q, head);
+    for (int base = first; base < last; base += 16 * kWarps) {
+      const int row = base + 16 * warp_index();
+      RowFrags<kDim> q;
+      if (row < last) read_frags<T, kDim>(q, queries, begin + row, length - row);
+      OnlineSoftmax<T, kDim> softmax;
+      keys.run(
+          {args.k, head}, {args.v, head}, begin, length, base == first, [](int, int) {},
+          [&](int from, int to, int place) {
+            if (row < last) {
+              softmax.attend(q, keys.a, keys.b, from, to, place, scale, dropout,
+                             begin + row + (lane_index() >> 2));
+            }
+          });
+      if (row < last) {
+        softmax.store(args, {args.out, head}, head, begin + row, length - row, scratch);
       }
-      MTFAST_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        softmax.weight[r] += __shfl_xor_sync(kAllLanes, softmax.weight[r], 1);
-        softmax.weight[r] += __shfl_xor_sync(kAllLanes, softmax.weight[r], 2);
-        const int place = strip.offset + g + 8 * r;
-        if (mine && t == 0 && place < strip.length)
-          Statistics::store(args.stats, head * shape.total + strip.begin + place, softmax.most[r],
-                            softmax.weight[r]);
-      }
-      if (mine)
-        store_strip<T, kDim>(args.out, head, strip, softmax.out, dropout.scale / softmax.weight[0],
-                             dropout.scale / softmax.weight[1]);
     }
-    __syncthreads();
-  }
+  });
+}
+
+template <class T, int kDim, int kWarps>
+int launch_long(const AttentionForward& args, int beyond, int64_t upto, bool beside, void* stream) {
+  const auto kernel = forward_long_kernel<T, kDim, kWarps>;
+  const auto bytes = [](int rows) {
+    return WorkList<kWarps>::kBytes + static_cast<size_t>(16 * kWarps + 2 * rows) * Tile<T, kDim>::kRowBytes;
+  };
+  LongPlan plan;
+  if (const int error = plan_long(plan, args.shape, upto, kernel, bytes)) return error;
+  const WorkClass of{beyond, static_cast<int>(upto), static_cast<int>((upto + plan.group - 1) / plan.group)};
+  return MTFAST_LAUNCH_BESIDE(beside, work_grid(args.shape, of), dim3(32 * kWarps), bytes(plan.resident),
+                              stream, kernel, args, of, plan);
+}
+
+template <class T>
+int launch(const AttentionForward& args, void* stream) {
+  return by_head_dim(args.shape, [&](auto dim) {
+    constexpr int kDim = dim.value;
+    constexpr size_t kBytes = (2 * kShortTokens + 16) * Tile<T, kDim>::kRowBytes;
+    const int64_t longest = args.shape.max_seqlen;
+    const auto kernel = forward_short_kernel<T, kDim>;
+    int error = 0;
+    if (longest > 128) error = launch_long<T, kDim, kDim == 128 ? 8 : 16>(args, 128, longest, false, stream);
+    if (error == 0 && longest > kShortTokens)
+      error =
+          launch_long<T, kDim, 4>(args, kShortTokens, std::min<int64_t>(longest, 128), longest > 128, stream);
+    if (error != 0) return error;
+    return MTFAST_LAUNCH_BESIDE(longest > kShortTokens, short_grid(args.shape), dim3(32), kBytes, stream,
+                                kernel, args);
+  });
 }
 
 }  // namespace
@@ -140,16 +226,8 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kShortOnly>()
 
 extern "C" int mtfast_packed_attention_forward(const mtfast::AttentionForward* args, void* stream) {
   using namespace mtfast;
-  using namespace mtfast::attention;
-  if (args->shape.total == 0 || args->shape.heads == 0) return 0;
-  return dispatch(args->shape, [&](auto element, auto dim) {
-    using L = Launch<decltype(element), dim.value>;
-    const size_t bytes = 3 * L::kTile + L::kPlan + L::kScratch;
-    const auto launch = [&](auto kernel) {
-      if (const int error = allow_shared_memory(kernel, bytes)) return error;
-      return MTFAST_LAUNCH(L::grid(args->shape), dim3(kThreads), bytes, stream, kernel, *args);
-    };
-    return args->shape.max_seqlen <= L::kPiece ? launch(forward_kernel<decltype(element), dim.value, true>)
-                                               : launch(forward_kernel<decltype(element), dim.value, false>);
-  });
+  if (args->shape.sequences == 0 || args->shape.heads == 0) return 0;
+  if (args->shape.dtype == Dtype::kBFloat16) return attention::launch<__nv_bfloat16>(*args, stream);
+  if (args->shape.dtype == Dtype::kFloat16) return attention::launch<__half>(*args, stream);
+  return static_cast<int>(cudaErrorInvalidValue);
 }

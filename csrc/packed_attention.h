@@ -15,9 +15,11 @@ struct AttentionTensor {
   int64_t head_stride = 0;
 };
 
-// Dropout: Philox 4x32-7 with key = seed and counter (row, column / 8, head, Purpose::kAttentionDropout),
-// the row counted from the begin of the packed batch and the column from the begin of its sequence, gives
-// eight 16-bit draws; column's is number column % 8. A weight is kept where its draw is at least `threshold`.
+// Dropout: a weight is kept where its 16-bit draw is at least `threshold`. One Philox call gives the eight
+// draws that a lane of a tensor core's 16 by 16 fragment holds: with key = seed and counter
+//   (begin + row / 16 * 16 + row % 8, column / 16 * 4 + column % 8 / 2, head, Purpose::kAttentionDropout),
+// where `begin` is the place of the sequence in the packed batch and row and column are counted from there,
+// that of (row, column) is half column % 2 (0 the low one) of word 2 * (column % 16 / 8) + row % 16 / 8.
 struct AttentionShape {
   const int32_t* cu_seqlens = nullptr;  // [sequences + 1]
   int64_t sequences = 0;
@@ -31,12 +33,8 @@ struct AttentionShape {
   const int64_t* seed = nullptr;  // on the tensors' device; may be null without dropout
 };
 
-// Tokens of a long sequence that a CUDA block takes at a time; sequences of at most as many are taken whole.
-// 64, but for float rows so wide that then the backward's tiles would not fit into 99 KiB, the shared memory
-// that a block has on compute capability 8.6, 8.9 and 12.x.
-constexpr int attention_piece(Dtype dtype, int64_t head_dim) {
-  return dtype == Dtype::kFloat32 && head_dim == 128 ? 32 : 64;
-}
+// The backward of 16-bit sequences of at most so many tokens is one pass on every GPU.
+constexpr int kOnePassTokens = 64;
 
 // q, out: [total, ...] or, with `cls`, [sequences, ...]: the one query of each sequence.
 // stats: [heads, rows of q, 2], float (double for kFloat64): of a row's scores in powers of two the largest,
@@ -63,10 +61,16 @@ void packed_attention_backward_cpu(const AttentionBackward& args, bool cls, int6
 
 }  // namespace mtfast
 
-// Launch functions: 0 or a cudaError_t. Every row of every tensor begins on 16 bytes. delta is scratch, float
-// [heads, total], needed where max_seqlen is more than a piece.
+// Launch functions: 0 or a cudaError_t. Every row of every tensor begins on 16 bytes. delta: float [heads,
+// total] of scratch; 16-bit batches without a sequence of more than kOnePassTokens need none.
+
+// bfloat16 and float16, on tensor cores.
 extern "C" int mtfast_packed_attention_forward(const mtfast::AttentionForward* args, void* stream);
 extern "C" int mtfast_packed_attention_backward(const mtfast::AttentionBackward* args, float* delta,
                                                 void* stream);
-extern "C" int mtfast_packed_attention_cls_forward(const mtfast::AttentionForward* args, void* stream);
-extern "C" int mtfast_packed_attention_cls_backward(const mtfast::AttentionBackward* args, void* stream);
+
+// Row by row: float32, and with `cls` every dtype, which needs no delta.
+extern "C" int mtfast_packed_attention_rows_forward(const mtfast::AttentionForward* args, int cls,
+                                                    void* stream);
+extern "C" int mtfast_packed_attention_rows_backward(const mtfast::AttentionBackward* args, int cls,
+                                                     float* delta, void* stream);

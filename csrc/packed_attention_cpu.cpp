@@ -43,7 +43,7 @@ struct Buffers {
     v = arena.take<C>(L * D);
     p = arena.take<C>(R * L);
     out = arena.take<C>(R * D);
-    draws = arena.take<uint16_t>(R * (L + 16) + 8 * kLanes);
+    draws = arena.take<uint16_t>(R * L);
     if (!backward) return;
     vt = arena.take<C>(L * D);
     dout = arena.take<C>(R * D);
@@ -114,7 +114,7 @@ struct Forward {
       gather<T, C>(b.q, args.q, at.begin + r, rows, M, head, D, static_cast<C>(shape.softmax_scale * kLog2E));
       multiply<isa>(M, at.lanes, D, b.q, D, b.kt, at.lanes, b.p, at.lanes);
       int64_t pitch = 0;
-      if (shape.threshold) pitch = draw<isa>(b.draws, *shape.seed, head, at.begin + r, rows, at.length);
+      if (shape.threshold) pitch = draw<isa>(b.draws, *shape.seed, head, at.begin, r, rows, at.length);
       for (int64_t i = 0; i < rows; ++i)
         softmax(b.p + i * at.lanes, at.lanes, last, b.draws + i * pitch, shape, stats + 2 * (r + i));
       multiply<isa>(M, D, at.length, b.p, at.lanes, b.v, D, b.out, D);
@@ -170,7 +170,7 @@ struct Backward {
       multiply<isa>(M, at.lanes, D, b.q, D, b.kt, at.lanes, b.p, at.lanes);
       multiply<isa>(M, at.lanes, D, b.dout, D, b.vt, at.lanes, b.dp, at.lanes);
       int64_t pitch = 0;
-      if (shape.threshold) pitch = draw<isa>(b.draws, *shape.seed, head, at.begin + r, rows, at.length);
+      if (shape.threshold) pitch = draw<isa>(b.draws, *shape.seed, head, at.begin, r, rows, at.length);
       for (int64_t i = 0; i < rows; ++i)
         differentiate(b.p + i * at.lanes, b.dp + i * at.lanes, at.lanes, last, b.draws + i * pitch, shape);
       multiply<isa, true>(at.tiles, D, rows, b.p, at.lanes, b.dout, D, b.dv, D, r > 0);
@@ -243,7 +243,7 @@ struct ForwardCls {
       gather<T, C>(b.q, args.q, sequence, 1, 1, head, D, static_cast<C>(shape.softmax_scale * kLog2E));
       for (int64_t j = 0; j < at.lanes; ++j)
         b.p[j] = j < at.length ? dot(row_of<const T>(args.k, at.begin + j, head), b.q, D) : C{0};
-      if (shape.threshold) draw<isa>(b.draws, *shape.seed, head, at.begin, 1, at.length);
+      if (shape.threshold) draw<isa>(b.draws, *shape.seed, head, at.begin, 0, 1, at.length);
       Forward<T, C>::softmax(b.p, at.lanes, last_lanes<C>(at), b.draws, shape, stats);
       for (int64_t j = 0; j < at.length; ++j)
         add_scaled(b.out, row_of<const T>(args.v, at.begin + j, head), b.p[j], D);
@@ -270,7 +270,7 @@ struct BackwardCls {
         b.p[j] = exists ? dot(row_of<const T>(args.k, at.begin + j, head), b.q, D) : C{0};
         b.dp[j] = exists ? dot(row_of<const T>(args.v, at.begin + j, head), b.dout, D) : C{0};
       }
-      if (shape.threshold) draw<isa>(b.draws, *shape.seed, head, at.begin, 1, at.length);
+      if (shape.threshold) draw<isa>(b.draws, *shape.seed, head, at.begin, 0, 1, at.length);
       Backward<T, C>::differentiate(b.p, b.dp, at.lanes, last_lanes<C>(at), b.draws, shape);
       for (int64_t j = 0; j < at.length; ++j) {
         add_scaled(b.out, row_of<const T>(args.k, at.begin + j, head), b.dp[j], D);

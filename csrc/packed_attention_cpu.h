@@ -142,36 +142,49 @@ MTFAST_INLINE void multiply(int64_t M, int64_t N, int64_t K, const C* a, int64_t
 
 // ---- dropout ----
 
-// Draws of rows [row, row + rows) of the batch and columns [0, columns) of the sequence: that of (row + i, j)
-// is draws[i * result + j].
+// Draws of rows [row, row + rows) of the sequence at `begin`, `row` a multiple of 16, and of columns
+// [0, columns): that of (row + i, j) is draws[i * result + j]. The four calls of a row and sixteen columns
+// lie in neighbouring lanes, so that each of their words is eight columns of one row. Fills whole groups of
+// 16 by 16, but no rows that do not exist, of 8 in a strip.
 template <Isa isa>
-MTFAST_INLINE int64_t draw(uint16_t* draws, uint64_t seed, int64_t head, int64_t row, int64_t rows,
-                           int64_t columns) {
-  const int64_t groups = (columns + 7) / 8, calls = rows * groups;
-  uint32_t next_row = static_cast<uint32_t>(row), next_group = 0;
-  for (int64_t call = 0; call < calls; call += kLanes) {
-    alignas(64) uint32_t row_of_call[kLanes], group_of_call[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      row_of_call[i] = next_row;
-      group_of_call[i] = next_group;
-      if (++next_group == groups) next_group = 0, ++next_row;
+MTFAST_INLINE int64_t draw(uint16_t* draws, uint64_t seed, int64_t head, int64_t begin, int64_t row,
+                           int64_t rows, int64_t columns) {
+  const int64_t pitch = round_up(columns, 16);
+  int64_t at = 0, column = 0;  // of the next four calls: the upper of their two rows, and the first column
+  while (at < rows) {
+    alignas(64) uint32_t row_of_call[kLanes], pair_of_call[kLanes];
+    uint16_t* to[4];
+    bool lower[4];
+    int quads = 0;
+    for (int quad = 0; quad < 4; ++quad) {
+      for (int t = 0; t < 4; ++t) {
+        row_of_call[4 * quad + t] = static_cast<uint32_t>(begin + row + at);
+        pair_of_call[4 * quad + t] = static_cast<uint32_t>(column / 4 + t);
+      }
+      to[quad] = draws + at * pitch + column;
+      lower[quad] = at + 8 < rows;
+      quads += at < rows;
+      column += 16;
+      if (column == pitch) {
+        column = 0;
+        at += at % 8 == 7 ? 9 : 1;
+      }
     }
     u32x16 c0, c1, words[4];
     std::memcpy(&c0, row_of_call, sizeof c0);
-    std::memcpy(&c1, group_of_call, sizeof c1);
+    std::memcpy(&c1, pair_of_call, sizeof c1);
     philox16<isa>(seed, c0, c1, static_cast<uint32_t>(head), Purpose::kAttentionDropout, words);
-    // From word by word to call by call.
-    const u32x16 first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, second = first + 8;
-    const u64x8 even = {0, 8, 1, 9, 2, 10, 3, 11}, odd = even + 4;
-    for (int half = 0; half < 2; ++half) {
-      const u32x16 order = half ? second : first;
-      const u64x8 low = reinterpret_cast<u64x8>(__builtin_shuffle(words[0], words[1], order));
-      const u64x8 high = reinterpret_cast<u64x8>(__builtin_shuffle(words[2], words[3], order));
-      const u64x8 calls_of[2] = {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, odd)};
-      std::memcpy(draws + (call + half * 8) * 8, calls_of, sizeof calls_of);
+    const char* quad_of[4];
+    for (int w = 0; w < 4; ++w) quad_of[w] = reinterpret_cast<const char*>(words + w);
+    for (int quad = 0; quad < quads; ++quad) {
+      std::memcpy(to[quad], quad_of[0] + 16 * quad, 16);
+      std::memcpy(to[quad] + 8, quad_of[2] + 16 * quad, 16);
+      if (!lower[quad]) continue;
+      std::memcpy(to[quad] + 8 * pitch, quad_of[1] + 16 * quad, 16);
+      std::memcpy(to[quad] + 8 * pitch + 8, quad_of[3] + 16 * quad, 16);
     }
   }
-  return groups * 8;
+  return pitch;
 }
 
 // Of sixteen 16-bit draws: `scale` where kept, 0 where the draw is below the threshold.

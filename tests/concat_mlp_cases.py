@@ -159,6 +159,25 @@ def check_random_cases(
             assert e.numbers < 8 or e.ours <= limit, f"{name}, {e}: more than {limit:.3g}"
 
 
+def check_sums(run: Run, batch: int, device: str = "cpu") -> None:
+    """Sums over rows are off by at most twice what rounding them to float32 costs; dbias2 by only that.
+
+    The hidden layer is all ones and each of its columns goes to one output, so that every term is one of dy's
+    numbers.
+    """
+    inner, outputs = 24, 8
+    dy = torch.rand(batch, outputs, generator=torch.Generator().manual_seed(batch))
+    weight2 = torch.eye(outputs).repeat(1, inner // outputs)
+    shapes = (batch, 1), (batch, 1), (inner, 2)
+    operands = [*(torch.zeros(shape) for shape in shapes), torch.ones(inner), weight2, torch.zeros(outputs)]
+    *_, dbias1, dweight2, dbias2 = run(cast(operands, torch.float32, device), dy.to(device))
+    truth = dy.double().sum(0)
+    rounding = (truth.float() - truth).norm()
+    assert torch.equal(dbias2.cpu(), truth.float())
+    for sums in (dbias1.cpu()[:outputs], dweight2.cpu()[:, 0]):
+        assert (sums - truth).norm() <= 2 * rounding
+
+
 def check_dropout(run: Run, dropout_p: float, seed: int, device: str = "cpu") -> None:
     """Forward and backward drop what the reference says, as often as they should.
 

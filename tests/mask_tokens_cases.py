@@ -83,6 +83,45 @@ def check_against_the_reference(mask: Mask, numbers: Iterable[int]) -> None:
         assert_same(mask(ids, **options), mask_tokens_ref(ids, **options), what)
 
 
+TILE = 128  # what a warp of the kernels takes at a time; they keep four of them
+
+
+def check_lengths_around_tiles(mask: Mask) -> None:
+    """Bit for bit the reference's, short and long, empty and full sequences side by side."""
+    around = [n * TILE + d for n in (1, 4) for d in (-1, 0, 1)]
+    packed = ([3, 0, *around, 0, 0, 1, 2, 700, 20], [0, 9, *reversed(around), 5], [4 * 4 * TILE + 50, 0, 600])
+    torch.manual_seed(6)
+    subword = torch.rand(30522) < 0.4
+    for number, lengths in enumerate(packed):
+        ids = ordinary_ids(sum(lengths), dtype=(torch.int64, torch.int32)[number % 2])
+        ids[torch.rand(ids.shape) < 0.1] = 102
+        for strategy in STRATEGIES:
+            for words in (None, subword):
+                options = BERT | {"cu_seqlens": offsets(lengths), "strategy": strategy, "subword": words}
+                assert_same(mask(ids, **options), mask_tokens_ref(ids, **options), (lengths, strategy))
+    for length in around:
+        ids = ordinary_ids(5, length)
+        assert_same(mask(ids, **BERT), mask_tokens_ref(ids, **BERT), length)
+
+
+def check_equal_draws(mask: Mask) -> None:
+    """Of tokens whose draws are equal, as those of one position are, "exact" chooses the first ones."""
+    torch.manual_seed(7)
+    subword = torch.rand(30522) < 0.4
+    lengths = [40, 1, 130, 0, 512, 513, 4 * 4 * TILE + 90]
+    index = torch.arange(sum(lengths))
+    ids = ordinary_ids(sum(lengths))
+    ids[torch.rand(ids.shape) < 0.2] = 0
+    for positions in (torch.zeros_like(index), index // 50, index % 3):
+        for words in (None, subword):
+            options = BERT | {"positions": positions, "cu_seqlens": offsets(lengths), "subword": words}
+            assert_same(mask(ids, **options), mask_tokens_ref(ids, **options), positions[:100:25])
+    labels = mask(ids[:40], positions=torch.zeros(40, dtype=torch.int64), **BERT).labels
+    candidates = (ids[:40] != 0).nonzero().squeeze(1)
+    chosen = int(exact_count(torch.tensor(len(candidates))))
+    assert torch.equal((labels != -100).nonzero().squeeze(1), candidates[:chosen])
+
+
 def check_empty_and_one_token(mask: Mask) -> None:
     for strategy in STRATEGIES:
         options = BERT | {"strategy": strategy, "mlm_probability": 1.0}

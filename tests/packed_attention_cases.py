@@ -181,7 +181,7 @@ def check_dropout(
     batch = Batch(zeros, zeros, identity, identity, offsets([length]).to(device), (length,))
     out, _, _, _, dv = run(batch, dropout_p)
     row = torch.arange(length)
-    keep = dropout_keep_ref(row[:, None], row[None], heads, dropout_p, SEED)
+    keep = dropout_keep_ref(torch.zeros(1, 1).long(), row[:, None], row[None], heads, dropout_p, SEED)
     factors = keep / (1 - round(dropout_p * 65536) / 65536)
     torch.testing.assert_close(out[:, :, :length].permute(1, 0, 2) * length, factors, rtol=1e-5, atol=0)
     torch.testing.assert_close(dv[:, :, :length].permute(1, 2, 0) * length, factors, rtol=1e-5, atol=0)
@@ -201,10 +201,10 @@ def check_mean_over_seeds(run: Run, seeds: int, device: str = "cpu") -> None:
 
 
 def check_a_sequence_does_not_notice_the_others(run: Run, dtype: torch.dtype, device: str = "cpu") -> None:
-    for length in (23, 64, 90):
+    for length in (23, 64, 90, 150):
         alone = make_batch([length], 2, 64, dtype, device=device)
         wanted = run(alone)
-        for before, after in (([3], [60]), ([64, 9], []), ([70, 1], [200])):
+        for before, after in (([3], [60]), ([64, 9], []), ([70, 1], [200]), ([], [300])):
             begin = sum(before)
             packed = make_batch([*before, length, *after], 2, 64, dtype, seed=1, device=device)
             for x, y in zip((*packed.tensors, packed.dout), (*alone.tensors, alone.dout), strict=True):

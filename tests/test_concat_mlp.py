@@ -12,6 +12,7 @@ from concat_mlp_cases import (
     check_dropout,
     check_mean_over_seeds,
     check_random_cases,
+    check_sums,
     draw,
 )
 from devices import DEVICES
@@ -49,6 +50,11 @@ def test_sums_over_thousands_of_rows(dtype: torch.dtype, device: str) -> None:
     for name, x, e, truth in zip(("y", *NAMES), ours, eagers, truths, strict=True):
         error, usual = ((found.cpu().double() - truth).norm() for found in (x, e))
         assert error <= 2 * usual, f"{name}: {error:.3g}, eager {usual:.3g}"
+
+
+@pytest.mark.parametrize("batch", [1100, 4203, 20000])
+def test_sums_over_rows(batch: int, device: str) -> None:
+    check_sums(by(concat_mlp), batch, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -342,8 +348,8 @@ def test_wrong_arguments_are_named(device: str) -> None:
         concat_mlp(**{name: x.detach().int() for name, x in right.items()})
 
 
-def test_row_indices_out_of_range(device: str) -> None:
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_indices_out_of_range(dtype: torch.dtype, device: str) -> None:
     operands = cast(draw(4, 8, 5, 2, seed=0), dtype, device, (False,) * 6)
     good = torch.tensor([0, 3], device=device)
     for bad in (4, -1):

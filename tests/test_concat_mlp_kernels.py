@@ -20,6 +20,7 @@ from concat_mlp_cases import (
     check_dropout,
     check_mean_over_seeds,
     check_random_cases,
+    check_sums,
     draw,
 )
 from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load_all, run_sanitized
@@ -30,7 +31,7 @@ from mtfast.ops import concat_mlp_ref
 from mtfast.ops.concat_mlp import ACTIVATIONS
 
 # How many kernels each source has: by dtype, tile or number of outputs.
-SOURCES = {"concat_mlp.cu": 2 * 3 + 2 + 1, "concat_mlp_backward.cu": 3 * 4 + 3}
+SOURCES = {"concat_mlp.cu": 2 * 3 + 2 + 1, "concat_mlp_backward.cu": 3 * 4 + 3, "concat_mlp_gather.cu": 2}
 
 
 class Layer(ctypes.Structure):
@@ -60,8 +61,14 @@ def source(x: Tensor, rows: Tensor | None) -> Source:
     return Source(x.data_ptr(), x.stride(0), len(x), at, int(rows is not None and rows.dtype == torch.int64))
 
 
-def emulated(forward: Kernels, backward: Kernels) -> Run:
-    """concat_mlp by these kernels, put together as concat_mlp.cpp does it for CUDA."""
+def chunk_sums(batch: int, inner: int, outputs: int) -> Tensor:
+    """The backward's scratch: backward_scratch_bytes of csrc/concat_mlp.h."""
+    chunks = -(-batch // (32 * max(1, -(-batch // (32 * 128)))))
+    return torch.full((chunks * (2 * outputs + (1 + outputs) * inner),), torch.nan)
+
+
+def emulated(forward: Kernels, backward: Kernels, gather: Kernels) -> Run:
+    """concat_mlp by these kernels, put together as concat_mlp_on_cuda.cpp does it."""
 
     def run(
         operands: Operands,
@@ -76,32 +83,27 @@ def emulated(forward: Kernels, backward: Kernels) -> Run:
         need_u, need_v, need_weight1, *others = (x.requires_grad for x in operands)
         u, v, weight1, bias1, weight2, bias2 = (x.detach() for x in operands)
         hidden, (outputs, inner), batch = u.size(1), weight2.shape, len(dy)
-
-        def picked() -> list[Tensor]:
-            return [x if rows is None else x[rows] for x, rows in ((u, u_rows), (v, v_rows))]
-
+        inputs = ctypes.byref(source(u, u_rows)), ctypes.byref(source(v, v_rows)), hidden
         threshold = min(65535, int(dropout_p * 65536 + 0.5))
         codes = DTYPES_IN_C[u.dtype], ACTIVATIONS.index(activation)
         scale = 65536 / (65536 - threshold)
         layer = ctypes.byref(Layer(batch, inner, outputs, *codes, threshold, scale))
         at = torch.tensor([seed]) if threshold else None
 
-        y, z, dz = (u.new_full((batch, n), torch.nan) for n in (outputs, inner, inner))
+        y, z, dz, both = (u.new_full((batch, n), torch.nan) for n in (outputs, inner, inner, 2 * hidden))
+        gather.mtfast_concat_mlp_gather(layer, *inputs, both, None)
         if u.dtype == torch.float32:
-            for x, half, onto in zip(picked(), weight1.split(hidden, 1), (bias1, z), strict=True):
-                torch.addmm(onto, x, half.T, out=z)
+            torch.addmm(bias1, both, weight1.T, out=z)
             forward.mtfast_concat_mlp_output(layer, z, weight2, bias2, at, y, None)
         else:
             partial = torch.full(((inner + 63) // 64, batch, outputs), torch.nan)
-            inputs = ctypes.byref(source(u, u_rows)), ctypes.byref(source(v, v_rows)), hidden
             weights = (weight1, bias1, weight2, bias2, at)
             forward.mtfast_concat_mlp_forward(layer, *inputs, *weights, z, partial, y, None)
             alone = torch.full_like(y, torch.nan)
             forward.mtfast_concat_mlp_forward(layer, *inputs, *weights, None, partial, alone, None)
             torch.testing.assert_close(y, alone, rtol=0, atol=0, equal_nan=True)
 
-        chunk_rows = 32 if batch <= 2048 else -(-batch // 64 // 8) * 8
-        partial = torch.full((-(-batch // chunk_rows), 1 + outputs, inner), torch.nan)
+        partial = chunk_sums(batch, inner, outputs)
         sums = [torch.full_like(x, torch.nan) for x in (bias1, weight2, bias2)]
         dz_at = dz if need_u or need_v or need_weight1 else None
         backward.mtfast_concat_mlp_backward(layer, dy, z, weight2, at, dz_at, partial, *sums, None)
@@ -113,7 +115,7 @@ def emulated(forward: Kernels, backward: Kernels) -> Run:
                 grad = dz @ half
                 grads.append(grad if rows is None else torch.zeros_like(x).index_add_(0, rows, grad))
         if need_weight1:
-            grads.append(torch.cat([dz.T @ x for x in picked()], 1))
+            grads.append(dz.T @ both)
         return grads + [x for x, need in zip(sums, others, strict=True) if need]
 
     return run
@@ -172,6 +174,11 @@ def test_large_tiles(run):
         assert (ours.double() - wanted).norm() <= 2 * (eagers.double() - wanted).norm()
 
 
+@pytest.mark.parametrize("batch", [1100, 4203, 20000])
+def test_sums_over_rows(batch, run):
+    check_sums(run, batch)
+
+
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_dropout_is_the_documented_draw(dropout_p, run):
     for seed in (7, -(2**62), 2**63 - 1):
@@ -183,7 +190,7 @@ def test_mean_over_seeds_is_the_undropped_result(run):
 
 
 def test_rows_out_of_range_read_nothing_and_give_nan(run):
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         operands = cast(draw(4, 8, 16, 2, seed=0), dtype, "cpu", (False,) * 6)
         rows = torch.tensor([0, 4, -1]), torch.tensor([3, 0, 1], dtype=torch.int32)
         y, *_ = run(operands, torch.ones(3, 2, dtype=dtype), u_rows=rows[0], v_rows=rows[1])

@@ -17,6 +17,7 @@ FAULTS = (
     "shuffle without all lanes",
     "shuffle on two branches",
     "copy from shared memory",
+    "global store to shared memory",
 )
 
 
@@ -70,6 +71,7 @@ RACES = Case(races=True)
         ),
         ("shuffle on two branches", Case(), "divergent warp collective .* came there on two branches"),
         ("copy from shared memory", Case(), "cp.async: the source is in shared memory"),
+        ("global store to shared memory", Case(), "st.global: the address is in shared memory"),
     ],
 )
 def test_fault_is_caught(fault, case, seen):

@@ -13,7 +13,9 @@ from mask_tokens_cases import (
     assert_same,
     check_against_the_reference,
     check_empty_and_one_token,
+    check_equal_draws,
     check_exact_counts,
+    check_lengths_around_tiles,
     check_order_ranks_and_layout_do_not_matter,
     check_replacements_are_uniform_and_never_special,
     check_seeds_are_independent,
@@ -38,6 +40,11 @@ def mask(request: pytest.FixtureRequest) -> Mask:
 
 def test_agrees_with_the_reference_on_200_batches(mask):
     check_against_the_reference(mask, range(200))
+
+
+def test_lengths_around_tiles_and_equal_draws(mask):
+    check_lengths_around_tiles(mask)
+    check_equal_draws(mask)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

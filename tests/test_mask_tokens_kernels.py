@@ -18,7 +18,9 @@ from mask_tokens_cases import (
     assert_same,
     check_against_the_reference,
     check_empty_and_one_token,
+    check_equal_draws,
     check_exact_counts,
+    check_lengths_around_tiles,
     check_order_ranks_and_layout_do_not_matter,
     check_replacements_are_uniform_and_never_special,
     check_seeds_are_independent,
@@ -32,7 +34,7 @@ from mtfast.ops import MaskedTokens, mask_tokens
 from mtfast.ops._philox import threshold
 
 SOURCE = "mask_tokens.cu"
-KERNELS = 2 * (3 + 2)  # of each id's dtype, those of "bernoulli" and those of "exact"
+KERNELS = 2 * 2 * 2  # of each dtype of ids, of tokens and of whole words: "bernoulli" and "exact"
 RUNS = 64
 
 
@@ -143,9 +145,12 @@ def test_empty_and_one_token(mask):
     check_empty_and_one_token(mask)
 
 
-def test_sequence_longer_than_shared_memory_holds(mask):
-    ids = ordinary_ids(9000)
-    assert_same(mask(ids, **BERT), mask_tokens(ids, **BERT))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lengths_around_tiles_and_equal_draws(case):
+    kernels = load(SOURCE, case)
+    for offset in (0, 1):
+        check_lengths_around_tiles(emulated(kernels, offset))
+        check_equal_draws(emulated(kernels, offset))
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
@@ -223,16 +228,18 @@ def small_shapes(kernels: Kernels) -> None:
     check_wrong_offsets(kernels)
     check_against_the_reference(emulated(kernels), range(0, 30, 2))
     check_against_the_reference(emulated(kernels, 1), range(1, 30, 2))
+    check_lengths_around_tiles(emulated(kernels))
 
 
 def test_sanitizers_are_silent():
     run_sanitized("test_mask_tokens_kernels:small_shapes", SOURCE)
 
 
-def test_bernoulli_moves_16_bytes_at_a_time():
-    kernels = disassembled(SOURCE, "bernoulli")
+@pytest.mark.parametrize(("strategy", "load"), [("bernoulli", "LDG"), ("exact", "LDGSTS")])
+def test_tokens_move_16_bytes_at_a_time(strategy, load):
+    kernels = disassembled(SOURCE, strategy)
     assert kernels
     for kernel in kernels:
-        ids = 2 if "long" in kernel.name else 1
-        assert kernel.count(r"LDG\.E\.128") >= ids, f"{kernel.name} for {kernel.architecture}"
-        assert kernel.count(r"STG\.E\.128") >= 2 * ids, f"{kernel.name} for {kernel.architecture}"
+        vectors = 2 if "long" in kernel.name else 1
+        found = {name: kernel.count(rf"{name}\.E\.(\w+\.)*128") for name in (load, "STG")}
+        assert found[load] >= vectors and found["STG"] >= 2 * vectors, f"{kernel}: {found}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -41,13 +42,16 @@ from torch import Tensor
 
 from mtfast.ops.packed_attention import lse_of
 
-# How many kernels each source has: for each dtype and head_dim of short sequences and of any, in one pass and
-# in two, forward and backward.
+# How many kernels each source has. On tensor cores, for two dtypes and three head_dims: forward a warp for a
+# short sequence, a block of few or of many warps for a longer one; backward a warp for a short sequence, a
+# block with room for 64 or for 128 tokens for a longer one, two passes beyond. Row by row: for one query a
+# sequence in three dtypes, forward and backward, and for all rows in float32, backward in two passes.
 SOURCES = {
-    "packed_attention.cu": 9 * 2,
-    "packed_attention_backward.cu": 9 * 3,
-    "packed_attention_cls.cu": 9 * 2,
+    "packed_attention.cu": 6 * (1 + 2),
+    "packed_attention_backward.cu": 6 * (1 + 2 + 2),
+    "packed_attention_rows.cu": 9 * 2 + 3 * 3,
 }
+SHORT_TOKENS = 32  # kShortTokens of csrc/packed_attention.h
 
 
 class CTensor(ctypes.Structure):
@@ -101,7 +105,7 @@ def shape_of(batch: Batch, dropout_p: float, seed: Tensor) -> CShape:
     )
 
 
-def emulated(forward: Kernels, backward: Kernels, cls: Kernels) -> Run:
+def emulated(forward: Kernels, backward: Kernels, rows: Kernels) -> Run:
     """packed_attention, or for a batch with one query a sequence packed_attention_cls, by these kernels."""
 
     def run(batch: Batch, dropout_p: float = 0.0, seed: int = SEED) -> list[Tensor | None]:
@@ -112,15 +116,19 @@ def emulated(forward: Kernels, backward: Kernels, cls: Kernels) -> Run:
         q, k, v, o, dout, dq, dk, dv = map(CTensor.of, (*batch.tensors, out, batch.dout, *grads))
         forward_args = ctypes.byref(CForward(shape, q, k, v, o, stats.data_ptr()))
         backward_args = ctypes.byref(CBackward(shape, q, k, v, o, dout, dq, dk, dv, stats.data_ptr()))
-        if batch.cls:
-            cls.mtfast_packed_attention_cls_forward(forward_args, None)
-            cls.mtfast_packed_attention_cls_backward(backward_args, None)
-            return [out, None, *grads]
+        by_rows = batch.cls or batch.q.dtype == torch.float32
         # As large as packed_attention.cpp makes it.
-        piece = 32 if batch.q.dtype == torch.float32 and batch.q.size(2) == 128 else 64
-        delta = torch.full((stats.size(0), stats.size(1) if batch.max_seqlen > piece else 0), torch.nan)
-        forward.mtfast_packed_attention_forward(forward_args, None)
-        backward.mtfast_packed_attention_backward(backward_args, delta, None)
+        needs_delta = not batch.cls and (by_rows or batch.max_seqlen > SHORT_TOKENS)
+        delta = torch.full((stats.size(0), stats.size(1) if needs_delta else 0), torch.nan)
+        if by_rows:
+            one_query = ctypes.c_int(batch.cls)
+            rows.mtfast_packed_attention_rows_forward(forward_args, one_query, None)
+            rows.mtfast_packed_attention_rows_backward(backward_args, one_query, delta, None)
+        else:
+            forward.mtfast_packed_attention_forward(forward_args, None)
+            backward.mtfast_packed_attention_backward(backward_args, delta, None)
+        if batch.cls:
+            return [out, None, *grads]
         return [out, lse_of(stats), *grads]
 
     return run
@@ -167,6 +175,7 @@ def test_any_thread_order_gives_the_same_without_races(case: Case, layout, run):
         ([70, 9], 32, torch.float16),
         ([70, 3], 32, torch.float32),
         ([1, 65], 128, torch.bfloat16),
+        ([131, 40], 32, torch.bfloat16),
     ):
         batch = make_batch(lengths, 2, head_dim, dtype, layout=layout)
         pairs = zip(run(batch, 0.1), other(batch, 0.1), strict=True)
@@ -195,18 +204,27 @@ def test_every_kernel_fits_every_architecture(architecture):
         kernel.take_launched()
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
-            for lengths, layout in (([20, 3], "apart"), ([70], "apart"), ([5], "cls")):
-                run(make_batch(lengths, 1, head_dim, dtype, layout=layout))
-    assert [kernel.take_launched() for kernel in kernels] == list(SOURCES.values())
+            for length, layout in ((20, "apart"), (50, "apart"), (70, "apart"), (130, "apart"), (5, "cls")):
+                run(make_batch([length], 1, head_dim, dtype, layout=layout))
+    launched = dict(zip(SOURCES, (kernel.take_launched() for kernel in kernels), strict=True))
+    # 128 tokens of head_dim 64 or 128 go in two passes where a block cannot have their memory.
+    without = 2 * 2 if SHARED_KIB[architecture] < 100 else 0
+    assert launched == SOURCES | {
+        "packed_attention_backward.cu": SOURCES["packed_attention_backward.cu"] - without
+    }
 
 
 def test_refused_shared_memory_leaves_no_error_behind(monkeypatch):
     """Which torch would find after its own next launch and take for that one's."""
+    kernels = load_all(SOURCES, Case(architecture="sm_86"))
+    run = emulated(*kernels)
+    run(make_batch([70], 1, 64, torch.bfloat16))  # refused for one pass, done in two
+    assert not any(kernel.last_error for kernel in kernels)
     monkeypatch.setitem(SHARED_KIB, "sm_86", 50)
-    forward, *others = load_all(SOURCES, Case(architecture="sm_86"))
-    with pytest.raises(KernelError, match="returned 1"):
-        emulated(forward, *others)(make_batch([20], 1, 64, torch.float32))
-    assert forward.last_error == 0
+    for length, direction in ((130, "forward"), (50, "backward")):
+        with pytest.raises(KernelError, match=f"{direction} returned 1"):
+            run(make_batch([length], 1, 64, torch.bfloat16))
+        assert not any(kernel.last_error for kernel in kernels)
 
 
 WEIGHT = """#include "packed_attention.cuh"
@@ -227,13 +245,14 @@ def small_shapes_and_lies(*kernels: Kernels) -> None:
         for head_dim in HEAD_DIMS:
             for layout in ("apart", "cls"):
                 run(make_batch([20, 0, 7], 1, head_dim, dtype, layout=layout), 0.1)
-                run(make_batch([70], 1, head_dim, dtype, layout=layout), 0.1)
+                run(make_batch([50], 1, head_dim, dtype, layout=layout), 0.1)
+                run(make_batch([130, 70], 1, head_dim, dtype, layout=layout), 0.1)
     for dtype in (torch.bfloat16, torch.float32):
         for layout in ("apart", "cls"):
             batch = make_batch([100, 20], 1, 64, dtype, layout=layout)
             for bounds in ([0, 100, 120], [0, 500, 120], [-3, 20, 120], [120, 7, 120], [0, 120, 2**31 - 1]):
                 batch.cu_seqlens.copy_(torch.tensor(bounds))
-                for longest in (0, 8, 64, 500):
+                for longest in (0, 8, 64, 128, 500):
                     run(dataclasses.replace(batch, lengths=(longest,)), 0.1)
 
 
@@ -242,17 +261,29 @@ def test_sanitizers_are_silent():
     run_sanitized("test_packed_attention_kernels:small_shapes_and_lies", *SOURCES)
 
 
+# Products of 16 queries by 16 keys that a kernel needs at least, and its results.
+WORK = {
+    "forward_short": (2, 1),
+    "forward_long": (2, 1),
+    "backward_short": (5, 3),
+    "backward_middle": (5, 3),
+    "backward_queries": (3, 1),
+    "backward_keys": (4, 2),
+}
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_machine_code_uses_tensor_cores_and_wide_loads(source):
     kernels = disassembled(source, "")
     assert len(kernels) == SOURCES[source] * len(ARCHITECTURES)
     for kernel in kernels:
         what = f"{kernel.name} for {kernel.architecture}"
-        if kernel.name.startswith("cls"):
-            assert kernel.count(r"LDG\.E\.128") >= 3 and kernel.count(r"STG\.E\.128") >= 1, what
+        if kernel.name.startswith("rows"):
+            assert kernel.count(r"LDG\.E\.128") >= 9 and kernel.count(r"STG\.E\.128") >= 1, what
             continue
-        assert kernel.count(r"LDGSTS\.E\.BYPASS\.128") >= 3, what
-        if "float, " not in kernel.name:
-            assert kernel.count("HMMA|HGMMA") >= 8 and kernel.count("LDSM") >= 6, what
-            head_dim = int(kernel.name.split(", ")[1])
-            assert kernel.count(r"STG\.E\.128") >= 2 * head_dim // 32, what  # two rows a thread
+        products, results = WORK[kernel.name.split("_kernel<")[0]]
+        pieces = int(re.split("[,>] ?", kernel.name)[1]) // 16
+        assert kernel.count(r"LDGSTS\.E\.BYPASS\.128") >= 2, what
+        assert kernel.count("HMMA|HGMMA") >= 2 * products * pieces, what
+        assert kernel.count("LDSM") >= products * pieces, what
+        assert kernel.count(r"STG\.E\.128") >= results * pieces, what

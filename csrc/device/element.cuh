@@ -27,15 +27,6 @@ __device__ __forceinline__ uint32_t pair_bits(float low, float high) {
   return bits;
 }
 
-// Sixteen bytes as the elements they hold, in float.
-template <class T>
-__device__ __forceinline__ void unpack16(uint4 bits, float (&to)[16 / sizeof(T)]) {
-  T elements[16 / sizeof(T)];
-  memcpy(elements, &bits, sizeof bits);
-  MTFAST_UNROLL
-  for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) to[i] = to_float(elements[i]);
-}
-
 // c += a b on tensor cores; fragments as in ptx.cuh.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

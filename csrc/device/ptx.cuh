@@ -65,6 +65,20 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// From Hopper on, for kernels launched by MTFAST_LAUNCH_BESIDE: lets the next one of them begin when all
+// blocks of this one have come here or ended,
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// and waits until the one before has ended.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 2^x, to about 2 ulp; 0 for x below -126.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -31,6 +31,37 @@ __device__ __forceinline__ T* shared_memory() {
   ((kernel)<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
    static_cast<int>(cudaGetLastError()))
 // clang-format on
+
+namespace mtfast {
+
+// With `beside`, from Hopper on, the kernel may begin before the one before it on the stream has ended
+// (programmatic dependent launch): that must be one of ours that says when, they must share nothing that one
+// of them writes, and one block must wait_for_previous(), so that what comes after this kernel comes after
+// both.
+template <class... Parameters, class... Arguments>
+int launch_beside(bool beside, dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                  void (*kernel)(Parameters...), const Arguments&... arguments) {
+  int device = 0, major = 0;
+  if (const int error = cudaGetDevice(&device)) return error;
+  if (const int error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))
+    return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = beside && major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace mtfast
+
+#define MTFAST_LAUNCH_BESIDE(beside, grid, block, shared_bytes, stream, kernel, ...) \
+  mtfast::launch_beside(beside, grid, block, shared_bytes, stream, kernel, __VA_ARGS__)
 #endif
 
 namespace mtfast {

@@ -1,8 +1,10 @@
-"""concat_mlp: a two-layer perceptron on the concatenation of two matrices that is never built.
+"""concat_mlp: a two-layer perceptron on the concatenation of two matrices, which nobody has to build.
 
 The pair head of Sentence-BERT style models reads two sentence vectors, concatenates them and passes them
-through one shared layer. Here the first product is split by halves of its weight, and rows may be
-gathered from the encoder's output on the way in.
+through one shared layer. Here the layer reads both where they are, gathering rows from the encoder's output
+on the way in, and the backward does so again. A GPU lays them side by side where one product over both takes
+less time than two over halves, for weight1's gradient and in float32, and only for that long; a CPU in 16
+bits, where torch multiplies, so many rows at a time.
 """
 
 import torch
@@ -34,7 +36,7 @@ def concat_mlp(
     seed: int | Tensor | None = None,
     training: bool = True,
 ) -> Tensor:
-    """`dropout(act([u; v] @ weight1.T + bias1)) @ weight2.T + bias2`, without materialising `[u; v]`.
+    """`dropout(act([u; v] @ weight1.T + bias1)) @ weight2.T + bias2`, of u and v apart.
 
     Args:
         u, v: floating [batch, hidden]; with `u_rows` (`v_rows`) any number of rows.
@@ -59,8 +61,8 @@ def concat_mlp(
         ValueError, TypeError: a kind of object, shape, dtype, device, activation or probability that does
             not fit.
         RuntimeError: an int seed in a capture; on the CPU, a row index out of range; a device or dtype
-            without an implementation. A GPU is not waited for to check indices: in 16 bits such a row of the
-            result is NaN, and its gradient, as float32's result, fails torch's own assertion on the device.
+            without an implementation. A GPU is not waited for to check indices: such a row of the result is
+            NaN, and its gradient fails torch's own assertion on the device.
     """
     dropout_p = _check(u, v, weight1, bias1, weight2, bias2, u_rows, v_rows, activation, dropout_p)
     operands = [u, v, weight1, bias1, weight2, bias2]
@@ -142,8 +144,7 @@ def _fake_backward(
     batch, hidden = dy.shape[0], u.shape[1]
     inner, outputs = weight1.shape[0], weight2.shape[0]
     return (
-        u.new_empty(batch if needs & _NEED_U else 0, hidden),
-        u.new_empty(batch if needs & _NEED_V else 0, hidden),
+        u.new_empty(bool(needs & _NEED_U) + bool(needs & _NEED_V), batch, hidden),
         u.new_empty(inner if needs & _NEED_WEIGHT1 else 0, 2 * hidden),
         u.new_empty(inner),
         u.new_empty(outputs, inner),
@@ -164,7 +165,7 @@ def _derivative(ctx, saved, dy, _dz) -> tuple[Tensor | None, ...]:
         return (None,) * 12
     u, v, weight1, weight2, z, u_rows, v_rows, seed = saved
     need = ctx.needs_input_grad
-    du, dv, *dweights = _concat_mlp_backward(
+    dinputs, *dweights = _concat_mlp_backward(
         dy.contiguous(),
         u,
         v,
@@ -178,7 +179,11 @@ def _derivative(ctx, saved, dy, _dz) -> tuple[Tensor | None, ...]:
         seed,
         need[0] * _NEED_U + need[1] * _NEED_V + need[2] * _NEED_WEIGHT1,
     )
-    grads = [_scatter(du, u_rows, u) if need[0] else None, _scatter(dv, v_rows, v) if need[1] else None]
+    sides = iter(dinputs.unbind())
+    grads = [
+        _scatter(next(sides), rows, x) if needed else None
+        for needed, rows, x in ((need[0], u_rows, u), (need[1], v_rows, v))
+    ]
     grads += [grad if needed else None for grad, needed in zip(dweights, need[2:6], strict=True)]
     return (*grads, None, None, None, None, None, None)
 

@@ -40,9 +40,9 @@ def packed_attention(
         dropout_p: probability in [0, 1) with which an attention weight is dropped, resolved to 1/65536.
         softmax_scale: default 1/sqrt(head_dim).
         seed: of the dropout; any 64-bit int, or an int64 tensor of one element on q's device. None draws one
-            from torch's default generator of that device. What is dropped depends on (seed, head, the query's
-            place in the packed batch, the key's place in its sequence) alone. While a CUDA graph is captured
-            an int is refused, since every replay would drop the same.
+            from torch's default generator of that device. What is dropped depends on (seed, head, where the
+            sequence begins in the packed batch, the places of query and key in it) alone. While a CUDA graph
+            is captured an int is refused, since every replay would drop the same.
         return_lse: also return the log-sum-exp of the scaled scores, float32 [heads, total]
             (float64 for float64 inputs); no gradient flows through it.
 
@@ -187,8 +187,9 @@ def packed_attention_ref(
 ) -> tuple[Tensor, Tensor]:
     """The same mathematics in eager PyTorch on padded tensors, in q's dtype: (out, lse)."""
     rows, inside = _padded_rows(cu_seqlens, max_seqlen, k.size(0))
-    columns = torch.arange(max_seqlen, device=q.device)[None, None]
-    keep = dropout_keep_ref(rows[:, :, None], columns, q.size(1), dropout_p, seed)
+    place = torch.arange(max_seqlen, device=q.device)
+    begin = cu_seqlens[:-1].long()[:, None, None]
+    keep = dropout_keep_ref(begin, place[:, None], place[None], q.size(1), dropout_p, seed)
     padded, lse = _attend_ref(q[rows], k[rows], v[rows], inside, dropout_p, softmax_scale, keep)
     return padded[inside], lse.transpose(0, 1)[:, inside]
 
@@ -206,35 +207,39 @@ def packed_attention_cls_ref(
 ) -> Tensor:
     """`packed_attention_cls` in eager PyTorch on padded tensors."""
     rows, inside = _padded_rows(cu_seqlens, max_seqlen, k.size(0))
-    first = cu_seqlens[:-1].long()[:, None, None]
-    columns = torch.arange(max_seqlen, device=q.device)[None, None]
-    keep = dropout_keep_ref(first, columns, q.size(1), dropout_p, seed)
+    place = torch.arange(max_seqlen, device=q.device)
+    begin = cu_seqlens[:-1].long()[:, None, None]
+    keep = dropout_keep_ref(begin, begin.new_zeros(1, 1), place[None], q.size(1), dropout_p, seed)
     out, _ = _attend_ref(q[:, None], k[rows], v[rows], inside, dropout_p, softmax_scale, keep)
     return out[:, 0] * inside.any(1)[:, None, None].to(out.dtype)
 
 
 def dropout_keep_ref(
-    row: Tensor, column: Tensor, heads: int, dropout_p: float, seed: int | Tensor | None
+    begin: Tensor, row: Tensor, column: Tensor, heads: int, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor | None:
-    """Which weights the kernels keep: bool [..., heads, rows, columns] for int64 row [..., rows, 1],
-    the place in the packed batch, and column [..., 1, columns], that in the sequence; None without dropout.
+    """Which weights the kernels keep: bool [..., heads, rows, columns] for int64 begin [..., 1, 1], where
+    each sequence begins in the packed batch, and row [rows, 1] and column [1, columns], the places of query
+    and key in it; None without dropout.
 
-    One Philox 4x32-7 call with key = seed and counter (row, column // 8, head, 4) gives eight 16-bit draws
-    for a group of eight columns; a weight is kept where its draw is at least round(65536 * dropout_p).
+    One Philox 4x32-7 call gives eight 16-bit draws: of rows r and r + 8 of 16 and of columns 2 t, 2 t + 1,
+    2 t + 8 and 2 t + 9 of 16, as csrc/packed_attention.h says. A weight is kept where its draw is at least
+    round(65536 * dropout_p).
     """
     threshold = dropout_threshold(dropout_p)
     if threshold == 0:
         return None
     assert seed is not None
-    shape = torch.broadcast_shapes(row.shape, column.shape)
-    lead = (*shape[:-2], heads, *shape[-2:])
     head = torch.arange(heads, device=row.device)[:, None, None]
-    groups = (column // 8).unsqueeze(-3)
-    words = philox(row.unsqueeze(-3), groups, head, torch.full_like(head, _PURPOSE), int(seed))
-    draws = torch.stack([w.expand(lead) for w in words], -1)
-    place = (column % 8).unsqueeze(-3).expand(lead).unsqueeze(-1)
-    word = draws.gather(-1, place // 2).squeeze(-1)
-    return ((word >> (16 * (place.squeeze(-1) % 2))) & 0xFFFF) >= threshold
+    words = philox(
+        (begin + row // 16 * 16 + row % 8).unsqueeze(-3),
+        column // 16 * 4 + column % 8 // 2,
+        head,
+        torch.full_like(head, _PURPOSE),
+        int(seed),
+    )
+    lower, right = row % 16 // 8 == 1, column % 16 // 8 == 1
+    word = torch.where(right, torch.where(lower, words[3], words[2]), torch.where(lower, words[1], words[0]))
+    return ((word >> (16 * (column % 2))) & 0xFFFF) >= threshold
 
 
 _PURPOSE = 4  # Purpose::kAttentionDropout of csrc/device/philox.cuh

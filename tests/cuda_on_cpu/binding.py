@@ -20,7 +20,13 @@ import torch
 
 from .harness import CSRC, HERE, LINKED, compile_with, kernel_objects, object_of, toolkit, written_at_once
 
-BINDINGS = ("bindings.cpp", "concat_mlp.cpp", "mask_tokens.cpp", "packed_attention.cpp")
+BINDINGS = (
+    "bindings.cpp",
+    "concat_mlp.cpp",
+    "concat_mlp_on_cuda.cpp",
+    "mask_tokens.cpp",
+    "packed_attention.cpp",
+)
 LIBRARY = "MTFAST_EMULATED_LIBRARY"
 TORCH = Path(torch.__file__).parent
 

@@ -146,6 +146,7 @@ bool open_barrier() {
     return false;
   }
   ++block.interval;
+  count(Cost::kBarriers);
   make_ready(std::move(waiting));
   return true;
 }
@@ -292,6 +293,7 @@ void collective(Collective what, unsigned mask, Operands& operands, const char* 
   self->file = file;
   self->line = line;
   self->caller = __builtin_return_address(0);
+  count_visit(self->caller);
   self->state = State::kInCollective;
   const int first = self->warp * 32;
   const unsigned present = first + 32 <= threads ? ~0u : (1u << (threads - first)) - 1;
@@ -333,7 +335,15 @@ void collective(Collective what, unsigned mask, Operands& operands, const char* 
     released.push_back(first + l);
   }
   if (error.empty()) act(what, lane, thread);
+  count_collective(what);
   make_ready(std::move(released));
+  yield();
+}
+
+void refuse_shared(const void* address, const char* what) {
+  const auto* byte = static_cast<const unsigned char*>(address);
+  if (byte < block.shared || byte >= block.shared + block.shared_bytes) return;
+  fail("%s is in shared memory", what);
   yield();
 }
 
@@ -346,11 +356,9 @@ void copy_async(void* shared, const void* global, int bytes, void* caller) {
     fail("cp.async: an address is not aligned to 16 bytes");
     return yield();
   }
-  const auto* from = static_cast<const unsigned char*>(global);
-  if (from >= block.shared && from < block.shared + block.shared_bytes) {
-    fail("cp.async: the source is in shared memory");
-    return yield();
-  }
+  if (bytes) refuse_shared(global, "cp.async: the source");
+  count_visit(caller);
+  count(Cost::kCopied, bytes);
   const Copy copy{shared, global, bytes, caller};
   if (!config.late_copies) return land(copy);
   note_access(shared, 16, true, false, caller);  // it may land at any time from here on
@@ -383,6 +391,7 @@ int launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const Kernel& kernel,
   block.shared_bytes = shared_bytes;
   block.first_of_launch = block.number + 1;
   races_begin_launch();
+  costs_begin_launch(kernel.address, int64_t{grid.x} * grid.y * grid.z, body);
   for (unsigned z = 0; z < grid.z && error.empty(); ++z)
     for (unsigned y = 0; y < grid.y && error.empty(); ++y)
       for (unsigned x = 0; x < grid.x && error.empty(); ++x) run_block(block_dim, make_uint3(x, y, z), grid);

@@ -1,6 +1,6 @@
 // CUDA's execution model on one CPU thread, for tests: what a kernel sees in place of the CUDA headers.
 //   g++ -x c++ -DMTFAST_CUDA_ON_CPU -Icsrc -Itests/cuda_on_cpu -isystem $CUDA_HOME/include kernel.cu
-//   cuda_on_cpu.cpp race.cpp runtime.cpp warp.cpp
+//   cuda_on_cpu.cpp cost.cpp race.cpp runtime.cpp warp.cpp
 // Each CUDA thread is a fiber. Warp-wide operations wait for the lanes of their mask and then act for all of
 // them.
 #pragma once
@@ -54,6 +54,7 @@ void collective(Collective what, unsigned mask, Operands& operands, const char* 
 void copy_async(void* shared, const void* global, int bytes, void* caller);
 void copy_async_commit();
 void copy_async_wait(int pending);
+void refuse_shared(const void* address, const char* what);  // fails where it is in shared memory
 struct Kernel {
   const void* address;
   const char* name;
@@ -65,10 +66,11 @@ const void* address_of(void (*kernel)(Arguments...)) {
   return reinterpret_cast<const void*>(kernel);
 }
 void note_access(const void* address, size_t bytes, bool write, bool atomic, void* caller);
+void note_atomic(const void* address, size_t bytes, void* caller);
 
 template <class T, class F>
 __attribute__((no_sanitize("thread"))) T atomic_update(T* address, F f) {
-  note_access(address, sizeof(T), true, true, __builtin_return_address(0));
+  note_atomic(address, sizeof(T), __builtin_return_address(0));
   const T old = *address;
   *address = f(old);
   return old;
@@ -140,15 +142,15 @@ CUDA_ON_CPU_INLINE T __shfl_up_sync(unsigned mask, T value, int delta, int width
 
 // All CUDA threads are fibers of one CPU thread: a plain read and write is atomic.
 template <class T>
-T atomicAdd(T* address, std::common_type_t<T> value) {
+CUDA_ON_CPU_INLINE T atomicAdd(T* address, std::common_type_t<T> value) {
   return cuda_on_cpu::atomic_update(address, [=](T old) { return static_cast<T>(old + value); });
 }
 template <class T>
-T atomicMax(T* address, std::common_type_t<T> value) {
+CUDA_ON_CPU_INLINE T atomicMax(T* address, std::common_type_t<T> value) {
   return cuda_on_cpu::atomic_update(address, [=](T old) { return std::max<T>(old, value); });
 }
 template <class T>
-T atomicMin(T* address, std::common_type_t<T> value) {
+CUDA_ON_CPU_INLINE T atomicMin(T* address, std::common_type_t<T> value) {
   return cuda_on_cpu::atomic_update(address, [=](T old) { return std::min<T>(old, value); });
 }
 
@@ -243,6 +245,7 @@ __attribute__((noinline)) inline void cp_async_16(void* shared, const void* glob
   cuda_on_cpu::copy_async(shared, global, bytes, __builtin_return_address(0));
 }
 inline void store_16(void* global, const uint32_t (&words)[4]) {
+  cuda_on_cpu::refuse_shared(global, "st.global: the address");
   *static_cast<uint4*>(global) = uint4{words[0], words[1], words[2], words[3]};
 }
 inline void cp_async_commit() { cuda_on_cpu::copy_async_commit(); }
@@ -250,11 +253,15 @@ template <int kPending>
 void cp_async_wait() {
   cuda_on_cpu::copy_async_wait(kPending);
 }
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
 inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 }  // namespace ptx
 }  // namespace mtfast
 
+// Parameters are not read from global memory: their copies are not to be seen as loads.
+#define MTFAST_LAUNCH_BESIDE(beside, ...) MTFAST_LAUNCH(__VA_ARGS__)
 #define MTFAST_LAUNCH(grid, block, shared_bytes, stream, kernel, ...)                          \
   cuda_on_cpu::launch(grid, block, shared_bytes, {cuda_on_cpu::address_of((kernel)), #kernel}, \
-                      [&] { (kernel)(__VA_ARGS__); })
+                      [&]() __attribute__((no_sanitize("thread"))) { (kernel)(__VA_ARGS__); })

@@ -10,7 +10,13 @@
 
 Tensors pass their address, ints are 64 bits wide. A launch function takes pointers, int64 or ctypes values
 and last the stream (None here), and returns 0 or a cudaError_t; anything but 0 raises KernelError with what
-the emulation saw. For AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python:
+the emulation saw.
+
+    kernels = load("x.cu", Case(costs=True))
+    kernels.mtfast_x(tensor, ctypes.c_float(0.5), 7, None)
+    kernels.costs.read  # bytes of global memory; see Costs
+
+For AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python:
 
     def small_shapes(kernels): ...                           # a function at the top of a module in tests/
     def test_x_sanitized():
@@ -42,11 +48,13 @@ import torch
 
 from mtfast.toolkit import homes
 
+from .costs import Costs, costs_of
+
 # csrc/dtype.h
 DTYPES_IN_C = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-EMULATION = [HERE / name for name in ("cuda_on_cpu.cpp", "race.cpp", "runtime.cpp", "warp.cpp")]
+EMULATION = [HERE / name for name in ("cuda_on_cpu.cpp", "cost.cpp", "race.cpp", "runtime.cpp", "warp.cpp")]
 ORDERS = ("forward", "reverse", "random", "warp priority")
 # KiB of shared memory that a block may have: the CUDA programming guide, "Technical Specifications per
 # Compute Capability".
@@ -70,10 +78,11 @@ class Case:
     sanitized: bool = False
     seed: int = 0
     architecture: str = "sm_90"  # whose limits hold
+    costs: bool = False  # are counted
 
     def __str__(self) -> str:
         copies = "late" if self.late_copies else "early"
-        extra = ("-races" if self.races else "") + ("-sanitized" if self.sanitized else "")
+        extra = "".join(f"-{name}" for name in ("races", "sanitized", "costs") if getattr(self, name))
         return f"{self.order}-{copies}{extra}-{self.architecture}".replace(" ", "_")
 
 
@@ -96,6 +105,8 @@ class Kernels:
     def __init__(self, library: Path, case: Case) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.cuda_on_cpu_error.restype = ctypes.c_char_p
+        self._library.cuda_on_cpu_costs.restype = ctypes.c_void_p
+        self._path = library
         self._case = case
 
     @property
@@ -107,6 +118,13 @@ class Kernels:
         """How many different kernels were launched since this was last asked."""
         return self._library.cuda_on_cpu_take_launched()
 
+    @property
+    def costs(self) -> Costs:
+        """Those of the last call."""
+        size = ctypes.c_int64()
+        address = self._library.cuda_on_cpu_costs(ctypes.byref(size))
+        return costs_of(self._path, address, size.value)
+
     def __getattr__(self, name: str) -> Any:
         launch = getattr(self._library, name)
 
@@ -116,6 +134,7 @@ class Kernels:
             self._library.cuda_on_cpu_configure(
                 ORDERS.index(case.order), case.seed, case.late_copies, case.races, limit
             )
+            self._library.cuda_on_cpu_begin_costs(case.costs)
             error = launch(*map(_as_argument, arguments))
             if error:
                 raise KernelError(self._library.cuda_on_cpu_error().decode() or f"{name} returned {error}")
@@ -127,7 +146,7 @@ def load(source: str | Path, case: Case = CASES[0]) -> Kernels:
     """The kernels of `source` (in csrc, or a path), to run as `case` says."""
     if case.sanitized:
         raise ValueError("sanitized kernels are run by run_sanitized")
-    return Kernels(_build(_find(source), case.races, False), case)
+    return Kernels(_build(_find(source), case.races or case.costs, False), case)
 
 
 def load_all(sources: Iterable[str | Path], case: Case = CASES[0]) -> list[Kernels]:
@@ -151,7 +170,7 @@ def run_sanitized(function: str, *sources: str | Path) -> str:
         "PYTHONMALLOC": "malloc",
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__)), function, *map(str, libraries)],
+        [sys.executable, "-m", "cuda_on_cpu.harness", function, *map(str, libraries)],
         env=environment,
         capture_output=True,
         text=True,
@@ -205,7 +224,7 @@ def kernel_objects(sources: Iterable[str | Path], races: bool = False, sanitized
     flags += ["-O1", "-fno-thread-jumps", *(SANITIZED if sanitized else [])]
     flags += ["-DCUDA_ON_CPU_RACES"] if races else []
     # Kernels take longer to compile than to run, so they are hardly optimised. Only they are instrumented for
-    # races: the emulation itself is the detector.
+    # races and costs: the emulation itself is the detector.
     kernel_flags = [*flags, *_contracted(), *(["-O0"] if sanitized else [])]
     kernel_flags += ["-fsanitize=thread"] if races else []
     kernels = [object_of(_find(source), [*kernel_flags, "-x", "c++"]) for source in sources]

@@ -12,6 +12,7 @@ struct Config {
   bool late_copies = true;  // cp.async lands when it is waited for, or at once
   bool races = false;
   size_t shared_limit = 227 * 1024;  // bytes that a block may ask for
+  bool costs = false;
 };
 extern Config config;
 
@@ -34,6 +35,35 @@ bool may_launch(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel);
 
 void races_begin_launch();
 int races_found();
+
+// What is counted of each launch, in the order of costs.py's COUNTERS. Bytes are those of global memory.
+enum class Cost {
+  kRead,
+  kWritten,
+  kCopied,  // by cp.async
+  kMma,     // this and the next three: once for each warp
+  kLdmatrix,
+  kShuffles,
+  kVotes,
+  kPhilox,        // for each thread
+  kBarriers,      // __syncthreads, once for each block
+  kWarpBarriers,  // __syncwarp, once for each warp
+  kLongestLoop,
+  kCount
+};
+
+// cost.cpp; all of it does nothing where costs are not counted.
+void costs_begin_launch(const void* kernel, int64_t blocks, const std::function<void()>& body);
+void count(Cost what, int64_t amount = 1);
+void count_collective(Collective what);
+// That the running thread is at this place in the code; returns how often it was there before. The most
+// visits of one thread to one place stand for its longest serial loop: no branch needs to be seen for that.
+// Places are loads and stores of global or shared memory, collectives, copies and Philox calls, so that a
+// loop of arithmetic alone goes unseen, and nested loops count as their product.
+uint32_t count_visit(const void* caller);
+// Bytes that several lanes of a warp ask for at one place, each of them for the n-th time, are moved once:
+// that is one instruction of the warp, and a broadcast. What a lane asks for again counts again.
+void count_access(const void* address, size_t bytes, bool write, bool atomic, const void* caller);
 
 // warp.cpp: acts for all lanes that are not null.
 void act(Collective what, Operands* const (&lane)[32], Thread* const (&thread)[32]);

@@ -18,7 +18,8 @@ enum Fault {
   kGlobalRace,
   kShuffleWithoutAll,
   kShuffleOnTwoBranches,
-  kCopyFromShared
+  kCopyFromShared,
+  kGlobalStoreToShared
 };
 
 constexpr int kThreads = 64, kTile = 4 * kThreads;
@@ -40,7 +41,8 @@ __global__ void sum_tiles(const float* input, float* output, int tiles, Fault fa
     sum = thread % 2 == 0 ? warp_sum(sum) : -warp_sum(-sum);
   else
     sum = warp_sum(sum);
-  if (fault == kCopyFromShared) ptx::cp_async_16(tile + 4 * thread, tile, 0);
+  if (fault == kCopyFromShared) ptx::cp_async_16(tile + 4 * thread, tile);
+  if (fault == kGlobalStoreToShared) ptx::store_16(tile + 4 * thread, {0, 0, 0, 0});
   if (thread % 32 == 0) partial[thread / 32 + (fault == kSharedOutOfBounds)] = sum;
   if (fault != kDivergentBarrier || thread < 32) __syncthreads();
   if (thread == 0) output[blockIdx.x] = partial[0] + partial[1];

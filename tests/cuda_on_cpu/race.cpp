@@ -117,13 +117,23 @@ void note_access(const void* address, size_t bytes, bool write, bool atomic, voi
   }
 }
 
+void note_atomic(const void* address, size_t bytes, void* caller) {
+  count_access(address, bytes, true, true, caller);
+  note_access(address, bytes, true, true, caller);
+}
+
+#ifdef CUDA_ON_CPU_RACES
+static void touch(const void* address, size_t bytes, bool write, void* caller) {
+  count_access(address, bytes, write, false, caller);
+  note_access(address, bytes, write, false, caller);
+}
+#endif
+
 }  // namespace cuda_on_cpu
 
 #ifdef CUDA_ON_CPU_RACES
-#define CALLBACK(name, bytes, write)                                               \
-  extern "C" void __tsan_##name(void* p) {                                         \
-    cuda_on_cpu::note_access(p, bytes, write, false, __builtin_return_address(0)); \
-  }
+#define CALLBACK(name, bytes, write) \
+  extern "C" void __tsan_##name(void* p) { cuda_on_cpu::touch(p, bytes, write, __builtin_return_address(0)); }
 #define CALLBACKS(bytes)                        \
   CALLBACK(read##bytes, bytes, false)           \
   CALLBACK(write##bytes, bytes, true)           \
@@ -137,10 +147,10 @@ CALLBACKS(4)
 CALLBACKS(8)
 CALLBACKS(16)
 extern "C" void __tsan_read_range(void* p, size_t bytes) {
-  cuda_on_cpu::note_access(p, bytes, false, false, __builtin_return_address(0));
+  cuda_on_cpu::touch(p, bytes, false, __builtin_return_address(0));
 }
 extern "C" void __tsan_write_range(void* p, size_t bytes) {
-  cuda_on_cpu::note_access(p, bytes, true, false, __builtin_return_address(0));
+  cuda_on_cpu::touch(p, bytes, true, __builtin_return_address(0));
 }
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}

@@ -1,0 +1,149 @@
+"""What the kernels ask of a GPU, on recorded lengths, against the least that their results need.
+
+Counted while the emulation runs them, so that a multiple of the floor is held without a GPU. A floor is the
+bytes of what must be read and written, each once.
+
+MTFAST_TEST_SWEEP=full takes the 16,384 tokens of a large step, otherwise 2,048.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from cuda_on_cpu.costs import Costs
+from cuda_on_cpu.harness import Case, load, load_all
+from mask_tokens_cases import BERT, offsets, ordinary_ids
+from packed_attention_cases import make_batch
+from test_concat_mlp_kernels import Layer, chunk_sums, source
+from test_mask_tokens_kernels import emulated
+from test_packed_attention_kernels import CBackward, CForward, CTensor, shape_of
+
+from benchmarks.lengths import draw_tokens
+
+pytestmark = pytest.mark.sweep
+
+COUNTED = Case(costs=True)
+HEADS, HEAD_DIM, DROPOUT = 12, 64, 0.1
+MATRIX = HEADS * HEAD_DIM * 2  # bytes of a token in q, k, v, ...
+STATISTICS = HEADS * 8
+
+
+@pytest.fixture(scope="module")
+def tokens(full_sweep) -> int:
+    return 16_384 if full_sweep else 2_048
+
+
+def attention(lengths: str, tokens: int, backward: bool) -> tuple[Costs, int]:
+    """Costs and floor of packed attention in one direction."""
+    kernels = load(f"packed_attention{'_backward' if backward else ''}.cu", COUNTED)
+    batch = make_batch(draw_tokens(lengths, tokens), HEADS, HEAD_DIM, torch.bfloat16)
+    seed = torch.tensor([1])
+    shape = shape_of(batch, DROPOUT, seed)
+    # A large step nearly always has a sequence of up to 128 tokens, a small one here not.
+    shape.max_seqlen = 512 if lengths == "512" else 128
+    # Costs do not depend on what is in these: a backward needs no forward.
+    out, dq, dk, dv = (torch.zeros_like(batch.q) for _ in range(4))
+    stats, delta = torch.ones(HEADS, tokens, 2), torch.zeros(HEADS, tokens)
+    read = map(CTensor.of, (*batch.tensors, out))
+    if backward:
+        others = map(CTensor.of, (batch.dout, dq, dk, dv))
+        arguments = CBackward(shape, *read, *others, stats.data_ptr())
+        kernels.mtfast_packed_attention_backward(ctypes.byref(arguments), delta, None)
+    else:
+        arguments = CForward(shape, *read, stats.data_ptr())
+        kernels.mtfast_packed_attention_forward(ctypes.byref(arguments), None)
+    return kernels.costs, tokens * ((8 if backward else 4) * MATRIX + STATISTICS)
+
+
+def masking(lengths: str, tokens: int, strategy: str) -> tuple[Costs, int]:
+    """Costs and floor of mask_tokens."""
+    kernels = load("mask_tokens.cu", COUNTED)
+    ids, cu_seqlens = ordinary_ids(tokens), offsets(draw_tokens(lengths, tokens))
+    emulated(kernels)(ids, strategy, cu_seqlens=cu_seqlens, **BERT)
+    return kernels.costs, tokens * 3 * 8
+
+
+def concat_mlp(batch: int, hidden: int, inner: int, outputs: int, backward: bool) -> tuple[Costs, int]:
+    """Costs and floor of concat_mlp's kernels in one direction, in bfloat16 with ReLU."""
+    forward_kernels, backward_kernels = load_all(("concat_mlp.cu", "concat_mlp_backward.cu"), COUNTED)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).bfloat16()
+
+    u, v, weight1, bias1 = (
+        matrix(batch, hidden),
+        matrix(batch, hidden),
+        matrix(inner, 2 * hidden),
+        matrix(inner),
+    )
+    weight2, bias2, y, z = (
+        matrix(outputs, inner),
+        matrix(outputs),
+        matrix(batch, outputs),
+        matrix(batch, inner),
+    )
+    seed = torch.tensor([1])
+    threshold = round(DROPOUT * 65536)
+    layer = ctypes.byref(Layer(batch, inner, outputs, 2, 0, threshold, 65536 / (65536 - threshold)))
+    if backward:
+        dz, sums = torch.empty_like(z), [torch.empty_like(x) for x in (bias1, weight2, bias2)]
+        partial = chunk_sums(batch, inner, outputs)
+        backward_kernels.mtfast_concat_mlp_backward(layer, y, z, weight2, seed, dz, partial, *sums, None)
+        return backward_kernels.costs, 2 * sum(x.numel() for x in (y, z, dz, weight2, *sums))
+    partial = torch.empty((inner + 63) // 64, batch, outputs)
+    inputs = ctypes.byref(source(u, None)), ctypes.byref(source(v, None)), hidden
+    weights = weight1, bias1, weight2, bias2, seed
+    forward_kernels.mtfast_concat_mlp_forward(layer, *inputs, *weights, z, partial, y, None)
+    return forward_kernels.costs, 2 * sum(x.numel() for x in (u, v, z, y, *weights[:-1]))
+
+
+def check(measured: tuple[Costs, int], limit: float) -> None:
+    costs, floor = measured
+    assert costs.moved <= limit * floor, f"{costs.moved / floor:.3f} times the floor: {costs}"
+
+
+@pytest.mark.parametrize("lengths", ["quora", "mixture"])
+def test_attention_forward(lengths, tokens):
+    check(attention(lengths, tokens, backward=False), 1.1)
+
+
+def test_attention_forward_of_long_sequences(tokens):
+    """In a step that fills a GPU; in smaller ones several blocks share a sequence, and each reads it all."""
+    check(attention("512", max(tokens, 12_288), backward=False), 1.1)
+
+
+@pytest.mark.parametrize("lengths", ["quora", "mixture"])
+def test_attention_backward(lengths, tokens):
+    check(attention(lengths, tokens, backward=True), 1.15)
+
+
+@pytest.mark.parametrize("lengths", ["quora", "mixture", "512"])
+def test_mask_tokens_bernoulli(lengths, tokens):
+    check(masking(lengths, tokens, "bernoulli"), 1.05)
+
+
+@pytest.mark.parametrize("lengths", ["quora", "mixture", "512"])
+def test_mask_tokens_exact(lengths, tokens):
+    measured = masking(lengths, tokens, "exact")
+    check(measured, 1.25)
+    assert measured[0].longest_loop <= 32
+
+
+@pytest.fixture(scope="module")
+def layer(full_sweep) -> tuple[int, int, int, int]:
+    """Sizes of a concat_mlp: batch, hidden, inner, outputs."""
+    return (2048, 768, 768, 2) if full_sweep else (512, 256, 256, 2)
+
+
+def test_concat_mlp_forward(layer, full_sweep):
+    """Each block reads the rows and the weights of its tile: the smaller the tiles, the oftener."""
+    measured = concat_mlp(*layer, backward=False)
+    check(measured, 7 if full_sweep else 4.5)
+    batch, hidden, inner, _ = layer
+    assert measured[0].mma == batch // 16 * (inner // 8) * (2 * hidden // 16)
+
+
+def test_concat_mlp_backward(layer):
+    check(concat_mlp(*layer, backward=True), 1.5)
