@@ -66,13 +66,13 @@ def test_wrong_offsets_leave_no_token_unwritten(bounds):
 
 def test_a_launch_that_fails_is_told_in_words():
     library = ctypes.CDLL(os.environ[LIBRARY])
-    batch = make_batch([5], 2, 64, torch.float32)
+    batch = make_batch([130], 2, 64, torch.bfloat16)
     library.cuda_on_cpu_configure(0, 0, 1, 0, ctypes.c_int64(49 * 1024))
     try:
         with pytest.raises(
             RuntimeError, match=r"packed_attention: .* could not be launched: \w+.*cudaError 1\)"
         ):
-            packed_attention(*batch.tensors, batch.cu_seqlens, 5)
+            packed_attention(*batch.tensors, batch.cu_seqlens, 130)
     finally:
         library.cuda_on_cpu_configure(0, 0, 1, 0, ctypes.c_int64(227 * 1024))
-    packed_attention(*batch.tensors, batch.cu_seqlens, 5)
+    packed_attention(*batch.tensors, batch.cu_seqlens, 130)
