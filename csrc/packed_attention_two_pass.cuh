@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(32 * kLongWarps, 1)
           [&](int place, int count) {
             for (int row = static_cast<int>(threadIdx.x); row < (count + 15) / 16 * 16; row += 32 * kWarps) {
               const int64_t at = numbered + place + row;
-              rows[row] = row < count ? Row{Statistics(args.stats, at), delta[at]} : Row{};
+              rows[row] = row < count ? Row{Statistics(args.stats, at), delta[at]} : Row{Statistics(), 0.0f};
             }
           },
           [&](int from, int to, int place) {

@@ -42,7 +42,7 @@ def attention(lengths: str, tokens: int, backward: bool) -> tuple[Costs, int]:
     seed = torch.tensor([1])
     shape = shape_of(batch, DROPOUT, seed)
     # A large step nearly always has a sequence of up to 128 tokens, a small one here not.
-    shape.max_seqlen = 512 if lengths == "512" else 128
+    shape.max_seqlen = max(128, batch.max_seqlen)
     # Costs do not depend on what is in these: a backward needs no forward.
     out, dq, dk, dv = (torch.zeros_like(batch.q) for _ in range(4))
     stats, delta = torch.ones(HEADS, tokens, 2), torch.zeros(HEADS, tokens)
@@ -109,9 +109,10 @@ def test_attention_forward(lengths, tokens):
     check(attention(lengths, tokens, backward=False), 1.1)
 
 
-def test_attention_forward_of_long_sequences(tokens):
-    """In a step that fills a GPU; in smaller ones several blocks share a sequence, and each reads it all."""
-    check(attention("512", max(tokens, 12_288), backward=False), 1.1)
+def test_attention_forward_of_long_sequences(tokens, full_sweep):
+    """In a step that fills a GPU; in smaller ones several blocks share a sequence of more than 128 tokens,
+    and each reads all of its keys and values."""
+    check(attention("512" if full_sweep else "128", tokens, backward=False), 1.1)
 
 
 @pytest.mark.parametrize("lengths", ["quora", "mixture"])
@@ -138,9 +139,10 @@ def layer(full_sweep) -> tuple[int, int, int, int]:
 
 
 def test_concat_mlp_forward(layer, full_sweep):
-    """Each block reads the rows and the weights of its tile: the smaller the tiles, the oftener."""
+    """Each block reads the rows and the weights of its tile: those of 128 by 96 fill the machine, and read u
+    and v once for 96 columns, weight1 once for 128 rows."""
     measured = concat_mlp(*layer, backward=False)
-    check(measured, 7 if full_sweep else 4.5)
+    check(measured, 8 if full_sweep else 4.5)
     batch, hidden, inner, _ = layer
     assert measured[0].mma == batch // 16 * (inner // 8) * (2 * hidden // 16)
 
