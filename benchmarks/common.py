@@ -78,12 +78,12 @@ def _driver() -> str:  # nvidia-smi can take a second
 def commit() -> str:
     """git's name of the sources, "-dirty" when they differ from it; results files are no sources.
 
-    Where the sources are a copy without a repository it is what MTFAST_COMMIT says.
+    Where the sources are a copy, whose repository may be absent or of another state, MTFAST_COMMIT says it.
     """
+    if said := os.environ.get("MTFAST_COMMIT"):
+        return said
     name = git("describe", "--always")
-    if not name:
-        return os.environ.get("MTFAST_COMMIT", "unknown")
-    return f"{name}-dirty" if changes() else name
+    return f"{name}-dirty" if changes() else name or "unknown"
 
 
 def changes() -> str:
