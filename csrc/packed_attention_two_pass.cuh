@@ -37,13 +37,6 @@ struct Queries {
     Scores x, dx;
     multiply<T, kDim>(x, q, k, key);
     multiply<T, kDim>(dx, dout, v, key);
-    if (key + 16 > to) {
-      MTFAST_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        MTFAST_UNROLL
-        for (int j = 0; j < 4; ++j) x[n][j] = key + 8 * n + 2 * t + (j & 1) < to ? x[n][j] : minus_infinity();
-      }
-    }
     Philox4 draws = {};
     if (dropout.any()) draws = dropout.draws(draw_row, place + key, t);
     MTFAST_UNROLL
@@ -56,6 +49,15 @@ struct Queries {
         const float dp = keep ? dx[n][j] * dropout.scale : 0.0f;
         x[n][j] = keep ? p * dropout.scale : 0.0f;
         dx[n][j] = p * (dp - delta[j >> 1]);
+      }
+    }
+    if (key + 16 > to) {
+      MTFAST_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        MTFAST_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (key + 8 * n + 2 * t + (j & 1) >= to) x[n][j] = dx[n][j] = 0.0f;
+        }
       }
     }
     to_frag<T>(pd, x[0], x[1]);

@@ -29,6 +29,7 @@ from mtfast.ops import (
     packed_attention,
     packed_attention_cls,
     packed_attention_qkv,
+    packed_attention_ref,
 )
 
 ops = torch.ops.mtfast
@@ -61,6 +62,25 @@ def test_random_batches_match_float64(dtype, head_dim, device, full_sweep):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_query_a_sequence(dtype, head_dim, device):
     check_random_batches(run, range(300), head_dim, dtype, cls=True, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_softmax_scale(dtype, scale, device):
+    """On lengths of every kernel: what masks keys that are not there must not be scaled."""
+    batch = make_batch([5, 33, 70, 130], 1, 64, dtype, device=device)
+
+    def results(function, wide: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(wide).requires_grad_() for x in batch.tensors]
+        out = function(*leaves, batch.cu_seqlens, batch.max_seqlen, softmax_scale=scale)
+        out = out[0] if isinstance(out, tuple) else out
+        return [out.detach(), *torch.autograd.grad(out, leaves, batch.dout.to(wide))]
+
+    ours, eagers = results(packed_attention, dtype), results(packed_attention_ref, dtype)
+    for x, eager, exact in zip(ours, eagers, results(packed_attention_ref, torch.float64), strict=True):
+        error, usual = ((y.double() - exact).norm() for y in (x, eager))
+        assert error <= 2 * usual + torch.finfo(dtype).eps * exact.norm(), f"{error:.3g}, eager {usual:.3g}"
 
 
 @pytest.mark.parametrize("device", DEVICES)

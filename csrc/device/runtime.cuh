@@ -55,7 +55,9 @@ int launch_beside(bool beside, dim3 grid, dim3 block, size_t shared_bytes, void*
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = beside && major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  const int error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != 0) cudaGetLastError();  // lest somebody else meets it
+  return error;
 }
 
 }  // namespace mtfast
