@@ -124,7 +124,7 @@ int launch_middle(const AttentionBackward& args, int beyond, int64_t upto, bool 
 }
 
 // Whether a block may have the memory for 128 tokens in one pass: a matter of the GPU, not of the batch, so
-// that no sequence's result depends on the others.
+// that no sequence's result depends on the others. With head_dim 128 none has it.
 template <class T, int kDim>
 bool one_pass_fits() {
   const size_t bytes = WorkList<8>::kBytes + OnePass<T, kDim, 128, 8>::bytes(128);
@@ -139,12 +139,15 @@ int launch(const AttentionBackward& args, float* delta, void* stream) {
     const int64_t longest = args.shape.max_seqlen;
     const auto kernel = backward_short_kernel<T, kDim>;
     if (const int error = allow_shared_memory(kernel, kBytes)) return error;
-    const bool fits = longest > 64 && one_pass_fits<T, kDim>();
+    bool fits = false;
+    if constexpr (kDim < 128) fits = longest > 64 && one_pass_fits<T, kDim>();
     int error = 0;
     if (longest > (fits ? 128 : 64)) error = launch_long<T, kDim>(args, fits ? 128 : 64, delta, stream);
-    if (error == 0 && fits)
-      error =
-          launch_middle<T, kDim, 128, 8>(args, 64, std::min<int64_t>(longest, 128), longest > 128, stream);
+    if constexpr (kDim < 128) {
+      if (error == 0 && fits)
+        error =
+            launch_middle<T, kDim, 128, 8>(args, 64, std::min<int64_t>(longest, 128), longest > 128, stream);
+    }
     if (error == 0 && longest > kShortTokens)
       error = launch_middle<T, kDim, 64, kMiddleWarps>(args, kShortTokens, std::min<int64_t>(longest, 64),
                                                        longest > 64, stream);

@@ -44,11 +44,12 @@ from mtfast.ops.packed_attention import lse_of
 
 # How many kernels each source has. On tensor cores, for two dtypes and three head_dims: forward a warp for a
 # short sequence, a block of few or of many warps for a longer one; backward a warp for a short sequence, a
-# block with room for 64 or for 128 tokens for a longer one, two passes beyond. Row by row: for one query a
-# sequence in three dtypes, forward and backward, and for all rows in float32, backward in two passes.
+# block with room for 64 or, but for head_dim 128, for 128 tokens for a longer one, two passes beyond. Row by
+# row: for one query a sequence in three dtypes, forward and backward, and for all rows in float32, backward in
+# two passes.
 SOURCES = {
     "packed_attention.cu": 6 * (1 + 2),
-    "packed_attention_backward.cu": 6 * (1 + 2 + 2),
+    "packed_attention_backward.cu": 6 * (1 + 2 + 2) - 2,
     "packed_attention_rows.cu": 9 * 2 + 3 * 3,
 }
 SHORT_TOKENS = 32  # kShortTokens of csrc/packed_attention.h
@@ -207,7 +208,7 @@ def test_every_kernel_fits_every_architecture(architecture):
             for length, layout in ((20, "apart"), (50, "apart"), (70, "apart"), (130, "apart"), (5, "cls")):
                 run(make_batch([length], 1, head_dim, dtype, layout=layout))
     launched = dict(zip(SOURCES, (kernel.take_launched() for kernel in kernels), strict=True))
-    # 128 tokens of head_dim 64 or 128 go in two passes where a block cannot have their memory.
+    # 128 tokens of head_dim 32 or 64 go in two passes where a block cannot have their memory.
     without = 2 * 2 if SHARED_KIB[architecture] < 100 else 0
     assert launched == SOURCES | {
         "packed_attention_backward.cu": SOURCES["packed_attention_backward.cu"] - without
