@@ -45,8 +45,8 @@ from mtfast.ops.packed_attention import lse_of
 # How many kernels each source has. On tensor cores, for two dtypes and three head_dims: forward a warp for a
 # short sequence, a block of few or of many warps for a longer one; backward a warp for a short sequence, a
 # block with room for 64 or, but for head_dim 128, for 128 tokens for a longer one, two passes beyond. Row by
-# row: for one query a sequence in three dtypes, forward and backward, and for all rows in float32, backward in
-# two passes.
+# row: for one query a sequence in three dtypes, forward and backward, and for all rows in float32, backward
+# in two passes.
 SOURCES = {
     "packed_attention.cu": 6 * (1 + 2),
     "packed_attention_backward.cu": 6 * (1 + 2 + 2) - 2,
