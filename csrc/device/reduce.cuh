@@ -1,4 +1,4 @@
-// Reductions over lanes and scans over warps.
+// Reductions over lanes.
 #pragma once
 #include "runtime.cuh"
 
@@ -19,18 +19,6 @@ __device__ __forceinline__ T warp_max(T value) {
   for (int step = kLanes / 2; step > 0; step /= 2) {
     const T other = __shfl_xor_sync(0xffffffffu, value, step);
     value = other > value ? other : value;
-  }
-  return value;
-}
-
-// Sum over this lane and the lanes before it.
-template <class T>
-__device__ __forceinline__ T warp_inclusive_sum(T value) {
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  MTFAST_UNROLL
-  for (int step = 1; step < 32; step *= 2) {
-    const T other = __shfl_up_sync(0xffffffffu, value, step);
-    if (lane >= step) value += other;
   }
   return value;
 }
