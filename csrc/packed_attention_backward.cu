@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kShortTokens = 32;
 
-// kTokens is a multiple of the most rows that fit the tiles of weights; rows, a multiple of 16, there are.
+// A sequence of at most kTokens tokens; there is memory for `rows` of them, a multiple of 16.
 template <class T, int kDim, int kTokens, int kWarps>
 struct OnePass {
   static constexpr int kRowBytes = Tile<T, kDim>::kRowBytes, kWeightBytes = Tile<T, kTokens>::kRowBytes;

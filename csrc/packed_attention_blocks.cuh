@@ -158,7 +158,7 @@ struct Resident {
   }
 };
 
-// Strips of 16 rows that a block takes of a sequence at a time, and rows that it holds.
+// Rows of a long sequence that a block takes, and rows of the other side that it holds at a time.
 struct LongPlan {
   int group, resident;
 };

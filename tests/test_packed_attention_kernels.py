@@ -52,7 +52,7 @@ SOURCES = {
     "packed_attention_backward.cu": 6 * (1 + 2 + 2) - 2,
     "packed_attention_rows.cu": 9 * 2 + 3 * 3,
 }
-SHORT_TOKENS = 32  # kShortTokens of csrc/packed_attention.h
+ONE_PASS_TOKENS = 64  # kOnePassTokens of csrc/packed_attention.h
 
 
 class CTensor(ctypes.Structure):
@@ -119,7 +119,7 @@ def emulated(forward: Kernels, backward: Kernels, rows: Kernels) -> Run:
         backward_args = ctypes.byref(CBackward(shape, q, k, v, o, dout, dq, dk, dv, stats.data_ptr()))
         by_rows = batch.cls or batch.q.dtype == torch.float32
         # As large as packed_attention.cpp makes it.
-        needs_delta = not batch.cls and (by_rows or batch.max_seqlen > SHORT_TOKENS)
+        needs_delta = not batch.cls and (by_rows or batch.max_seqlen > ONE_PASS_TOKENS)
         delta = torch.full((stats.size(0), stats.size(1) if needs_delta else 0), torch.nan)
         if by_rows:
             one_query = ctypes.c_int(batch.cls)
