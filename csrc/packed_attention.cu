@@ -42,16 +42,12 @@ struct OnlineSoftmax {
     for (int i = 0; i < kTiles; ++i) multiply<T, kDim>(x[i], q, k, key + 16 * i);
     MTFAST_UNROLL
     for (int i = 0; i < kTiles; ++i) {
-      MTFAST_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        MTFAST_UNROLL
-        for (int j = 0; j < 4; ++j) x[i][n][j] = __fmul_rn(x[i][n][j], scale);
-      }
+      for_each_held([&](int n, int j) { x[i][n][j] = __fmul_rn(x[i][n][j], scale); });
     }
     if (key + 16 * kTiles > to) {
       constexpr int kLast = kTiles - 1;
       MTFAST_UNROLL
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < 2; ++n) {  // not for_each_held, with which sm_80 runs out of registers
         MTFAST_UNROLL
         for (int j = 0; j < 4; ++j) {
           const bool exists = key + 16 * kLast + 8 * n + 2 * t + (j & 1) < to;
@@ -61,26 +57,18 @@ struct OnlineSoftmax {
     }
     MTFAST_UNROLL
     for (int i = 0; i < kTiles; ++i) {
-      MTFAST_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        MTFAST_UNROLL
-        for (int j = 0; j < 4; ++j) top[j >> 1] = fmaxf(top[j >> 1], x[i][n][j]);
-      }
+      for_each_held([&](int n, int j) { top[j >> 1] = fmaxf(top[j >> 1], x[i][n][j]); });
     }
     raise_max(top, place + key == 0);
     MTFAST_UNROLL
     for (int i = 0; i < kTiles; ++i) {
       Philox4 draws = {};
       if (dropout.any()) draws = dropout.draws(draw_row, place + key + 16 * i, t);
-      MTFAST_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        MTFAST_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const float weight = ptx::exp2_approx(x[i][n][j] - row_max[j >> 1]);
-          row_sum[j >> 1] += weight;
-          x[i][n][j] = dropout.keeps(draws.word[2 * n + j / 2], j % 2) ? weight : 0.0f;
-        }
-      }
+      for_each_held([&](int n, int j) {
+        const float weight = ptx::exp2_approx(x[i][n][j] - row_max[j >> 1]);
+        row_sum[j >> 1] += weight;
+        x[i][n][j] = dropout.keeps(draws.word[2 * n + j / 2], j % 2) ? weight : 0.0f;
+      });
       Frag weights;
       to_frag<T>(weights, x[i][0], x[i][1]);
       add_product<T, kDim>(out, weights, v, key + 16 * i);
@@ -120,8 +108,7 @@ struct OnlineSoftmax {
         Statistics::store(args.stats, head * args.shape.total + first + g + 8 * r, row_max[r], row_sum[r]);
       }
     }
-    scale_rows<kDim>(out, factor);
-    store_rows<T, kDim>(to, first, count, out, scratch);
+    store_rows<T, kDim>(to, first, count, out, factor, scratch);
   }
 };
 
@@ -157,50 +144,24 @@ __global__ void __launch_bounds__(32, kDim == 128 ? 8 : 16) forward_short_kernel
 
 template <class T, int kDim, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, (kDim == 128 ? 8 : 16) / kWarps)
-    forward_long_kernel(AttentionForward args, WorkClass of, LongPlan plan) {
-  using Keys = Resident<32 * kWarps, T, kDim>;
-  unsigned char* memory = shared_memory<unsigned char>();
-  const WorkList<kWarps> work(memory);
-  memory += WorkList<kWarps>::kBytes;
-  const Tile<T, kDim> scratch(memory + warp_index() * 16 * Tile<T, kDim>::kRowBytes);
-  const Keys keys(memory + kWarps * 16 * Tile<T, kDim>::kRowBytes, plan.resident);
+    forward_long_kernel(AttentionForward args, WorkClass of) {
+  const LongBlock<T, kDim, kWarps> block(shared_memory<unsigned char>(), of.resident);
   const float scale = log2_scale(args.shape);
-  work.run(args.shape, of, [&](const Sequence& sequence, int head, int part) {
+  block.run(args.shape, of, [&](const Sequence& sequence, int head, int row, bool is_active, bool fresh) {
     const int begin = sequence.begin, length = sequence.length;
-    const int first = part * plan.group, last = min(first + plan.group, length);
     const Dropout dropout(args.shape, head);
-    const HeadRows<T> queries(args.q, head);
-    for (int base = first; base < last; base += 16 * kWarps) {
-      const int row = base + 16 * warp_index();
-      RowFrags<kDim> q;
-      if (row < last) read_frags<T, kDim>(q, queries, begin + row, length - row);
-      OnlineSoftmax<T, kDim> softmax;
-      keys.run(
-          {args.k, head}, {args.v, head}, begin, length, base == first, [](int, int) {},
-          [&](int from, int to, int place) {
-            if (row < last) {
-              softmax.attend(q, keys.a, keys.b, from, to, place, scale, dropout,
-                             begin + row + (lane_index() >> 2));
-            }
-          });
-      if (row < last) {
-        softmax.store(args, {args.out, head}, head, begin + row, length - row, scratch);
-      }
-    }
+    RowFrags<kDim> q;
+    if (is_active) read_frags<T, kDim>(q, {args.q, head}, begin + row, length - row);
+    OnlineSoftmax<T, kDim> softmax;
+    block.other.run(
+        {args.k, head}, {args.v, head}, sequence, fresh, [](int, int) {},
+        [&](int from, int to, int place) {
+          if (!is_active) return;
+          softmax.attend(q, block.other.a, block.other.b, from, to, place, scale, dropout,
+                         begin + row + (lane_index() >> 2));
+        });
+    if (is_active) softmax.store(args, {args.out, head}, head, begin + row, length - row, block.scratch);
   });
-}
-
-template <class T, int kDim, int kWarps>
-int launch_long(const AttentionForward& args, int beyond, int64_t upto, bool beside, void* stream) {
-  const auto kernel = forward_long_kernel<T, kDim, kWarps>;
-  const auto bytes = [](int rows) {
-    return WorkList<kWarps>::kBytes + static_cast<size_t>(16 * kWarps + 2 * rows) * Tile<T, kDim>::kRowBytes;
-  };
-  LongPlan plan;
-  if (const int error = plan_long(plan, args.shape, upto, kernel, bytes)) return error;
-  const WorkClass of{beyond, static_cast<int>(upto), static_cast<int>((upto + plan.group - 1) / plan.group)};
-  return MTFAST_LAUNCH_BESIDE(beside, work_grid(args.shape, of), dim3(32 * kWarps), bytes(plan.resident),
-                              stream, kernel, args, of, plan);
 }
 
 template <class T>
@@ -210,11 +171,17 @@ int launch(const AttentionForward& args, void* stream) {
     constexpr size_t kBytes = (2 * kShortTokens + 16) * Tile<T, kDim>::kRowBytes;
     const int64_t longest = args.shape.max_seqlen;
     const auto kernel = forward_short_kernel<T, kDim>;
+    const auto launch_class = [&](auto warps, int beyond, int64_t upto, bool beside) {
+      using Block = LongBlock<T, kDim, warps.value>;
+      return launch_long<Block>(args, beyond, upto, beside, stream, 0,
+                                forward_long_kernel<T, kDim, warps.value>);
+    };
     int error = 0;
-    if (longest > 128) error = launch_long<T, kDim, kDim == 128 ? 8 : 16>(args, 128, longest, false, stream);
+    if (longest > 128)
+      error = launch_class(std::integral_constant<int, kDim == 128 ? 8 : 16>{}, 128, longest, false);
     if (error == 0 && longest > kShortTokens)
-      error =
-          launch_long<T, kDim, 4>(args, kShortTokens, std::min<int64_t>(longest, 128), longest > 128, stream);
+      error = launch_class(std::integral_constant<int, 4>{}, kShortTokens, std::min<int64_t>(longest, 128),
+                           longest > 128);
     if (error != 0) return error;
     return MTFAST_LAUNCH_BESIDE(longest > kShortTokens, short_grid(args.shape), dim3(32), kBytes, stream,
                                 kernel, args);

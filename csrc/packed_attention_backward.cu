@@ -85,9 +85,8 @@ struct OnePass {
         read_transposed(transposed, ds, row, key);
         add_product<T, kDim>(dk, transposed, q, row);
       }
-      scale_rows<kDim>(dk, {factor, factor});
-      store_rows<T, kDim>({args.dk, head}, begin + key, length - key, dk, scratch);
-      store_rows<T, kDim>({args.dv, head}, begin + key, length - key, dv, scratch);
+      store_rows<T, kDim>({args.dk, head}, begin + key, length - key, dk, {factor, factor}, scratch);
+      store_rows<T, kDim>({args.dv, head}, begin + key, length - key, dv, {1.0f, 1.0f}, scratch);
     }
     sync();
   }
@@ -104,23 +103,22 @@ __global__ void __launch_bounds__(32) backward_short_kernel(AttentionBackward ar
 }
 
 template <class T, int kDim, int kTokens, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps)
-    backward_middle_kernel(AttentionBackward args, WorkClass of, int rows) {
+__global__ void __launch_bounds__(32 * kWarps) backward_middle_kernel(AttentionBackward args, WorkClass of) {
   unsigned char* memory = shared_memory<unsigned char>();
   const WorkList<kWarps> work(memory);
-  OnePass<T, kDim, kTokens, kWarps> pass(memory + WorkList<kWarps>::kBytes, rows);
+  OnePass<T, kDim, kTokens, kWarps> pass(memory + WorkList<kWarps>::kBytes, of.resident);
   work.run(args.shape, of, [&](const Sequence& sequence, int head, int) { pass.run(args, sequence, head); });
 }
 
 template <class T, int kDim, int kTokens, int kWarps>
 int launch_middle(const AttentionBackward& args, int beyond, int64_t upto, bool beside, void* stream) {
   const auto kernel = backward_middle_kernel<T, kDim, kTokens, kWarps>;
-  const int rows = static_cast<int>((upto + 15) / 16 * 16);
+  const int longest = static_cast<int>(upto), rows = (longest + 15) / 16 * 16;
   const size_t bytes = WorkList<kWarps>::kBytes + OnePass<T, kDim, kTokens, kWarps>::bytes(rows);
   if (const int error = allow_shared_memory(kernel, bytes)) return error;
-  const WorkClass of{beyond, static_cast<int>(upto), 1};
+  const WorkClass of{beyond, longest, 1, longest, rows};
   return MTFAST_LAUNCH_BESIDE(beside, work_grid(args.shape, of), dim3(32 * kWarps), bytes, stream, kernel,
-                              args, of, rows);
+                              args, of);
 }
 
 // Whether a block may have the memory for 128 tokens in one pass: a matter of the GPU, not of the batch, so
@@ -142,7 +140,7 @@ int launch(const AttentionBackward& args, float* delta, void* stream) {
     bool fits = false;
     if constexpr (kDim < 128) fits = longest > 64 && one_pass_fits<T, kDim>();
     int error = 0;
-    if (longest > (fits ? 128 : 64)) error = launch_long<T, kDim>(args, fits ? 128 : 64, delta, stream);
+    if (longest > (fits ? 128 : 64)) error = launch_two_passes<T, kDim>(args, fits ? 128 : 64, delta, stream);
     if constexpr (kDim < 128) {
       if (error == 0 && fits)
         error =

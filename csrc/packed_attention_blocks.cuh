@@ -13,9 +13,10 @@ __device__ __forceinline__ bool is_last_block() {
   return blockIdx.x + 1 == gridDim.x && blockIdx.y + 1 == gridDim.y && blockIdx.z + 1 == gridDim.z;
 }
 
-// The sequences of more than `beyond` and at most `upto` tokens, each in `parts` pieces a head.
+// The sequences of more than `beyond` and at most `upto` tokens. Each is for each head `parts` items, of
+// `group` rows; shared memory has room for `resident` rows of the other side.
 struct WorkClass {
-  int beyond, upto, parts;
+  int beyond, upto, parts, group, resident;
 };
 
 // Few sequences of a batch may be so long, so a grid with a block for each sequence would be blocks with
@@ -23,7 +24,7 @@ struct WorkClass {
 // every gridDim.x-th item of it.
 template <int kWarps>
 struct WorkList {
-  static constexpr int kScanned = 512, kBatch = 16;  // of a warp at a time: sequences, loads of a lane
+  static constexpr int kBatch = 16, kScanned = 32 * kBatch;  // of a lane and of a warp at a time: sequences
   static constexpr size_t kBytes = kWarps * (kScanned * sizeof(uint16_t) + 16);
 
   int* counts;      // of each warp's part of the list
@@ -59,22 +60,18 @@ struct WorkList {
  private:
   __device__ __forceinline__ void scan(const AttentionShape& shape, const WorkClass& of, int first) const {
     const int lane = lane_index(), warp = warp_index();
-    int count = 0;
-    MTFAST_NO_UNROLL
-    for (int base = 0; base < kScanned && first + base < shape.sequences; base += 32 * kBatch) {
-      int length[kBatch];
-      MTFAST_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        length[i] = Sequence(shape, static_cast<unsigned>(first + base + 32 * i + lane)).length;
-      }
-      MTFAST_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        const bool pred = length[i] > of.beyond && length[i] <= of.upto;
-        const unsigned ballot = __ballot_sync(kAllLanes, pred);
-        const int before = __popc(ballot & ((1u << lane) - 1));
-        if (pred) found[warp * kScanned + count + before] = static_cast<uint16_t>(base + 32 * i + lane);
-        count += __popc(ballot);
-      }
+    int count = 0, length[kBatch];
+    MTFAST_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      length[i] = Sequence(shape, static_cast<unsigned>(first + 32 * i + lane)).length;
+    }
+    MTFAST_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const bool pred = length[i] > of.beyond && length[i] <= of.upto;
+      const unsigned ballot = __ballot_sync(kAllLanes, pred);
+      const int before = __popc(ballot & ((1u << lane) - 1));
+      if (pred) found[warp * kScanned + count + before] = static_cast<uint16_t>(32 * i + lane);
+      count += __popc(ballot);
     }
     if (lane == 0) counts[warp] = count;
   }
@@ -120,28 +117,24 @@ struct Resident {
   // Until parts up to this one have landed, for the whole block.
   __device__ __forceinline__ static void wait(int part) {
     static_assert(kParts == 4);
-    switch (part) {
-      case 0:
-        ptx::cp_async_wait<3>();
-        break;
-      case 1:
-        ptx::cp_async_wait<2>();
-        break;
-      case 2:
-        ptx::cp_async_wait<1>();
-        break;
-      default:
-        ptx::cp_async_wait<0>();
-    }
+    if (part == 0)
+      ptx::cp_async_wait<3>();
+    else if (part == 1)
+      ptx::cp_async_wait<2>();
+    else if (part == 2)
+      ptx::cp_async_wait<1>();
+    else
+      ptx::cp_async_wait<0>();
     __syncthreads();
   }
   // Calls body(from, to, place) for rows [from, to) of the tiles, whose row 0 is row `place` of the sequence,
   // until all of its `length` rows had their turn; prepare(place, count) beside each copy. The rows are
   // copied when they are not there: `fresh`, or not all fit at a time.
   template <class Prepare, class Body>
-  __device__ __forceinline__ void run(const HeadRows<T>& from_a, const HeadRows<T>& from_b, int begin,
-                                      int length, bool fresh, Prepare prepare, Body body) const {
-    const int part_rows = rows / kParts;
+  __device__ __forceinline__ void run(const HeadRows<T>& from_a, const HeadRows<T>& from_b,
+                                      const Sequence& sequence, bool fresh, Prepare prepare,
+                                      Body body) const {
+    const int begin = sequence.begin, length = sequence.length, part_rows = rows / kParts;
     fresh |= length > rows;
     for (int place = 0; place < length; place += rows) {
       const int count = min(rows, length - place);
@@ -158,24 +151,60 @@ struct Resident {
   }
 };
 
-// Rows of a long sequence that a block takes, and rows of the other side that it holds at a time.
-struct LongPlan {
-  int group, resident;
+// What the kernels for long sequences have around their products: each warp takes 16 rows of one side at a
+// time and goes through the other side, which is in shared memory.
+template <class T, int kDim, int kWarps>
+struct LongBlock {
+  static constexpr int kRowBytes = Tile<T, kDim>::kRowBytes, kThreads = 32 * kWarps;
+  // `extra` for each row of the other side.
+  static size_t bytes(int resident, size_t extra) {
+    return WorkList<kWarps>::kBytes + static_cast<size_t>(16 * kWarps + 2 * resident) * kRowBytes +
+           resident * extra;
+  }
+
+  WorkList<kWarps> work;
+  Tile<T, kDim> scratch;  // 16 rows of this warp
+  Resident<kThreads, T, kDim> other;
+  unsigned char* extra;
+
+  __device__ __forceinline__ LongBlock(unsigned char* memory, int resident)
+      : work(memory),
+        scratch(memory + WorkList<kWarps>::kBytes + 16 * warp_index() * kRowBytes),
+        other(memory + WorkList<kWarps>::kBytes + 16 * kWarps * kRowBytes, resident),
+        extra(memory + WorkList<kWarps>::kBytes + (16 * kWarps + 2 * resident) * kRowBytes) {}
+
+  // Calls body(sequence, head, row, is_active, fresh), by all threads: this warp's are 16 rows from `row` of
+  // the sequence on, if it is active; `fresh` says that shared memory has nothing of this sequence.
+  template <class Body>
+  __device__ __forceinline__ void run(const AttentionShape& shape, const WorkClass& of, Body body) const {
+    work.run(shape, of, [&](const Sequence& sequence, int head, int part) {
+      const int first = part * of.group, last = min(first + of.group, sequence.length);
+      for (int base = first; base < last; base += 16 * kWarps) {
+        const int row = base + 16 * warp_index();
+        body(sequence, head, row, row < last, base == first);
+      }
+    });
+  }
 };
 
-// As many rows as the kernel may have shared memory for, up to the longest sequence; smaller groups where
-// there are few blocks. 0 or a cudaError_t. A multiple of 128, so that the 32 rows which may be worked on
-// together are the same whatever is in the batch; or 64, where a GPU has no memory for more.
-template <class Kernel, class Bytes>
-int plan_long(LongPlan& plan, const AttentionShape& shape, int64_t longest, Kernel* kernel, Bytes bytes) {
-  plan.group = 512;
-  while (plan.group > 128 && shape.total / plan.group * shape.heads < 264) plan.group /= 2;  // two an SM
-  plan.resident = static_cast<int>(std::min<int64_t>(longest, 1024) + 127) / 128 * 128;
-  for (;;) {
-    const int error = allow_shared_memory(kernel, bytes(plan.resident));
-    if (error == 0 || plan.resident <= 64) return error;
-    plan.resident = plan.resident > 128 ? plan.resident / 2 / 128 * 128 : 64;
+// Launches such a kernel with as many resident rows as it may have shared memory for, up to the longest
+// sequence; smaller groups where there are few blocks. 0 or a cudaError_t. Resident are a multiple of 128
+// rows, so that the 32 rows which may be worked on together are the same whatever is in the batch; or 64,
+// where a GPU has no memory for more.
+template <class Block, class Args, class... More>
+int launch_long(const Args& args, int beyond, int64_t upto, bool beside, void* stream, size_t extra,
+                void (*kernel)(Args, WorkClass, More...), More... more) {
+  const AttentionShape& shape = args.shape;
+  int group = 512, resident = static_cast<int>(std::min<int64_t>(upto, 1024) + 127) / 128 * 128;
+  while (group > 128 && shape.total / group * shape.heads < 264) group /= 2;  // two an SM
+  while (const int error = allow_shared_memory(kernel, Block::bytes(resident, extra))) {
+    if (resident <= 64) return error;
+    resident = resident > 128 ? resident / 2 / 128 * 128 : 64;
   }
+  const int longest = static_cast<int>(upto);
+  const WorkClass of{beyond, longest, (longest + group - 1) / group, group, resident};
+  return MTFAST_LAUNCH_BESIDE(beside, work_grid(shape, of), dim3(Block::kThreads),
+                              Block::bytes(resident, extra), stream, kernel, args, of, more...);
 }
 
 }  // namespace mtfast::attention

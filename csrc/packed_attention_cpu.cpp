@@ -209,21 +209,26 @@ struct Backward {
 
 // ---- one query a sequence ----
 
+// to[j] = y and row j of the sequence multiplied, 0 behind the last.
 template <class T, class C>
-MTFAST_INLINE C dot(const T* x, const C* y, int64_t D) {
-  Vec<C> total = {};
-  for (int64_t d = 0; d < D; d += kLanes) total += unpack(x + d) * unpack(y + d);
-  return sum(total);
+MTFAST_INLINE void products(C* to, const AttentionTensor& x, const Extent& at, int64_t head, const C* y,
+                            int64_t D) {
+  for (int64_t j = 0; j < at.lanes; ++j) {
+    Vec<C> total = {};
+    for (int64_t d = 0; d < D && j < at.length; d += kLanes)
+      total += unpack(row_of<const T>(x, at.begin + j, head) + d) * unpack(y + d);
+    to[j] = sum(total);
+  }
 }
 
+// to = the sum of the sequence's rows by their weights.
 template <class T, class C>
-MTFAST_INLINE void add_scaled(C* y, const T* x, C factor, int64_t D) {
-  for (int64_t d = 0; d < D; d += kLanes) pack(y + d, unpack(y + d) + unpack(x + d) * factor);
-}
-
-template <class T, class C>
-MTFAST_INLINE void write_scaled(T* y, const C* x, C factor, int64_t D) {
-  for (int64_t d = 0; d < D; d += kLanes) pack(y + d, unpack(x + d) * factor);
+MTFAST_INLINE void weighted_sum(C* to, const AttentionTensor& x, const Extent& at, int64_t head,
+                                const C* weights, int64_t D) {
+  for (int64_t d = 0; d < D; d += kLanes) pack(to + d, Vec<C>{});
+  for (int64_t j = 0; j < at.length; ++j)
+    for (int64_t d = 0; d < D; d += kLanes)
+      pack(to + d, unpack(to + d) + unpack(row_of<const T>(x, at.begin + j, head) + d) * weights[j]);
 }
 
 template <class T, class C>
@@ -235,20 +240,17 @@ struct ForwardCls {
     const Extent at(shape, sequence);
     Arena arena{scratch};
     Buffers<C> b(arena, at.length, D, false);
-    for (int64_t d = 0; d < D; d += kLanes) pack(b.out + d, Vec<C>{});
     C* stats = statistics_of<C>(args.stats, head * shape.sequences + sequence);
     stats[0] = -static_cast<C>(INFINITY);
     stats[1] = 0;
     if (at.length > 0) {
       gather<T, C>(b.q, args.q, sequence, 1, 1, head, D, static_cast<C>(shape.softmax_scale * kLog2E));
-      for (int64_t j = 0; j < at.lanes; ++j)
-        b.p[j] = j < at.length ? dot(row_of<const T>(args.k, at.begin + j, head), b.q, D) : C{0};
+      products<T>(b.p, args.k, at, head, b.q, D);
       if (shape.threshold) draw<isa>(b.draws, *shape.seed, head, at.begin, 0, 1, at.length);
       Forward<T, C>::softmax(b.p, at.lanes, last_lanes<C>(at), b.draws, shape, stats);
-      for (int64_t j = 0; j < at.length; ++j)
-        add_scaled(b.out, row_of<const T>(args.v, at.begin + j, head), b.p[j], D);
     }
-    write_scaled(row_of<T>(args.out, sequence, head), b.out, C{1}, D);
+    weighted_sum<T>(b.out, args.v, at, head, b.p, D);
+    scatter<T, C>(args.out, b.out, sequence, 1, head, D, C{1});
   }
 };
 
@@ -261,24 +263,20 @@ struct BackwardCls {
     const Extent at(shape, sequence);
     Arena arena{scratch};
     Buffers<C> b(arena, at.length, D, true);
-    for (int64_t d = 0; d < D; d += kLanes) pack(b.out + d, Vec<C>{});
     if (at.length > 0) {
       gather<T, C>(b.q, args.q, sequence, 1, 1, head, D, static_cast<C>(shape.softmax_scale * kLog2E));
       gather<T, C>(b.dout, args.dout, sequence, 1, 1, head, D, C{1});
-      for (int64_t j = 0; j < at.lanes; ++j) {
-        const bool exists = j < at.length;
-        b.p[j] = exists ? dot(row_of<const T>(args.k, at.begin + j, head), b.q, D) : C{0};
-        b.dp[j] = exists ? dot(row_of<const T>(args.v, at.begin + j, head), b.dout, D) : C{0};
-      }
+      products<T>(b.p, args.k, at, head, b.q, D);
+      products<T>(b.dp, args.v, at, head, b.dout, D);
       if (shape.threshold) draw<isa>(b.draws, *shape.seed, head, at.begin, 0, 1, at.length);
       Backward<T, C>::differentiate(b.p, b.dp, at.lanes, last_lanes<C>(at), b.draws, shape);
-      for (int64_t j = 0; j < at.length; ++j) {
-        add_scaled(b.out, row_of<const T>(args.k, at.begin + j, head), b.dp[j], D);
-        write_scaled(row_of<T>(args.dk, at.begin + j, head), b.q, b.dp[j] * static_cast<C>(kLn2), D);
-        write_scaled(row_of<T>(args.dv, at.begin + j, head), b.dout, b.p[j], D);
-      }
     }
-    write_scaled(row_of<T>(args.dq, sequence, head), b.out, static_cast<C>(shape.softmax_scale), D);
+    for (int64_t j = 0; j < at.length; ++j) {
+      scatter<T, C>(args.dk, b.q, at.begin + j, 1, head, D, b.dp[j] * static_cast<C>(kLn2));
+      scatter<T, C>(args.dv, b.dout, at.begin + j, 1, head, D, b.p[j]);
+    }
+    weighted_sum<T>(b.out, args.k, at, head, b.dp, D);
+    scatter<T, C>(args.dq, b.out, sequence, 1, head, D, static_cast<C>(shape.softmax_scale));
   }
 };
 

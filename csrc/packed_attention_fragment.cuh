@@ -12,6 +12,16 @@ using RowFrags = Frag[kDim / 16];  // 16 rows, as a left factor
 template <int kDim>
 using Accumulators = float[kDim / 8][4];
 
+// Calls f(n, j) for each element x[n][j] of a fragment that a lane holds.
+template <class F>
+__device__ __forceinline__ void for_each_held(F f) {
+  MTFAST_UNROLL
+  for (int n = 0; n < 2; ++n) {
+    MTFAST_UNROLL
+    for (int j = 0; j < 4; ++j) f(n, j);
+  }
+}
+
 // Rows of 16-bit elements in shared memory; their chunks of 16 bytes are swizzled so that ldmatrix meets no
 // bank twice.
 template <class T, int kColumns>
@@ -120,11 +130,7 @@ __device__ __forceinline__ void multiply(Scores& x, const RowFrags<kDim>& a, con
                                          int row) {
   const int lane = lane_index();
   const unsigned offset = Tile<T, kDim>::offset((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
-  MTFAST_UNROLL
-  for (int n = 0; n < 2; ++n) {
-    MTFAST_UNROLL
-    for (int j = 0; j < 4; ++j) x[n][j] = 0.0f;
-  }
+  for_each_held([&](int n, int j) { x[n][j] = 0.0f; });
   MTFAST_UNROLL
   for (int k = 0; k < kDim / 16; ++k) {
     Frag rows;
@@ -176,13 +182,14 @@ __device__ __forceinline__ void scale_rows(Accumulators<kDim>& x, const float (&
   }
 }
 
-// The first `count` rows, rounded, to row `first` and those behind it, whole lines at a time by way of 16
-// rows of shared memory.
+// The first `count` rows, scaled and rounded, to row `first` and those behind it, whole lines at a time by
+// way of 16 rows of shared memory.
 template <class T, int kDim>
-__device__ __forceinline__ void store_rows(const HeadRows<T>& to, int first, int count,
-                                           const Accumulators<kDim>& x, const Tile<T, kDim>& scratch) {
+__device__ __forceinline__ void store_rows(const HeadRows<T>& to, int first, int count, Accumulators<kDim>& x,
+                                           const float (&factor)[2], const Tile<T, kDim>& scratch) {
   constexpr int kChunks = Tile<T, kDim>::kChunks, kStep = 32 / kChunks;
   const int c = lane_index() % kChunks, row0 = lane_index() / kChunks;
+  scale_rows<kDim>(x, factor);
   MTFAST_UNROLL
   for (int k = 0; k < kDim / 16; ++k) {
     Frag rounded;

@@ -18,16 +18,13 @@
 namespace mtfast::attention {
 namespace {
 
-constexpr float kLowest = -3.402823466e+38f;  // before the first score: finite, so differences are numbers
-
 template <class T, int kDim, bool kCls>
 __global__ void __launch_bounds__(kThreads) rows_forward_kernel(AttentionForward args) {
   using W = Warp<T, kDim, kCls>;
   const AttentionShape& shape = args.shape;
   const W w(shape);
   if (!w.any) return;
-  const Dropout dropout(shape, w.head);
-  Kept<false> kept(dropout, w.begin, w.place);
+  Kept<false> kept(shape, w);
   const float scale = log2_scale(shape);
   typename W::Numbers q[1], out[1] = {};
   w.read(q[0], args.q);
@@ -45,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) rows_forward_kernel(AttentionForward
     w.add(out, shrink, {keeps ? weight : 0.0f}, {args.v}, from, count);
   }
   row_sum = warp_sum(row_sum);
-  w.write_sum(args.out, out[0], w.length ? dropout.scale / row_sum : 0.0f);
+  w.write_sum(args.out, out[0], w.length ? kept.dropout.scale / row_sum : 0.0f);
   if (lane_index() == 0)
     Statistics::store(args.stats, w.number(shape), w.length ? row_max : minus_infinity(), row_sum);
 }
@@ -61,8 +58,7 @@ __global__ void __launch_bounds__(kThreads, kTogether)
   const AttentionShape& shape = args.shape;
   const W w(shape);
   if (!w.any) return;
-  const Dropout dropout(shape, w.head);
-  Kept<false> kept(dropout, w.begin, w.place);
+  Kept<false> kept(shape, w);
   const float scale = static_cast<float>(shape.softmax_scale), scale_2 = log2_scale(shape);
   typename W::Numbers row[2], dq[1] = {};  // q and dout
   w.read(row[0], args.q);
@@ -122,8 +118,7 @@ __global__ void __launch_bounds__(kThreads, kTogether)
   const AttentionShape& shape = args.shape;
   const W w(shape);
   if (!w.any) return;
-  const Dropout dropout(shape, w.head);
-  Kept<true> kept(dropout, w.begin, w.place);
+  Kept<true> kept(shape, w);
   const float scale = static_cast<float>(shape.softmax_scale), scale_2 = log2_scale(shape);
   typename W::Numbers row[2], grads[2] = {};  // k and v
   w.read(row[0], args.k);
@@ -146,26 +141,21 @@ __global__ void __launch_bounds__(kThreads, kTogether)
   w.write_sum(args.dv, grads[1], 1.0f);
 }
 
-// Calls launch(T{}, integral head_dim, whether one query a sequence).
+// Calls launch(T{}, integral head_dim, whether one query a sequence, grid), unless there is nothing to do:
+// rows that belong to no sequence are left as they are.
 template <class F>
 int dispatch(const AttentionShape& shape, bool cls, F launch) {
+  const int64_t tasks = (cls ? shape.sequences : shape.total) * shape.heads;
+  if (shape.sequences == 0 || tasks == 0) return 0;
+  const dim3 grid(static_cast<unsigned>((tasks + kWarps - 1) / kWarps));
   return by_head_dim(shape, [&](auto dim) {
     if (shape.dtype == Dtype::kFloat32)
-      return cls ? launch(float{}, dim, std::true_type{}) : launch(float{}, dim, std::false_type{});
-    if (cls && shape.dtype == Dtype::kBFloat16) return launch(__nv_bfloat16{}, dim, std::true_type{});
-    if (cls && shape.dtype == Dtype::kFloat16) return launch(__half{}, dim, std::true_type{});
+      return cls ? launch(float{}, dim, std::true_type{}, grid)
+                 : launch(float{}, dim, std::false_type{}, grid);
+    if (cls && shape.dtype == Dtype::kBFloat16) return launch(__nv_bfloat16{}, dim, std::true_type{}, grid);
+    if (cls && shape.dtype == Dtype::kFloat16) return launch(__half{}, dim, std::true_type{}, grid);
     return static_cast<int>(cudaErrorInvalidValue);
   });
-}
-
-dim3 grid(const AttentionShape& shape, bool cls) {
-  const int64_t rows = cls ? shape.sequences : shape.total;
-  return dim3(static_cast<unsigned>((rows * shape.heads + kWarps - 1) / kWarps));
-}
-
-// All rows that belong to no sequence are left, so without sequences there is nothing to do either.
-bool nothing_to_do(const AttentionShape& shape, bool cls) {
-  return shape.sequences == 0 || shape.heads == 0 || (!cls && shape.total == 0);
 }
 
 }  // namespace
@@ -174,9 +164,8 @@ bool nothing_to_do(const AttentionShape& shape, bool cls) {
 extern "C" int mtfast_packed_attention_rows_forward(const mtfast::AttentionForward* args, int cls,
                                                     void* stream) {
   using namespace mtfast::attention;
-  if (nothing_to_do(args->shape, cls)) return 0;
-  return dispatch(args->shape, cls, [&](auto element, auto dim, auto one_query) {
-    return MTFAST_LAUNCH(grid(args->shape, cls), dim3(kThreads), 0, stream,
+  return dispatch(args->shape, cls, [&](auto element, auto dim, auto one_query, dim3 grid) {
+    return MTFAST_LAUNCH(grid, dim3(kThreads), 0, stream,
                          (rows_forward_kernel<decltype(element), dim.value, one_query.value>), *args);
   });
 }
@@ -184,17 +173,15 @@ extern "C" int mtfast_packed_attention_rows_forward(const mtfast::AttentionForwa
 extern "C" int mtfast_packed_attention_rows_backward(const mtfast::AttentionBackward* args, int cls,
                                                      float* delta, void* stream) {
   using namespace mtfast::attention;
-  if (nothing_to_do(args->shape, cls)) return 0;
-  return dispatch(args->shape, cls, [&](auto element, auto dim, auto one_query) {
-    using T = decltype(element);
-    const int error = MTFAST_LAUNCH(grid(args->shape, cls), dim3(kThreads), 0, stream,
-                                    (rows_backward_kernel<T, dim.value, one_query.value>), *args, delta);
-    if constexpr (one_query.value) {
-      return error;
-    } else {
-      if (error != 0) return error;
-      return MTFAST_LAUNCH(grid(args->shape, cls), dim3(kThreads), 0, stream,
-                           (rows_keys_backward_kernel<T, dim.value>), *args, delta);
+  return dispatch(args->shape, cls, [&](auto element, auto dim, auto one_query, dim3 grid) {
+    int error =
+        MTFAST_LAUNCH(grid, dim3(kThreads), 0, stream,
+                      (rows_backward_kernel<decltype(element), dim.value, one_query.value>), *args, delta);
+    if constexpr (!one_query.value) {
+      if (error == 0)
+        error = MTFAST_LAUNCH(grid, dim3(kThreads), 0, stream,
+                              (rows_keys_backward_kernel<decltype(element), dim.value>), *args, delta);
     }
+    return error;
   });
 }

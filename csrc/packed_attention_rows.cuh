@@ -64,9 +64,7 @@ struct Warp {
                                         float factor) const {
     Numbers scaled;
     MTFAST_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-      scaled[i] = from[i] * factor;
-    }
+    for (int i = 0; i < kEach; ++i) scaled[i] = from[i] * factor;
     store(head_of<T>(x, head) + to * x.row_stride + column, round_to<T>(scaled));
   }
   // What the groups of lanes have together, to this warp's row.
@@ -85,9 +83,7 @@ struct Warp {
   __device__ __forceinline__ static float partial(const Numbers& a, const Numbers& b) {
     float sum = 0.0f;
     MTFAST_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-      sum += a[i] * b[i];
-    }
+    for (int i = 0; i < kEach; ++i) sum += a[i] * b[i];
     return sum;
   }
 
@@ -159,27 +155,18 @@ struct Warp {
       for (int n = 0; n < kTensors; ++n) {
         MTFAST_UNROLL
         for (int i = 0; i < 4; ++i) {
-          add_row(part[n], handed(weights[n], step + i), rows[n][i]);
+          const float weight = handed(weights[n], step + i);
+          Numbers numbers;
+          to_float(numbers, rows[n][i]);
+          MTFAST_UNROLL
+          for (int e = 0; e < kEach; ++e) part[n][e] += weight * numbers[e];
         }
       }
     });
     MTFAST_UNROLL
     for (int n = 0; n < kTensors; ++n) {
-      add_part(to[n], shrink, part[n]);
-    }
-  }
-  __device__ __forceinline__ static void add_row(Numbers& to, float weight, const Vector<T>& row) {
-    Numbers numbers;
-    to_float(numbers, row);
-    MTFAST_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-      to[i] += weight * numbers[i];
-    }
-  }
-  __device__ __forceinline__ static void add_part(Numbers& to, float shrink, const Numbers& part) {
-    MTFAST_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-      to[i] = to[i] * shrink + part[i];
+      MTFAST_UNROLL
+      for (int e = 0; e < kEach; ++e) to[n][e] = to[n][e] * shrink + part[n][e];
     }
   }
 };
@@ -188,18 +175,21 @@ struct Warp {
 template <bool kColumn>
 class Kept {
  public:
-  __device__ __forceinline__ Kept(const Dropout& dropout, int begin, int place)
-      : dropout_(dropout), begin_(begin), place_(place) {}
+  const Dropout dropout;
+
+  template <class Warp>
+  __device__ __forceinline__ Kept(const AttentionShape& shape, const Warp& w)
+      : dropout(shape, w.head), begin_(w.begin), place_(w.place) {}
 
   // The factor of number `own` of the chunk from `from` on.
   __device__ __forceinline__ float factor(int from, int own) {
-    if (!dropout_.any()) return 1.0f;
+    if (!dropout.any()) return 1.0f;
     if (from / kSpan != span_) {
       span_ = from / kSpan;
       bits_ = kColumn ? of_column(span_ * kSpan) : of_row(span_ * kSpan);
     }
     const uint32_t chunk = __shfl_sync(kAllLanes, bits_, from % kSpan * 32 / kSpan);
-    return chunk >> own & 1u ? dropout_.scale : 0.0f;
+    return chunk >> own & 1u ? dropout.scale : 0.0f;
   }
 
  private:
@@ -207,38 +197,31 @@ class Kept {
 
   // The bits of keys from + 32 * i on in lanes from 8 * i on.
   __device__ __forceinline__ uint32_t of_row(int from) const {
-    const int lane = lane_index(), t = lane % 4;
-    const Philox4 draws = dropout_.draws(begin_ + place_ / 16 * 16 + place_ % 8, from + lane / 4 * 16, t);
-    const bool lower = place_ % 16 / 8;
+    const int lane = lane_index(), t = lane % 4, lower = place_ % 16 / 8;
+    const Philox4 draws = dropout.draws(begin_ + place_ / 16 * 16 + place_ % 8, from + lane / 4 * 16, t);
     uint32_t bits = 0;
     MTFAST_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const bool left = dropout_.keeps(lower ? draws.word[1] : draws.word[0], half);
-      const bool right = dropout_.keeps(lower ? draws.word[3] : draws.word[2], half);
-      bits |= (left ? 1u : 0u) << half | (right ? 256u : 0u) << half;
+    for (int i = 0; i < 4; ++i) {
+      const bool keep = dropout.keeps(draws.at(i / 2 * 2 + lower), i % 2);
+      bits |= uint32_t{keep} << (i / 2 * 8 + i % 2);
     }
     return together<8>(bits << (2 * t + lane / 4 % 2 * 16));
   }
   // The bits of queries from + 32 * i on in lanes from 16 * i on.
   __device__ __forceinline__ uint32_t of_column(int from) const {
-    const int lane = lane_index();
-    const Philox4 draws =
-        dropout_.draws(begin_ + from + lane / 8 * 16 + lane % 8, place_ / 16 * 16, place_ % 8 / 2);
-    const bool right = place_ % 16 / 8;
-    const bool upper = dropout_.keeps(right ? draws.word[2] : draws.word[0], place_ % 2);
-    const bool lower = dropout_.keeps(right ? draws.word[3] : draws.word[1], place_ % 2);
-    return together<16>(((upper ? 1u : 0u) | (lower ? 256u : 0u)) << (lane % 8 + lane / 8 % 2 * 16));
+    const int lane = lane_index(), row = from + lane / 8 * 16 + lane % 8, right = place_ % 16 / 8;
+    const Philox4 draws = dropout.draws(begin_ + row, place_ / 16 * 16, place_ % 8 / 2);
+    const bool upper = dropout.keeps(draws.at(2 * right), place_ % 2);
+    const bool lower = dropout.keeps(draws.at(2 * right + 1), place_ % 2);
+    return together<16>((uint32_t{upper} | uint32_t{lower} << 8) << (lane % 8 + lane / 8 % 2 * 16));
   }
   template <int kLanes>
   __device__ __forceinline__ static uint32_t together(uint32_t bits) {
     MTFAST_UNROLL
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-      bits |= __shfl_xor_sync(kAllLanes, bits, step);
-    }
+    for (int step = kLanes / 2; step > 0; step /= 2) bits |= __shfl_xor_sync(kAllLanes, bits, step);
     return bits;
   }
 
-  const Dropout& dropout_;
   int begin_, place_, span_ = -1;
   uint32_t bits_ = 0;
 };

@@ -1,10 +1,10 @@
-#include "planner.h"
-
+// Host-side planning of batches: which bin (rank x micro-batch) takes which example of an optimizer step.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <numeric>
 #include <string>
@@ -111,8 +111,16 @@ void balance_step(const int64_t* tokens, int64_t begin, int64_t end, std::vector
   }
 }
 
-}  // namespace
-
+// Deals every step's examples to `bins` bins so that the bins' token totals are as equal as a longest-first
+// greedy choice and pairwise exchanges make them.
+//
+//   tokens        [n]          tokens of each example, >= 0; n of the largest make at most 2^61
+//   step_offsets  [steps + 1]  step s owns examples step_offsets[s] .. step_offsets[s + 1]; first 0, last n
+//   bin           [n]          out: the bin of each example, 0 .. bins - 1
+//
+// Within a step the totals of any two bins differ by at most its longest example, and no bin is empty if the
+// step has at least `bins` examples. The result depends on the arguments alone.
+// Graham 1969, "Bounds on multiprocessing timing anomalies" (longest processing time first).
 void balance(const int64_t* tokens, const int64_t* step_offsets, int64_t steps, int64_t bins, int64_t* bin) {
   int64_t most = 1;  // examples of a step: that many bins are never empty
   for (int64_t step = 0; step < steps; ++step)
@@ -123,12 +131,7 @@ void balance(const int64_t* tokens, const int64_t* step_offsets, int64_t steps, 
   }
 }
 
-}  // namespace mtfast
-
 namespace py = pybind11;
-
-namespace {
-
 using Int64Array = py::array_t<int64_t, py::array::c_style>;
 
 Int64Array balance_arrays(const Int64Array& tokens, const Int64Array& step_offsets, int64_t bins) {
@@ -161,17 +164,19 @@ Int64Array balance_arrays(const Int64Array& tokens, const Int64Array& step_offse
   int64_t* out = bin.mutable_data();
   {
     py::gil_scoped_release release;
-    mtfast::balance(sizes, offsets, steps, bins, out);
+    balance(sizes, offsets, steps, bins, out);
   }
   return bin;
 }
 
 }  // namespace
+}  // namespace mtfast
 
 PYBIND11_MODULE(_planner, module) {
+  using pybind11::arg;
   module.doc() = "Deals the examples of optimizer steps to ranks and micro-batches.";
   module.def(
-      "balance", &balance_arrays, py::arg("tokens"), py::arg("step_offsets"), py::arg("bins"),
+      "balance", &mtfast::balance_arrays, arg("tokens"), arg("step_offsets"), arg("bins"),
       "The bin (int64 [n], 0 to bins - 1) of each example.\n\n"
       "tokens: int64 [n], the size of each example. step_offsets: int64 [steps + 1], where each step's\n"
       "examples begin. Within a step the totals of two bins differ by at most its longest example, and\n"

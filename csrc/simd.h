@@ -226,21 +226,13 @@ MTFAST_INLINE f32x16 tanh(f32x16 x) {
   return (t > 0.625f) ? ((x < 0.0f) ? -far : far) : near;
 }
 
-MTFAST_INLINE f64x16 exp2(f64x16 x) {
-  for (int i = 0; i < kLanes; ++i) x[i] = std::exp2(x[i]);
+MTFAST_INLINE f64x16 by_lanes(double (*f)(double), f64x16 x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = f(x[i]);
   return x;
 }
-MTFAST_INLINE f64x16 exp(f64x16 x) {
-  for (int i = 0; i < kLanes; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-MTFAST_INLINE f64x16 erf(f64x16 x) {
-  for (int i = 0; i < kLanes; ++i) x[i] = std::erf(x[i]);
-  return x;
-}
-MTFAST_INLINE f64x16 tanh(f64x16 x) {
-  for (int i = 0; i < kLanes; ++i) x[i] = std::tanh(x[i]);
-  return x;
-}
+MTFAST_INLINE f64x16 exp2(f64x16 x) { return by_lanes(std::exp2, x); }
+MTFAST_INLINE f64x16 exp(f64x16 x) { return by_lanes(std::exp, x); }
+MTFAST_INLINE f64x16 erf(f64x16 x) { return by_lanes(std::erf, x); }
+MTFAST_INLINE f64x16 tanh(f64x16 x) { return by_lanes(std::tanh, x); }
 
 }  // namespace mtfast::simd

@@ -39,6 +39,12 @@ constexpr int kPhiloxRounds = 7;  // the fewest that pass BigCrush, says the pap
 
 struct Philox4 {
   uint32_t word[4];
+
+  // word[i % 4], without an index that would send the words to memory.
+  MTFAST_HOST_DEVICE uint32_t at(int64_t i) const {
+    const uint32_t low = i & 1 ? word[1] : word[0], high = i & 1 ? word[3] : word[2];
+    return i & 2 ? high : low;
+  }
 };
 
 // All 64 bits of the product, in one instruction.
