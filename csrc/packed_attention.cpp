@@ -1,6 +1,7 @@
 // Packed attention: argument checks, the tensors' layout, and registration.
 #include "packed_attention.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "binding.h"
@@ -67,7 +68,7 @@ AttentionShape shape_of(const char* op, bool fused, const Tensor& like, const Te
     for (int64_t s = 0; s < shape.sequences; ++s)
       check(shape.cu_seqlens[s + 1] - shape.cu_seqlens[s] <= max_seqlen, op, ": max_seqlen is ", max_seqlen,
             ", but sequence ", s, " has ", shape.cu_seqlens[s + 1] - shape.cu_seqlens[s], " tokens");
-  shape.max_seqlen = max_seqlen;
+  shape.max_seqlen = std::min(max_seqlen, shape.total);  // which is an int
   shape.softmax_scale = softmax_scale;
   check(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), found ", dropout_p);
   shape.threshold = dropout_threshold(dropout_p);

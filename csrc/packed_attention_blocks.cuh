@@ -201,8 +201,8 @@ int launch_long(const Args& args, int beyond, int64_t upto, bool beside, void* s
     if (resident <= 64) return error;
     resident = resident > 128 ? resident / 2 / 128 * 128 : 64;
   }
-  const int longest = static_cast<int>(upto);
-  const WorkClass of{beyond, longest, (longest + group - 1) / group, group, resident};
+  const WorkClass of{beyond, static_cast<int>(upto), static_cast<int>((upto + group - 1) / group), group,
+                     resident};
   return MTFAST_LAUNCH_BESIDE(beside, work_grid(shape, of), dim3(Block::kThreads),
                               Block::bytes(resident, extra), stream, kernel, args, of, more...);
 }

@@ -125,26 +125,22 @@ struct Forward {
   // Of a row of scores in powers of two, in place and dropped out.
   MTFAST_INLINE void softmax(C* row, int64_t lanes, Mask<C> last, const uint16_t* draws,
                              const AttentionShape& shape, C* stats) {
-    const C most = largest(row, lanes, last);
+    const C row_max = largest(row, lanes, last);
     C* end = row + lanes - kLanes;
     Vec<C> total = {};
     for (C* x = row; x < end; x += kLanes) {
-      const Vec<C> weight = exp2(unpack(x) - most);
+      const Vec<C> weight = exp2(unpack(x) - row_max);
       total += weight;
       pack(x, weight);
     }
-    const Vec<C> weight = last ? exp2(unpack(end) - most) : Vec<C>{};
+    const Vec<C> weight = last ? exp2(unpack(end) - row_max) : Vec<C>{};
     pack(end, weight);
-    const C sums = sum(total + weight);
-    if (shape.threshold) {
-      const Vec<C> factor = Vec<C>{} + keep_scale<C>(shape) / sums;
-      for (int64_t j = 0; j < lanes; j += kLanes)
-        pack(row + j, unpack(row + j) * keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, factor));
-    } else {
-      for (int64_t j = 0; j < lanes; j += kLanes) pack(row + j, unpack(row + j) * (C{1} / sums));
-    }
-    stats[0] = most;
-    stats[1] = sums;
+    const C row_sum = sum(total + weight);
+    const Vec<C> factor = Vec<C>{} + keep_scale<C>(shape) / row_sum;
+    for (int64_t j = 0; j < lanes; j += kLanes)
+      pack(row + j, unpack(row + j) * keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, factor));
+    stats[0] = row_max;
+    stats[1] = row_sum;
   }
 };
 
@@ -187,13 +183,13 @@ struct Backward {
   MTFAST_INLINE void differentiate(C* p, C* dp, int64_t lanes, Mask<C> last, const uint16_t* draws,
                                    const AttentionShape& shape) {
     const Vec<C> scale = Vec<C>{} + keep_scale<C>(shape);
-    const C most = largest(p, lanes, last);
+    const C row_max = largest(p, lanes, last);
     Vec<C> dot = {}, total = {};
     for (int64_t j = 0; j < lanes; j += kLanes) {
-      Vec<C> x = exp2(unpack(p + j) - most), dx = unpack(dp + j);
+      Vec<C> x = exp2(unpack(p + j) - row_max), dx = unpack(dp + j);
       if (j == lanes - kLanes) x = last ? x : Vec<C>{};
       total += x;
-      if (shape.threshold) dx *= keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale);
+      dx *= keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale);
       dot += x * dx;
       pack(p + j, x);
       pack(dp + j, dx);
@@ -202,7 +198,7 @@ struct Backward {
     for (int64_t j = 0; j < lanes; j += kLanes) {
       const Vec<C> x = unpack(p + j) * factor;
       pack(dp + j, x * (unpack(dp + j) - delta));
-      pack(p + j, shape.threshold ? x * keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale) : x);
+      pack(p + j, x * keep_factor<Vec<C>, Mask<C>>(draws + j, shape.threshold, scale));
     }
   }
 };

@@ -187,9 +187,11 @@ MTFAST_INLINE int64_t draw(uint16_t* draws, uint64_t seed, int64_t head, int64_t
   return pitch;
 }
 
-// Of sixteen 16-bit draws: `scale` where kept, 0 where the draw is below the threshold.
+// Of sixteen 16-bit draws: `scale` where kept, 0 where the draw is below the threshold; without dropout there
+// are no draws.
 template <class V, class Mask>
 MTFAST_INLINE V keep_factor(const uint16_t* draws, uint32_t threshold, V scale) {
+  if (threshold == 0) return scale;
   u16x16 draw;
   std::memcpy(&draw, draws, sizeof draw);
   return __builtin_convertvector(draw, Mask) >= static_cast<int>(threshold) ? scale : V{};

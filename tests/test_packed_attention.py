@@ -5,6 +5,8 @@ MTFAST_TEST_SWEEP=full runs all 300 random batches in each dtype and head_dim, o
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from devices import DEVICES, needs_cuda
@@ -91,6 +93,14 @@ def test_one_query_is_the_first_row_of_all(device):
     every = packed_attention(q, k, v, batch.cu_seqlens, 40, dropout_p=0.2, seed=SEED)
     cls = packed_attention_cls(q[first], k, v, batch.cu_seqlens, 40, dropout_p=0.2, seed=SEED)
     torch.testing.assert_close(cls, every[first], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("max_seqlen", [141, 2**31 - 1, 2**32 + 5])
+def test_max_seqlen_may_be_any_bound(max_seqlen, device):
+    batch = make_batch([20, 3, 140, 40], 2, 64, torch.bfloat16, device=device)
+    bounded = dataclasses.replace(batch, lengths=(max_seqlen,))
+    assert all(map(torch.equal, run(batch, 0.1), run(bounded, 0.1)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
