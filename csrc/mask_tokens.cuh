@@ -17,12 +17,6 @@ __device__ __forceinline__ uint64_t key(uint32_t draw, uint32_t token) {
   return uint64_t{draw} << 32 | token;
 }
 
-__device__ __forceinline__ uint32_t pick(const Philox4& draw, int64_t position) {
-  const uint32_t low = position & 1 ? draw.word[1] : draw.word[0];
-  const uint32_t high = position & 1 ? draw.word[3] : draw.word[2];
-  return position & 2 ? high : low;
-}
-
 // A warp's tokens from `first`, a multiple of 4, on. A lane's token t is in vector t / kWide of its
 // kVectors.
 template <class Id>
@@ -172,7 +166,7 @@ struct Masking {
         group = position[0] >> 2;
         four = draw4(options.seed, purpose, static_cast<uint64_t>(group));
       }
-      const uint32_t here = pick(four, position[0]);
+      const uint32_t here = four.at(position[0]);
       MTFAST_UNROLL
       for (int u = 0; u + 1 < kTokens; ++u) {
         position[u] = position[u + 1];
@@ -187,7 +181,7 @@ struct Masking {
     while (goes_on(i, begin)) --i;
     const int64_t at = batch.positions ? batch.positions[i] : i;
     const Philox4 four = draw4(options.seed, Purpose::kMaskChoose, static_cast<uint64_t>(at >> 2));
-    return key(pick(four, at), i) < cutoff;
+    return key(four.at(at), i) < cutoff;
   }
 
   // Writes what of the tile is in [begin, end); the tokens whose pred is set are the chosen ones.

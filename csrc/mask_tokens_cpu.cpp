@@ -7,13 +7,7 @@
 #include <vector>
 
 #include "mask_tokens.h"
-
-// One build serves every x86-64 machine: the dense loops are compiled three times and picked when loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define MTFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MTFAST_CLONES
-#endif
+#include "simd_isa.h"
 
 namespace mtfast::mask_tokens {
 namespace {
@@ -21,8 +15,18 @@ namespace {
 constexpr int64_t kBlock = 1024;         // tokens whose scratch arrays stay in the first-level cache
 constexpr int64_t kGrain = 16 * kBlock;  // tokens below which a second thread costs more than it does
 
+// What a token of a sequence is. Candidates begin words where those are chosen, which others continue.
+enum Kind : uint8_t { kSpecial = 0, kCandidate = 1, kContinues = 2 };
+
+struct Scratch {
+  std::vector<uint32_t> draws;
+  std::vector<uint8_t> kind;
+  std::vector<int32_t> chosen;
+  std::vector<uint64_t> keys;
+};
+
 // out[4 * g + w] is word w of group first_group + g.
-MTFAST_CLONES void draw_groups(uint64_t seed, Purpose purpose, uint64_t first_group, int64_t groups,
+MTFAST_INLINE void draw_groups(uint64_t seed, Purpose purpose, uint64_t first_group, int64_t groups,
                                uint32_t* __restrict out) {
   for (int64_t g = 0; g < groups; ++g) {
     const Philox4 draw = draw4(seed, purpose, first_group + static_cast<uint64_t>(g));
@@ -30,18 +34,13 @@ MTFAST_CLONES void draw_groups(uint64_t seed, Purpose purpose, uint64_t first_gr
   }
 }
 
-MTFAST_CLONES void draw_each(uint64_t seed, Purpose purpose, const int64_t* __restrict positions, int64_t n,
+MTFAST_INLINE void draw_each(uint64_t seed, Purpose purpose, const int64_t* __restrict positions, int64_t n,
                              uint32_t* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Philox4 draw = draw4(seed, purpose, static_cast<uint64_t>(positions[i] >> 2));
-    const uint32_t word = positions[i] & 3;
-    const uint32_t low = word & 1 ? draw.word[1] : draw.word[0],
-                   high = word & 1 ? draw.word[3] : draw.word[2];
-    out[i] = word & 2 ? high : low;
-  }
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = draw4(seed, purpose, static_cast<uint64_t>(positions[i] >> 2)).at(positions[i]);
 }
 
-MTFAST_CLONES bool consecutive(const int64_t* __restrict positions, int64_t n) {
+MTFAST_INLINE bool consecutive(const int64_t* __restrict positions, int64_t n) {
   uint64_t differs = 0;
   for (int64_t i = 0; i < n; ++i)  // in unsigned arithmetic, which wraps
     differs |= (static_cast<uint64_t>(positions[i]) - static_cast<uint64_t>(i)) ^
@@ -49,23 +48,10 @@ MTFAST_CLONES bool consecutive(const int64_t* __restrict positions, int64_t n) {
   return differs == 0;
 }
 
-// The draws of n tokens; returns where they are in `space`, which holds n + 8.
-const uint32_t* choice_draws(const Batch& batch, uint64_t seed, int64_t first, int64_t n, uint32_t* space) {
-  const int64_t* positions = batch.positions ? batch.positions + first : nullptr;
-  if (positions && !consecutive(positions, n)) {
-    draw_each(seed, Purpose::kMaskChoose, positions, n, space);
-    return space;
-  }
-  const int64_t start = positions ? positions[0] : first;
-  const int64_t offset = start & 3;
-  draw_groups(seed, Purpose::kMaskChoose, static_cast<uint64_t>(start >> 2), (offset + n + 3) / 4, space);
-  return space + offset;
-}
-
 // Copies the ids, labels them all -100 and says whether they are all in the vocabulary.
 template <class Id>
-MTFAST_HOST_DEVICE bool copy_all(const Id* __restrict ids, Id* __restrict output, Id* __restrict labels,
-                                 int64_t n, uint64_t vocab_size) {
+MTFAST_INLINE bool copy(const Id* __restrict ids, Id* __restrict output, Id* __restrict labels, int64_t n,
+                        int64_t vocab_size) {
   using Unsigned = std::make_unsigned_t<Id>;
   const Unsigned bound = static_cast<Unsigned>(vocab_size);
   Id outside = 0;
@@ -76,138 +62,117 @@ MTFAST_HOST_DEVICE bool copy_all(const Id* __restrict ids, Id* __restrict output
   }
   return !outside;
 }
-MTFAST_CLONES bool copy(const int32_t* ids, int32_t* output, int32_t* labels, int64_t n,
-                        uint64_t vocab_size) {
-  return copy_all(ids, output, labels, n, vocab_size);
-}
-MTFAST_CLONES bool copy(const int64_t* ids, int64_t* output, int64_t* labels, int64_t n,
-                        uint64_t vocab_size) {
-  return copy_all(ids, output, labels, n, vocab_size);
-}
 
-// flags[i] = 1 where the token is not special; returns how many.
+// Makes candidates of all tokens that are not special; returns how many.
 template <class Id>
-MTFAST_HOST_DEVICE int64_t flag_ordinary(const SpecialIds& special, const Id* __restrict ids, int64_t n,
-                                         uint8_t* __restrict flags) {
-  for (int64_t i = 0; i < n; ++i) flags[i] = 1;
+MTFAST_INLINE int64_t find_candidates(const SpecialIds& special, const Id* __restrict ids, int64_t n,
+                                      uint8_t* __restrict kind) {
+  for (int64_t i = 0; i < n; ++i) kind[i] = kCandidate;
+  using Unsigned = std::make_unsigned_t<Id>;
   for (int r = 0; r < special.count; ++r) {
-    const Id begin = special.begin[r], end = special.end[r];
-    for (int64_t i = 0; i < n; ++i) flags[i] &= static_cast<uint8_t>((ids[i] < begin) | (ids[i] >= end));
+    const Unsigned begin = special.begin[r], length = special.end[r] - special.begin[r];
+    for (int64_t i = 0; i < n; ++i) kind[i] &= static_cast<Unsigned>(ids[i]) - begin >= length;
   }
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += flags[i];
+  for (int64_t i = 0; i < n; ++i) count += kind[i];
   return count;
-}
-MTFAST_CLONES int64_t flag(const SpecialIds& special, const int32_t* ids, int64_t n, uint8_t* flags) {
-  return flag_ordinary(special, ids, n, flags);
-}
-MTFAST_CLONES int64_t flag(const SpecialIds& special, const int64_t* ids, int64_t n, uint8_t* flags) {
-  return flag_ordinary(special, ids, n, flags);
 }
 
 template <class Id>
-class Masking {
- public:
-  Masking(const Batch& batch, const Options& options, bool exact, Id* output, Id* labels)
-      : batch_(batch),
-        options_(options),
-        exact_(exact),
-        ids_(static_cast<const Id*>(batch.input_ids)),
-        output_(output),
-        labels_(labels) {}
+struct Masking {
+  const Batch& batch;
+  const Options& options;
+  const bool exact;
+  const Id* const ids;
+  Id* const output;
+  Id* const labels;
+  std::atomic<int64_t>* outside;
 
-  int64_t run(const ParallelFor& parallel_for) {
-    if (!exact_ && !batch_.subword) {  // every token for itself
-      const int64_t blocks = (batch_.total + kBlock - 1) / kBlock;
-      parallel_for(blocks, kGrain / kBlock, [this](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b)
-          bernoulli_block(b * kBlock, std::min(batch_.total, (b + 1) * kBlock));
-      });
-    } else {
-      const int64_t grain = std::max<int64_t>(1, kGrain * batch_.sequences / batch_.total);
-      parallel_for(batch_.sequences, grain, [this](int64_t begin, int64_t end) {
-        Scratch scratch;
-        for (int64_t s = begin; s < end; ++s) {
-          const bool packed = batch_.cu_seqlens;
-          sequence(packed ? batch_.cu_seqlens[s] : s * batch_.row_length,
-                   packed ? batch_.cu_seqlens[s + 1] : (s + 1) * batch_.row_length, scratch);
-        }
-      });
-    }
-    return outside_;
-  }
-
- private:
-  struct Scratch {
-    std::vector<uint32_t> draws;
-    std::vector<uint8_t> candidate, starts;
-    std::vector<int32_t> chosen;
-    std::vector<uint64_t> keys;
-  };
-
-  bool copy_range(int64_t begin, int64_t end) {
-    if (copy(ids_ + begin, output_ + begin, labels_ + begin, end - begin, options_.vocab_size)) return true;
-    const auto outside = [this](Id id) { return id < 0 || id >= options_.vocab_size; };
-    outside_ = std::find_if(ids_ + begin, ids_ + end, outside) - ids_;
-    return false;
-  }
-
-  void bernoulli_block(int64_t begin, int64_t end) {
-    if (!copy_range(begin, end)) return;
+  MTFAST_HOST_DEVICE void mask(int64_t begin, int64_t end, Scratch& scratch) const {
     const int64_t n = end - begin;
+    if (n == 0) return;
+    if (!copy(ids + begin, output + begin, labels + begin, n, options.vocab_size)) {
+      const auto is_outside = [this](Id id) { return id < 0 || id >= options.vocab_size; };
+      *outside = std::find_if(ids + begin, ids + end, is_outside) - ids;
+    } else if (exact || batch.subword) {
+      mask_sequence(begin, n, scratch);
+    } else {
+      mask_block(begin, n);
+    }
+  }
+
+  // Of at most kBlock tokens, each for itself.
+  MTFAST_HOST_DEVICE void mask_block(int64_t begin, int64_t n) const {
     uint32_t space[kBlock + 8];
     int32_t chosen[kBlock + 1];
-    const uint32_t* draws = choice_draws(batch_, options_.seed, begin, n, space);
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      chosen[count] = static_cast<int32_t>(i);
-      count += draws[i] < options_.choose_below;
-    }
-    int64_t kept = 0;
-    for (int64_t c = 0; c < count; ++c) {
-      chosen[kept] = chosen[c];
-      kept += !options_.special.contains(ids_[begin + chosen[c]]);
-    }
-    replace(begin, chosen, kept);
+    const uint32_t* draws = choice_draws(begin, n, space);
+    const auto ordinary = [&](int32_t i) { return !options.special.contains(ids[begin + i]); };
+    replace(begin, chosen, bernoulli(draws, n, chosen, ordinary));
   }
 
-  void sequence(int64_t begin, int64_t end, Scratch& scratch) {
-    const int64_t n = end - begin;
-    if (n == 0 || !copy_range(begin, end)) return;
+  MTFAST_HOST_DEVICE void mask_sequence(int64_t begin, int64_t n, Scratch& scratch) const {
     scratch.draws.resize(n + 8);
-    scratch.candidate.resize(n);
+    scratch.kind.resize(n);
     scratch.chosen.resize(n + 1);
-    const uint32_t* draws = choice_draws(batch_, options_.seed, begin, n, scratch.draws.data());
-    uint8_t* candidate = scratch.candidate.data();
-    int64_t candidates = flag(options_.special, ids_ + begin, n, candidate);
-    if (batch_.subword) {  // candidates become the first pieces of words
-      scratch.starts.assign(n, 0);
-      candidates = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        const bool goes_on = i > 0 && candidate[i - 1] && batch_.subword[ids_[begin + i]];
-        candidates += scratch.starts[i] = candidate[i] && !goes_on;
+    const uint32_t* draws = choice_draws(begin, n, scratch.draws.data());
+    uint8_t* kind = scratch.kind.data();
+    int64_t candidates = find_candidates(options.special, ids + begin, n, kind);
+    if (batch.subword) {
+      for (int64_t i = 1; i < n; ++i) {
+        if (kind[i] && kind[i - 1] && batch.subword[ids[begin + i]]) {
+          kind[i] = kContinues;
+          --candidates;
+        }
       }
     }
-    const uint8_t* starts = batch_.subword ? scratch.starts.data() : candidate;
     int32_t* chosen = scratch.chosen.data();
     int64_t count;
-    if (exact_) {
-      count =
-          smallest(draws, starts, n, exact_count(options_.mlm_probability, candidates), candidates, scratch);
-    } else {
-      count = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        chosen[count] = static_cast<int32_t>(i);
-        count += starts[i] && draws[i] < options_.choose_below;
-      }
+    if (exact)
+      count = smallest(draws, kind, n, candidates, scratch);
+    else
+      count = bernoulli(draws, n, chosen, [=](int32_t i) { return kind[i] == kCandidate; });
+    if (batch.subword) {  // the rest of the chosen words
+      const int64_t words = count;
+      for (int64_t w = 0; w < words; ++w)
+        for (int32_t i = chosen[w] + 1; i < n && kind[i] == kContinues; ++i) chosen[count++] = i;
     }
-    if (batch_.subword) count = whole_words(candidate, starts, n, count, scratch);
     replace(begin, chosen, count);
   }
 
-  // Lists in scratch.chosen the `wanted` candidates with the smallest draws, ties by their order.
-  int64_t smallest(const uint32_t* draws, const uint8_t* starts, int64_t n, int64_t wanted,
-                   int64_t candidates, Scratch& scratch) {
+  // The draws of n tokens; returns where they are in `space`, which holds n + 8.
+  MTFAST_HOST_DEVICE const uint32_t* choice_draws(int64_t begin, int64_t n, uint32_t* space) const {
+    const int64_t* positions = batch.positions ? batch.positions + begin : nullptr;
+    if (positions && !consecutive(positions, n)) {
+      draw_each(options.seed, Purpose::kMaskChoose, positions, n, space);
+      return space;
+    }
+    const int64_t start = positions ? positions[0] : begin;
+    const int64_t offset = start & 3;
+    draw_groups(options.seed, Purpose::kMaskChoose, static_cast<uint64_t>(start >> 2), (offset + n + 3) / 4,
+                space);
+    return space + offset;
+  }
+
+  // Lists the candidates that their draws choose. Few draws do: only those tokens are looked at.
+  template <class IsCandidate>
+  MTFAST_HOST_DEVICE int64_t bernoulli(const uint32_t* draws, int64_t n, int32_t* chosen,
+                                       const IsCandidate& is_candidate) const {
+    int64_t drawn = 0, count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      chosen[drawn] = static_cast<int32_t>(i);
+      drawn += draws[i] < options.choose_below;
+    }
+    for (int64_t d = 0; d < drawn; ++d) {
+      chosen[count] = chosen[d];
+      count += is_candidate(chosen[d]);
+    }
+    return count;
+  }
+
+  // Lists in scratch.chosen the candidates with the smallest draws, ties by their order.
+  MTFAST_HOST_DEVICE int64_t smallest(const uint32_t* draws, const uint8_t* kind, int64_t n,
+                                      int64_t candidates, Scratch& scratch) const {
+    const int64_t wanted = exact_count(options.mlm_probability, candidates);
     if (wanted == 0) return 0;
     // Few draws are worth a look: almost always enough of them are below p plus four standard deviations.
     const double p = static_cast<double>(wanted) / static_cast<double>(candidates);
@@ -220,7 +185,7 @@ class Masking {
       count = 0;
       for (int64_t i = 0; i < n; ++i) {
         keys[count] = uint64_t{draws[i]} << 32 | static_cast<uint64_t>(i);
-        count += starts[i] & (draws[i] < below);
+        count += (kind[i] & kCandidate) & (draws[i] < below);
       }
     }
     if (wanted < count) std::nth_element(keys, keys + wanted, keys + count);
@@ -228,54 +193,65 @@ class Masking {
     return wanted;
   }
 
-  // Adds to the chosen first pieces the rest of their words.
-  int64_t whole_words(const uint8_t* candidate, const uint8_t* starts, int64_t n, int64_t count,
-                      Scratch& scratch) {
-    const int64_t words = count;
-    for (int64_t c = 0; c < words; ++c)
-      for (int64_t i = scratch.chosen[c] + 1; i < n && candidate[i] && !starts[i]; ++i)
-        scratch.chosen[count++] = static_cast<int32_t>(i);
-    return count;
-  }
-
-  void replace(int64_t begin, const int32_t* chosen, int64_t count) {
+  MTFAST_HOST_DEVICE void replace(int64_t begin, const int32_t* chosen, int64_t count) const {
     int64_t positions[kBlock];
     uint32_t draws[kBlock];
     for (int64_t done = 0; done < count; done += kBlock) {
       const int64_t n = std::min(kBlock, count - done);
       for (int64_t c = 0; c < n; ++c) {
         const int64_t token = begin + chosen[done + c];
-        positions[c] = batch_.positions ? batch_.positions[token] : token;
+        positions[c] = batch.positions ? batch.positions[token] : token;
       }
-      draw_each(options_.seed, Purpose::kMaskReplace, positions, n, draws);
+      draw_each(options.seed, Purpose::kMaskReplace, positions, n, draws);
       for (int64_t c = 0; c < n; ++c) {
         const int64_t token = begin + chosen[done + c];
-        labels_[token] = ids_[token];
-        output_[token] = static_cast<Id>(replacement(options_, draws[c], ids_[token]));
+        labels[token] = ids[token];
+        output[token] = static_cast<Id>(replacement(options, draws[c], ids[token]));
       }
     }
   }
-
-  const Batch& batch_;
-  const Options& options_;
-  const bool exact_;
-  const Id* const ids_;
-  Id* const output_;
-  Id* const labels_;
-  std::atomic<int64_t> outside_{-1};
 };
+
+template <class Id>
+struct MaskSequences {
+  template <simd::Isa isa>
+  MTFAST_INLINE void run(Masking<Id> masking, int64_t first, int64_t last) {
+    const Batch& batch = masking.batch;
+    Scratch scratch;
+    for (int64_t s = first; s < last; ++s) {
+      const bool packed = batch.cu_seqlens;
+      masking.mask(packed ? batch.cu_seqlens[s] : s * batch.row_length,
+                   packed ? batch.cu_seqlens[s + 1] : std::min(batch.total, (s + 1) * batch.row_length),
+                   scratch);
+    }
+  }
+};
+
+template <class Id>
+int64_t mask_all(Batch batch, const Options& options, bool exact, void* output_ids, void* labels,
+                 const ParallelFor& parallel_for) {
+  if (!exact && !batch.subword) {  // every token for itself: any blocks of them will do
+    batch.cu_seqlens = nullptr;
+    batch.sequences = (batch.total + kBlock - 1) / kBlock;
+    batch.row_length = kBlock;
+  }
+  std::atomic<int64_t> outside{-1};
+  const Id* ids = static_cast<const Id*>(batch.input_ids);
+  Id *output = static_cast<Id*>(output_ids), *label = static_cast<Id*>(labels);
+  const Masking<Id> masking{batch, options, exact, ids, output, label, &outside};
+  const int64_t grain = std::max<int64_t>(1, kGrain * batch.sequences / batch.total);
+  parallel_for(batch.sequences, grain, [&masking](int64_t begin, int64_t end) {
+    simd::call_best(MaskSequences<Id>{}, masking, begin, end);
+  });
+  return outside;
+}
 
 }  // namespace
 
 int64_t mask_tokens_cpu(const Batch& batch, const Options& options, bool wide, bool exact, void* output_ids,
                         void* labels, const ParallelFor& parallel_for) {
-  if (wide)
-    return Masking<int64_t>(batch, options, exact, static_cast<int64_t*>(output_ids),
-                            static_cast<int64_t*>(labels))
-        .run(parallel_for);
-  return Masking<int32_t>(batch, options, exact, static_cast<int32_t*>(output_ids),
-                          static_cast<int32_t*>(labels))
-      .run(parallel_for);
+  const auto run = wide ? mask_all<int64_t> : mask_all<int32_t>;
+  return run(batch, options, exact, output_ids, labels, parallel_for);
 }
 
 }  // namespace mtfast::mask_tokens
