@@ -19,16 +19,15 @@ namespace {
 
 constexpr int kBernoulliThreads = 256;
 constexpr int kBernoulliTiles = 2;
-constexpr int kExactWarps = 4;
+constexpr int kExactWarps = 4, kExactThreads = 32 * kExactWarps;
 constexpr int kCachedTiles = 4;
 
 template <class Id, bool kWords>
-__global__ void __launch_bounds__(kBernoulliThreads, 5)
-    bernoulli(Batch batch, Options options, Id* output, Id* labels, bool aligned) {
-  const Masking<Id> masking{batch, options, output, labels, aligned};
-  const uint32_t total = static_cast<uint32_t>(batch.total);
+__global__ void __launch_bounds__(kBernoulliThreads, 5) bernoulli(const Masking<Id> masking) {
+  const uint32_t total = static_cast<uint32_t>(masking.batch.total);
   const uint32_t warp = (blockIdx.x * kBernoulliThreads + threadIdx.x) / 32;
-  const uint64_t cutoff = options.choose_below >> 32 ? kEverything : options.choose_below << 32;
+  const uint64_t choose_below = masking.options.choose_below;
+  const uint64_t cutoff = choose_below >> 32 ? kEverything : choose_below << 32;
   Tile<Id> tile[kBernoulliTiles];
   Id id[kBernoulliTiles][kTokens];
   MTFAST_UNROLL
@@ -41,8 +40,6 @@ __global__ void __launch_bounds__(kBernoulliThreads, 5)
     bool pred[kTokens];
     uint32_t draw[kTokens];
     masking.ordinary(id[n], pred);
-    MTFAST_UNROLL
-    for (int t = 0; t < kTokens; ++t) pred[t] &= tile[n].token(t) < total;
     if (!kWords) masking.draws(Purpose::kMaskChoose, tile[n], pred, draw);
     MTFAST_UNROLL
     for (int t = 0; t < kTokens; ++t) {
@@ -56,16 +53,11 @@ __global__ void __launch_bounds__(kBernoulliThreads, 5)
   }
 }
 
-// What a warp of "exact" keeps of its first tiles. Every lane reads and writes its own part alone.
-template <class Id>
-struct Cache {
-  Vector<Id> ids[kCachedTiles][Tile<Id>::kVectors][32];
-  Vector<uint32_t> draws[kCachedTiles][32];
-};
-
+// What the warps of "exact" keep of their first tiles. Every thread reads and writes its own part alone.
 template <class Id>
 struct Shared {
-  Cache<Id> cache[kExactWarps];
+  Vector<Id> ids[kCachedTiles][Tile<Id>::kVectors][kExactThreads];
+  Vector<uint32_t> draws[kCachedTiles][kExactThreads];
   uint32_t sum[kExactWarps];
 };
 
@@ -81,13 +73,12 @@ struct Sequence {
   __device__ __forceinline__ Tile<Id> tile(int n) const {
     return {(begin & ~3u) + kTile * (n * warps + warp)};
   }
-  __device__ __forceinline__ Cache<Id>& cache() const { return shared->cache[threadIdx.x / 32]; }
 
   __device__ __forceinline__ void ids_of(int n, Id (&id)[kTokens]) const {
     if (n < kCachedTiles) {
       MTFAST_UNROLL
       for (int v = 0; v < Tile<Id>::kVectors; ++v) {
-        memcpy(&id[v * Tile<Id>::kWide], &cache().ids[n][v][threadIdx.x % 32], sizeof(Vector<Id>));
+        memcpy(&id[v * Tile<Id>::kWide], &shared->ids[n][v][threadIdx.x], sizeof(Vector<Id>));
       }
     } else {
       masking.load_ids(tile(n), id);
@@ -110,7 +101,7 @@ struct Sequence {
 
   __device__ __forceinline__ void recall(int n, bool (&pred)[kTokens], uint32_t (&draw)[kTokens]) const {
     if (n >= kCachedTiles) return make(n, pred, draw);
-    memcpy(draw, &cache().draws[n][threadIdx.x % 32], sizeof draw);
+    memcpy(draw, &shared->draws[n][threadIdx.x], sizeof draw);
     MTFAST_UNROLL
     for (int t = 0; t < kTokens; ++t) pred[t] = candidates >> (n * kTokens + t) & 1;
   }
@@ -123,19 +114,18 @@ struct Sequence {
     MTFAST_UNROLL
     for (int n = 0; n < kCachedTiles; ++n) {
       if (tile(n).first >= end) break;
-      Vector<Id>(*to)[32] = cache().ids[n];
       if (copied) {
         MTFAST_UNROLL
         for (int v = 0; v < Tile<Id>::kVectors; ++v) {
           const uint32_t first = tile(n).vector(v);
-          if (first < end) ptx::cp_async_16(&to[v][threadIdx.x % 32], masking.ids() + first);
+          if (first < end) ptx::cp_async_16(&shared->ids[n][v][threadIdx.x], masking.ids() + first);
         }
       } else {
         Id id[kTokens];
         masking.load_ids(tile(n), id);
         MTFAST_UNROLL
         for (int v = 0; v < Tile<Id>::kVectors; ++v)
-          memcpy(&to[v][threadIdx.x % 32], &id[v * Tile<Id>::kWide], sizeof(Vector<Id>));
+          memcpy(&shared->ids[n][v][threadIdx.x], &id[v * Tile<Id>::kWide], sizeof(Vector<Id>));
       }
     }
     ptx::cp_async_commit();
@@ -146,7 +136,7 @@ struct Sequence {
       bool pred[kTokens];
       uint32_t draw[kTokens];
       make(n, pred, draw);
-      memcpy(&cache().draws[n][threadIdx.x % 32], draw, sizeof draw);
+      memcpy(&shared->draws[n][threadIdx.x], draw, sizeof draw);
       MTFAST_UNROLL
       for (int t = 0; t < kTokens; ++t) candidates |= uint32_t{pred[t]} << (n * kTokens + t);
     }
@@ -233,9 +223,8 @@ struct Sequence {
 
 // Each block has `each` sequences.
 template <class Id, bool kWords>
-__global__ void __launch_bounds__(32 * kExactWarps, kWords ? 6 : 8)
-    exact(Batch batch, Options options, Id* output, Id* labels, bool aligned, int each) {
-  const Masking<Id> masking{batch, options, output, labels, aligned};
+__global__ void __launch_bounds__(kExactThreads, kWords ? 6 : 8) exact(const Masking<Id> masking, int each) {
+  const Batch& batch = masking.batch;
   const uint32_t warp = threadIdx.x / 32;
   if (blockIdx.x == 0) {
     // Of tokens before the first sequence and after the last one there should be none.
@@ -257,28 +246,20 @@ __global__ void __launch_bounds__(32 * kExactWarps, kWords ? 6 : 8)
 }
 
 template <class Id, bool kWords>
-int launch_kernel(const Batch& batch, const Options& options, bool is_exact, Id* output, Id* labels,
-                  void* stream) {
+int launch(const Batch& batch, const Options& options, bool is_exact, void* output, void* labels,
+           void* stream) {
   const bool aligned = on_16_bytes(batch.input_ids) && on_16_bytes(output) && on_16_bytes(labels);
+  const Masking<Id> masking{batch, options, static_cast<Id*>(output), static_cast<Id*>(labels), aligned};
   if (is_exact) {
     // Without a sync the longest packed sequence is unknown; where they are long, each is to have a block.
     const int64_t sequences = batch.sequences > 0 ? batch.sequences : 1;
     const int each = batch.total / sequences > kCachedTiles * kTile ? 1 : kExactWarps;
-    const dim3 grid(static_cast<unsigned>((sequences + each - 1) / each)), threads(32 * kExactWarps);
-    return MTFAST_LAUNCH(grid, threads, sizeof(Shared<Id>), stream, (exact<Id, kWords>), batch, options,
-                         output, labels, aligned, each);
+    const dim3 grid(static_cast<unsigned>((sequences + each - 1) / each));
+    return MTFAST_LAUNCH(grid, kExactThreads, sizeof(Shared<Id>), stream, (exact<Id, kWords>), masking, each);
   }
   const int64_t each = kBernoulliTiles * kTokens * kBernoulliThreads;
-  const dim3 grid(static_cast<unsigned>((batch.total + each - 1) / each)), threads(kBernoulliThreads);
-  return MTFAST_LAUNCH(grid, threads, 0, stream, (bernoulli<Id, kWords>), batch, options, output, labels,
-                       aligned);
-}
-
-template <class Id>
-int launch(const Batch& batch, const Options& options, bool is_exact, void* output, void* labels,
-           void* stream) {
-  const auto run = batch.subword ? launch_kernel<Id, true> : launch_kernel<Id, false>;
-  return run(batch, options, is_exact, static_cast<Id*>(output), static_cast<Id*>(labels), stream);
+  const dim3 grid(static_cast<unsigned>((batch.total + each - 1) / each));
+  return MTFAST_LAUNCH(grid, kBernoulliThreads, 0, stream, (bernoulli<Id, kWords>), masking);
 }
 
 }  // namespace
@@ -289,6 +270,8 @@ extern "C" int mtfast_mask_tokens(const mtfast::mask_tokens::Batch* batch,
                                   void* output_ids, void* labels, void* stream) {
   using namespace mtfast::mask_tokens;
   if (batch->total == 0) return 0;
-  const auto run = id_bytes == 8 ? launch<int64_t> : launch<int32_t>;
+  const bool words = batch->subword;
+  const auto run = id_bytes == 8 ? (words ? launch<int64_t, true> : launch<int64_t, false>)
+                                 : (words ? launch<int32_t, true> : launch<int32_t, false>);
   return run(*batch, *options, exact != 0, output_ids, labels, stream);
 }

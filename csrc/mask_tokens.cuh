@@ -32,40 +32,40 @@ struct Tile {
 
 template <class Id>
 struct Masking {
-  const Batch& batch;
-  const Options& options;
+  Batch batch;
+  Options options;
   Id* output;
   Id* labels;
   bool aligned;  // all tensors of tokens, to 16 bytes
 
   __device__ __forceinline__ const Id* ids() const { return static_cast<const Id*>(batch.input_ids); }
 
-  template <int kCount>
-  __device__ __forceinline__ void ordinary(const Id (&id)[kCount], bool (&pred)[kCount]) const {
-    int32_t in_run[kCount] = {};  // the sign: an id of the vocabulary has 31 bits, so has its distance to any
+  __device__ __forceinline__ void ordinary(const Id (&id)[kTokens], bool (&pred)[kTokens]) const {
+    int32_t in_run[kTokens] =
+        {};  // the sign: an id of the vocabulary has 31 bits, so has its distance to any
 #pragma unroll 1
     for (int r = 0; r < options.special.count; ++r) {
       const int32_t begin = options.special.begin[r], end = options.special.end[r];
       MTFAST_UNROLL
-      for (int t = 0; t < kCount; ++t) {
+      for (int t = 0; t < kTokens; ++t) {
         const uint32_t low = static_cast<uint32_t>(id[t]);
         in_run[t] |= static_cast<int32_t>((low - end) & ~(low - begin));
       }
     }
-    using Unsigned = std::make_unsigned_t<Id>;
     MTFAST_UNROLL
-    for (int t = 0; t < kCount; ++t)
-      pred[t] = static_cast<Unsigned>(id[t]) < static_cast<Unsigned>(options.vocab_size) && in_run[t] >= 0;
+    for (int t = 0; t < kTokens; ++t) pred[t] = in_vocabulary(id[t]) && in_run[t] >= 0;
+  }
+  __device__ __forceinline__ bool in_vocabulary(Id id) const {
+    using Unsigned = std::make_unsigned_t<Id>;
+    return static_cast<Unsigned>(id) < static_cast<Unsigned>(options.vocab_size);
   }
 
   // Whether ordinary token i continues the word of the token before it; `begin` is its sequence's first
   // token.
   __device__ __forceinline__ bool goes_on(uint32_t i, uint32_t begin) const {
     if (i <= begin || !batch.subword[ids()[i]]) return false;
-    const Id before[1] = {ids()[i - 1]};
-    bool pred[1];
-    ordinary(before, pred);
-    return pred[0];
+    const Id before = ids()[i - 1];
+    return in_vocabulary(before) && !options.special.contains(before);
   }
 
   // Where sequence s begins or, for s = sequences, the last one ends. Offsets are moved into the batch: then
@@ -78,8 +78,8 @@ struct Masking {
   // Where the sequence of token i begins; i itself where offsets say that it begins later.
   __device__ __forceinline__ uint32_t sequence_begin(uint32_t i) const {
     if (!batch.cu_seqlens) return i - i % static_cast<uint32_t>(batch.row_length);
-    int32_t low = 0,
-            high = static_cast<int32_t>(batch.sequences);  // the last sequence that begins at or before i
+    // The last sequence that begins at or before i.
+    int32_t low = 0, high = static_cast<int32_t>(batch.sequences);
     while (high - low > 1) {
       const int32_t middle = low + (high - low) / 2;
       (batch.cu_seqlens[middle] <= static_cast<int64_t>(i) ? low : high) = middle;
@@ -91,6 +91,7 @@ struct Masking {
     return aligned && tile.first >= begin && tile.first + kTile <= end;
   }
 
+  // Where the batch has ended, ids are -1: no candidates.
   __device__ __forceinline__ void load_ids(const Tile<Id>& tile, Id (&id)[kTokens]) const {
     const uint32_t total = static_cast<uint32_t>(batch.total);
     if (whole(tile, 0, total)) {
@@ -101,7 +102,7 @@ struct Masking {
       }
     } else {
       MTFAST_UNROLL
-      for (int t = 0; t < kTokens; ++t) id[t] = tile.token(t) < total ? ids()[tile.token(t)] : 0;
+      for (int t = 0; t < kTokens; ++t) id[t] = tile.token(t) < total ? ids()[tile.token(t)] : -1;
     }
   }
 

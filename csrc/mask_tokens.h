@@ -18,6 +18,7 @@ struct SpecialIds {
 
   MTFAST_HOST_DEVICE bool contains(int64_t id) const {
     bool found = false;
+    MTFAST_NO_UNROLL
     for (int r = 0; r < count; ++r) found |= id >= begin[r] && id < end[r];
     return found;
   }
