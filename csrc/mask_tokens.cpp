@@ -15,19 +15,19 @@ constexpr const char* kOp = "mask_tokens";
 
 SpecialIds runs_of(std::vector<int64_t> ids, int64_t vocab_size) {
   std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
   SpecialIds runs;
   for (const int64_t id : ids) {
     check(id >= 0 && id < vocab_size, kOp, ": special_ids must be in [0, vocab_size = ", vocab_size,
           "), found ", id);
-    if (runs.count && id < runs.end[runs.count - 1]) continue;  // given twice
     if (!runs.count || id > runs.end[runs.count - 1]) {
       check(runs.count < kMaxRuns, kOp, ": special_ids must form at most ", kMaxRuns,
             " runs of consecutive ids");
       runs.begin[runs.count++] = static_cast<int32_t>(id);
     }
     runs.end[runs.count - 1] = static_cast<int32_t>(id + 1);
-    ++runs.total;
   }
+  runs.total = static_cast<int32_t>(ids.size());
   return runs;
 }
 
@@ -84,9 +84,7 @@ Batch batch_of(const Tensor& input_ids, const OptionalTensor& positions, const O
   batch.row_length = input_ids.dim() == 2 ? input_ids.size(1) : batch.total;
   if (positions) {
     check(positions->scalar_type() == ScalarType::Long, kOp, ": positions must be int64");
-    bool same = positions->dim() == input_ids.dim();
-    for (int64_t d = 0; same && d < input_ids.dim(); ++d) same = positions->size(d) == input_ids.size(d);
-    check(same, kOp, ": positions must have the shape of input_ids");
+    check(positions->sizes().equals(input_ids.sizes()), kOp, ": positions must have the shape of input_ids");
     check_same_device(kOp, "positions", *positions, "input_ids", input_ids);
     check_contiguous(kOp, "positions", *positions);
     batch.positions = static_cast<const int64_t*>(positions->const_data_ptr());

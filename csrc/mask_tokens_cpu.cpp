@@ -25,15 +25,6 @@ struct Scratch {
   std::vector<uint64_t> keys;
 };
 
-// out[4 * g + w] is word w of group first_group + g.
-MTFAST_INLINE void draw_groups(uint64_t seed, Purpose purpose, uint64_t first_group, int64_t groups,
-                               uint32_t* __restrict out) {
-  for (int64_t g = 0; g < groups; ++g) {
-    const Philox4 draw = draw4(seed, purpose, first_group + static_cast<uint64_t>(g));
-    for (int w = 0; w < 4; ++w) out[4 * g + w] = draw.word[w];
-  }
-}
-
 MTFAST_INLINE void draw_each(uint64_t seed, Purpose purpose, const int64_t* __restrict positions, int64_t n,
                              uint32_t* __restrict out) {
   for (int64_t i = 0; i < n; ++i)
@@ -146,10 +137,11 @@ struct Masking {
       draw_each(options.seed, Purpose::kMaskChoose, positions, n, space);
       return space;
     }
-    const int64_t start = positions ? positions[0] : begin;
-    const int64_t offset = start & 3;
-    draw_groups(options.seed, Purpose::kMaskChoose, static_cast<uint64_t>(start >> 2), (offset + n + 3) / 4,
-                space);
+    const int64_t start = positions ? positions[0] : begin, offset = start & 3;
+    for (int64_t g = 0; 4 * g < offset + n; ++g) {
+      const Philox4 draw = draw4(options.seed, Purpose::kMaskChoose, static_cast<uint64_t>((start >> 2) + g));
+      for (int w = 0; w < 4; ++w) space[4 * g + w] = draw.word[w];
+    }
     return space + offset;
   }
 
