@@ -16,6 +16,7 @@ struct SpecialIds {
   int32_t total = 0;  // ids in all runs
   int32_t begin[kMaxRuns], end[kMaxRuns];
 
+  // Not unrolled, since that would be most of a kernel's code.
   MTFAST_HOST_DEVICE bool contains(int64_t id) const {
     bool found = false;
     MTFAST_NO_UNROLL

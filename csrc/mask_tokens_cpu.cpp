@@ -27,8 +27,10 @@ struct Scratch {
 
 MTFAST_INLINE void draw_each(uint64_t seed, Purpose purpose, const int64_t* __restrict positions, int64_t n,
                              uint32_t* __restrict out) {
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = draw4(seed, purpose, static_cast<uint64_t>(positions[i] >> 2)).at(positions[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const Philox4 draw = draw4(seed, purpose, static_cast<uint64_t>(positions[i] >> 2));
+    out[i] = draw.at(static_cast<int32_t>(positions[i]));  // SSE2 compares no lanes of 64 bits
+  }
 }
 
 MTFAST_INLINE bool consecutive(const int64_t* __restrict positions, int64_t n) {
@@ -204,6 +206,7 @@ struct Masking {
   }
 };
 
+// For simd::call_best: all of Masking is inlined here, once for each instruction set.
 template <class Id>
 struct MaskSequences {
   template <simd::Isa isa>
