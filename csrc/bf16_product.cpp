@@ -1,11 +1,13 @@
 #include "bf16_product.h"
 
+#include "simd_isa.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own header
 
-#define MTFAST_BF16 "arch=x86-64-v4,avx512bf16,prefer-vector-width=512"
+#define MTFAST_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
 
 namespace mtfast::simd {
 namespace {
@@ -16,7 +18,7 @@ MTFAST_INLINE uint32_t first_lanes(int64_t count) {
 
 // Rows row .. row + kRows - 1 of the product.
 template <int kRows>
-__attribute__((target(MTFAST_BF16))) void multiply_tile(const PanelProduct& p, int64_t row) {
+MTFAST_BF16 void multiply_tile(const PanelProduct& p, int64_t row) {
   bf16* to = p.to + row * p.to_pitch;
   __m512 sum[kRows][kPanelVectors];
 #pragma GCC unroll 8
@@ -82,13 +84,41 @@ void multiply(const PanelProduct& p) {
   if (row < p.rows) kLast[p.rows - row](p, row);
 }
 
+MTFAST_BF16 void pack_rows(Pairs* panel, const bf16* from, int64_t pitch, int64_t columns, int64_t pairs) {
+  for (int j = 0; j < kPanel; j += kLanes)
+    for (int64_t k = 0; k < pairs; k += kLanes) {
+      f32x16 x[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        x[i] = j + i < columns ? load(reinterpret_cast<const float*>(from + (j + i) * pitch) + k, pairs - k)
+                               : f32x16{};
+      transpose16(x);
+      for (int i = 0; i < kLanes && k + i < pairs; ++i)
+        pack(reinterpret_cast<float*>(panel[k + i].of[j]), x[i]);
+    }
+}
+
+MTFAST_BF16 void interleave(Pairs* panels, const bf16* even, const bf16* odd, int64_t columns) {
+  for (int64_t first = 0; first < columns; first += kPanel, ++panels)
+    for (int64_t i = 0; i < kPanel; i += kLanes) {
+      const int64_t j = first + i;
+      const f32x16 low = j < columns ? load(even + j, columns - j) : f32x16{};
+      const f32x16 high = j < columns && odd != nullptr ? load(odd + j, columns - j) : f32x16{};
+      // unpacked, an element is the upper half of its lane
+      pack(reinterpret_cast<float*>(panels->of[i]),
+           reinterpret_cast<f32x16>((reinterpret_cast<u32x16>(low) >> 16) | reinterpret_cast<u32x16>(high)));
+    }
+}
+
 }  // namespace mtfast::simd
 #else
 namespace mtfast::simd {
 
-bool has_bf16_product() { return false; }
+bool has_bf16_product() { return false; }  // so that nobody calls the rest
 
 void multiply(const PanelProduct&) {}
+void pack_rows(Pairs*, const bf16*, int64_t, int64_t, int64_t) {}
+void interleave(Pairs*, const bf16*, const bf16*, int64_t) {}
 
 }  // namespace mtfast::simd
 #endif

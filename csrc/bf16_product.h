@@ -2,7 +2,7 @@
 // products at a time: sums of 6 rows by 64 columns stay in registers, and panels of 64 columns of the right
 // matrix are packed in pairs.
 #pragma once
-#include "simd_isa.h"
+#include "simd.h"
 
 namespace mtfast::simd {
 
@@ -33,33 +33,14 @@ struct PanelProduct {
 
 void multiply(const PanelProduct& product);
 
-// ---- packing: columns beyond `columns` of a panel become zeros ----
+// ---- packing: columns beyond `columns`, to the end of the last panel, become zeros ----
 
 // Of a right matrix whose columns are rows in memory: panel[k].of[j] = elements 2k and 2k + 1 of the row at
 // from + j * pitch.
-MTFAST_INLINE void pack_rows(Pairs* panel, const bf16* from, int64_t pitch, int64_t columns, int64_t pairs) {
-  for (int j = 0; j < kPanel; j += kLanes)
-    for (int64_t k = 0; k < pairs; k += kLanes) {
-      f32x16 x[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        x[i] = j + i < columns ? load(reinterpret_cast<const float*>(from + (j + i) * pitch) + k, pairs - k)
-                               : f32x16{};
-      transpose16(x);
-      for (int i = 0; i < kLanes && k + i < pairs; ++i)
-        pack(reinterpret_cast<float*>(panel[k + i].of[j]), x[i]);
-    }
-}
+void pack_rows(Pairs* panel, const bf16* from, int64_t pitch, int64_t columns, int64_t pairs);
 
-// Of one whose rows are rows in memory: pairs.of[j] = element j of both; a row that is null is zeros.
-MTFAST_INLINE void interleave(Pairs& pairs, const bf16* even, const bf16* odd, int64_t columns) {
-  for (int64_t j = 0; j < kPanel; j += kLanes) {
-    const f32x16 low = j < columns ? load(even + j, columns - j) : f32x16{};
-    const f32x16 high = j < columns && odd != nullptr ? load(odd + j, columns - j) : f32x16{};
-    // unpacked, an element is the upper half of its lane
-    pack(reinterpret_cast<float*>(pairs.of[j]),
-         reinterpret_cast<f32x16>((reinterpret_cast<u32x16>(low) >> 16) | reinterpret_cast<u32x16>(high)));
-  }
-}
+// Of one whose rows are rows in memory: elements j of both, in as many panels as they have columns for; a row
+// that is null is zeros.
+void interleave(Pairs* panels, const bf16* even, const bf16* odd, int64_t columns);
 
 }  // namespace mtfast::simd

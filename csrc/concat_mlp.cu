@@ -65,15 +65,14 @@ __device__ __forceinline__ void copy_chunk(T* to, const T* from, int64_t row, in
 
 template <class T, class Tile, bool kAligned>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
-    forward_kernel(const Layer layer, const Source u, const Source v, int64_t hidden,
-                   const T* __restrict__ weight1, const T* __restrict__ bias1, const T* __restrict__ weight2,
-                   const int64_t* __restrict__ seed_at, T* __restrict__ z, bool z_aligned,
-                   float* __restrict__ partial) {
+    forward_kernel(const Layer layer, const Source u, const Source v, const T* __restrict__ weight1,
+                   const T* __restrict__ bias1, const T* __restrict__ weight2, T* __restrict__ z,
+                   bool z_aligned, float* __restrict__ partial) {
   constexpr int kTileM = Tile::kTileM, kTileN = Tile::kTileN, kThreads = Tile::kThreads;
   constexpr int kPartsM = Tile::kWarpM / 16, kPartsN = Tile::kWarpN / 8;  // of a warp's tile: products
   constexpr int kStep = kThreads / 8;                                     // between the rows a thread copies
   T* smem = shared_memory<T>();  // kStages of [kTileM, kTileK] inputs and [kTileN, kTileK] weights
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTileM,
+  const int64_t hidden = layer.hidden, row0 = static_cast<int64_t>(blockIdx.y) * kTileM,
                 column0 = static_cast<int64_t>(blockIdx.x) * kTileN;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int warp_m = warp / 2 * Tile::kWarpM, warp_n = warp % 2 * Tile::kWarpN;
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     const T* from = o < 0 ? bias1 : weight2 + o * layer.inner;
     smem_bias1[i] = column < layer.inner ? to_float(from[column]) : 0.f;
   }
-  const uint64_t seed = layer.threshold != 0 ? static_cast<uint64_t>(*seed_at) : 0;
+  const uint64_t seed = seed_of(layer);
 
   float acc[kPartsM][kPartsN][4] = {};
   for (int step = 0; step < steps; ++step) {
@@ -168,18 +167,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   for (int i = threadIdx.x; i < pieces; i += kThreads) {
     const int at_row = i / kAcross, at = i % kAcross * 8;
     const int64_t row = row0 + at_row, column = column0 + at;
-    float x[8], slope[8];
+    float x[8];
     MTFAST_UNROLL
     for (int e = 0; e < 8; ++e) {
       x[e] = smem_z[at_row * Tile::kPitch + at + e] + smem_bias1[at + e];
     }
     if (z != nullptr && row < layer.batch) store8(z + row * layer.inner, column, layer.inner, z_aligned, x);
-    const uint32_t kept = layer.threshold != 0 ? kept_of_eight(seed, row, column, layer.threshold) : 0xff;
-    activate(layer.activation, x, slope);
-    MTFAST_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      x[e] = kept >> e & 1 ? x[e] * static_cast<float>(layer.scale) : 0.f;
-    }
+    activate_and_drop(layer, seed, row, column, x);
     for (int o = 0; o < layer.outputs; ++o) {
       float sum = 0.f;
       MTFAST_UNROLL
@@ -217,27 +211,19 @@ __global__ void __launch_bounds__(256)
 
 // ---- the output product of a z that is there: a warp a row, eight columns a lane at a time ----
 
-template <class T>
 __global__ void __launch_bounds__(256)
-    output_kernel(const Layer layer, const T* __restrict__ z, const T* __restrict__ weight2,
-                  const T* __restrict__ bias2, const int64_t* __restrict__ seed_at, T* __restrict__ y,
-                  bool aligned) {
+    output_kernel(const Layer layer, const float* __restrict__ z, const float* __restrict__ weight2,
+                  const float* __restrict__ bias2, float* __restrict__ y, bool aligned) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + (threadIdx.x >> 5);
   if (row >= layer.batch) return;
   const int lane = threadIdx.x & 31;
-  const uint64_t seed = layer.threshold != 0 ? static_cast<uint64_t>(*seed_at) : 0;
+  const uint64_t seed = seed_of(layer);
   float sums[kMaxOutputs] = {};
   for (int64_t first = 0; first < layer.inner; first += 256) {
     const int64_t column = first + lane * 8;
-    float d[8], slope[8], weight[8];
+    float d[8], weight[8];
     unpack(d, load8(z + row * layer.inner, column, layer.inner, aligned));
-    uint32_t kept = 0xff;
-    if (layer.threshold != 0) kept = kept_of_eight(seed, row, column, layer.threshold);
-    activate(layer.activation, d, slope);
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      d[i] = kept >> i & 1 ? d[i] * static_cast<float>(layer.scale) : 0.f;
-    }
+    activate_and_drop(layer, seed, row, column, d);
     MTFAST_UNROLL
     for (int o = 0; o < kMaxOutputs; ++o) {
       if (o >= layer.outputs) break;
@@ -252,68 +238,54 @@ __global__ void __launch_bounds__(256)
   for (int o = 0; o < kMaxOutputs; ++o) {
     if (o >= layer.outputs) break;
     const float sum = warp_sum(sums[o]);
-    if (lane == 0) round_to(y[row * layer.outputs + o], sum + to_float(bias2[o]));
+    if (lane == 0) y[row * layer.outputs + o] = sum + bias2[o];
   }
 }
 
 template <class T, class Tile, bool kAligned>
-int launch_tiles(const Layer& layer, const Source& u, const Source& v, int64_t hidden, const T* weight1,
-                 const T* bias1, const T* weight2, const T* bias2, const int64_t* seed, T* z, float* partial,
-                 T* y, void* stream) {
+int launch_tiles(const Inputs& in, T* z, float* partial, void* y, void* stream) {
+  const Layer& layer = in.layer;
   const auto kernel = forward_kernel<T, Tile, kAligned>;
   if (const int error = allow_shared_memory(kernel, Tile::kSharedBytes)) return error;
-  const unsigned across = blocks(layer.inner, Tile::kTileN);
-  if (const int error = MTFAST_LAUNCH(dim3(across, blocks(layer.batch, Tile::kTileM)), dim3(Tile::kThreads),
-                                      Tile::kSharedBytes, stream, kernel, layer, u, v, hidden, weight1, bias1,
-                                      weight2, seed, z, layer.inner % 8 == 0 && on_16_bytes(z), partial))
+  const dim3 grid(blocks(layer.inner, Tile::kTileN), blocks(layer.batch, Tile::kTileM));
+  if (const int error = MTFAST_LAUNCH(grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, kernel, layer,
+                                      in.u, in.v, static_cast<const T*>(in.weight1),
+                                      static_cast<const T*>(in.bias1), static_cast<const T*>(in.weight2), z,
+                                      layer.inner % 8 == 0 && on_16_bytes(z), partial))
     return error;
   return MTFAST_LAUNCH(dim3(blocks(layer.batch * layer.outputs, 256)), dim3(256), 0, stream,
-                       add_partial_kernel<T>, layer, u, v, partial, static_cast<int>(across), bias2, y);
+                       add_partial_kernel<T>, layer, in.u, in.v, partial, static_cast<int>(grid.x),
+                       static_cast<const T*>(in.bias2), static_cast<T*>(y));
 }
 
 template <class T>
-int launch_forward(const Layer& layer, const Source& u, const Source& v, int64_t hidden, const void* weight1,
-                   const void* bias1, const void* weight2, const void* bias2, const int64_t* seed, void* z,
-                   float* partial, void* y, void* stream) {
+int launch_forward(const Inputs& in, void* z, float* partial, void* y, void* stream) {
   using Large = Tile<128, 96>;
   using Small = Tile<64, 64>;
-  const bool aligned = hidden % 8 == 0 && u.pitch % 8 == 0 && v.pitch % 8 == 0 && on_16_bytes(u.data) &&
-                       on_16_bytes(v.data) && on_16_bytes(weight1);
+  const Layer& layer = in.layer;
+  const bool aligned = layer.hidden % 8 == 0 && in.u.pitch % 8 == 0 && in.v.pitch % 8 == 0 &&
+                       on_16_bytes(in.u.data) && on_16_bytes(in.v.data) && on_16_bytes(in.weight1);
   const int64_t tiles = int64_t{blocks(layer.inner, Large::kTileN)} * blocks(layer.batch, Large::kTileM);
   const auto launch = !aligned     ? launch_tiles<T, Small, false>
                       : tiles < 64 ? launch_tiles<T, Small, true>
                                    : launch_tiles<T, Large, true>;
-  return launch(layer, u, v, hidden, static_cast<const T*>(weight1), static_cast<const T*>(bias1),
-                static_cast<const T*>(weight2), static_cast<const T*>(bias2), seed, static_cast<T*>(z),
-                partial, static_cast<T*>(y), stream);
-}
-
-template <class T>
-int launch_output(const Layer& layer, const void* z, const void* weight2, const void* bias2,
-                  const int64_t* seed, void* y, void* stream) {
-  const bool aligned = layer.inner % 8 == 0 && on_16_bytes(z) && on_16_bytes(weight2);
-  return MTFAST_LAUNCH(dim3(blocks(layer.batch, 8)), dim3(256), 0, stream, output_kernel<T>, layer,
-                       static_cast<const T*>(z), static_cast<const T*>(weight2), static_cast<const T*>(bias2),
-                       seed, static_cast<T*>(y), aligned);
+  return launch(in, static_cast<T*>(z), partial, y, stream);
 }
 
 }  // namespace
+
+int mtfast_concat_mlp_forward(const Inputs* in, void* z, float* partial, void* y, void* stream) {
+  const auto launch =
+      in->layer.dtype == Dtype::kBFloat16 ? launch_forward<__nv_bfloat16> : launch_forward<__half>;
+  return launch(*in, z, partial, y, stream);
+}
+
+int mtfast_concat_mlp_output(const Inputs* in, const void* z, void* y, void* stream) {
+  const Layer& layer = in->layer;
+  const bool aligned = layer.inner % 8 == 0 && on_16_bytes(z) && on_16_bytes(in->weight2);
+  return MTFAST_LAUNCH(dim3(blocks(layer.batch, 8)), dim3(256), 0, stream, output_kernel, layer,
+                       static_cast<const float*>(z), static_cast<const float*>(in->weight2),
+                       static_cast<const float*>(in->bias2), static_cast<float*>(y), aligned);
+}
+
 }  // namespace mtfast::concat_mlp
-
-using mtfast::Dtype;
-using mtfast::concat_mlp::Layer;
-using mtfast::concat_mlp::Source;
-
-extern "C" int mtfast_concat_mlp_forward(const Layer* layer, const Source* u, const Source* v, int64_t hidden,
-                                         const void* weight1, const void* bias1, const void* weight2,
-                                         const void* bias2, const int64_t* seed, void* z, float* partial,
-                                         void* y, void* stream) {
-  const auto launch = layer->dtype == Dtype::kBFloat16 ? mtfast::concat_mlp::launch_forward<__nv_bfloat16>
-                                                       : mtfast::concat_mlp::launch_forward<__half>;
-  return launch(*layer, *u, *v, hidden, weight1, bias1, weight2, bias2, seed, z, partial, y, stream);
-}
-
-extern "C" int mtfast_concat_mlp_output(const Layer* layer, const void* z, const void* weight2,
-                                        const void* bias2, const int64_t* seed, void* y, void* stream) {
-  return mtfast::concat_mlp::launch_output<float>(*layer, z, weight2, bias2, seed, y, stream);
-}

@@ -21,15 +21,16 @@ enum class Activation { kRelu, kGelu, kTanh };
 constexpr int kMaxOutputs = 8;
 
 struct Layer {
-  int64_t batch = 0, inner = 0;
+  int64_t batch = 0, hidden = 0, inner = 0;
   int outputs = 0;
   Dtype dtype = Dtype::kFloat32;
   Activation activation = Activation::kRelu;
-  uint32_t threshold = 0;  // of dropout, in 1/65536
-  double scale = 1.0;      // of what is kept: 65536 / (65536 - threshold)
+  uint32_t threshold = 0;         // of dropout, in 1/65536
+  double scale = 1.0;             // of what is kept: 65536 / (65536 - threshold)
+  const int64_t* seed = nullptr;  // on the tensors' device; may be null without dropout
 };
 
-// Where a product reads one side: rows of `data`, or those that `rows` (int32 or int64, or null) names.
+// u or v: rows of `data`, or those that `rows` (int32 or int64, or null) names.
 struct Source {
   const void* data;
   int64_t pitch, count;  // elements from one row to the next, rows there are
@@ -37,50 +38,50 @@ struct Source {
   int32_t wide_rows;  // int64
 };
 
+// What is read in either direction. The weights and biases are contiguous; the backward needs no biases.
+struct Inputs {
+  Layer layer;
+  Source u, v;
+  const void *weight1, *weight2;
+  const void *bias1 = nullptr, *bias2 = nullptr;
+};
+
+// Of the gradients, those that are sums over the rows of the hidden layer's and of dy.
+struct Sums {
+  void *dbias1, *dweight2, *dbias2;
+};
+
 // ---- CPU; every matrix is contiguous and of the layer's dtype ----
 
 // Rows begin .. end of y [batch, outputs], from those of the hidden layer, which z [end - begin, inner]
 // holds.
-void cpu_forward(const Layer& layer, uint64_t seed, int64_t begin, int64_t end, const void* z,
-                 const void* weight2, const void* bias2, void* y);
+void cpu_forward(const Inputs& in, int64_t begin, int64_t end, const void* z, void* y);
 
 // Rows whose gradient cpu_backward has in memory at a time: half of a large batch, so that weight1's
 // gradient, which is added up over the blocks, is rounded once more than necessary and no oftener.
 int64_t cpu_backward_rows(int64_t batch);
 
-// dbias1 [inner], dweight2 [outputs, inner] and dbias2 [outputs] from dy [batch, outputs]. dz
-// [cpu_backward_rows, inner] (or null) receives the hidden layer's gradient block by block; done(begin, end)
-// is called when it holds that of these rows.
-void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void* z, const void* weight2,
-                  void* dz, const std::function<void(int64_t begin, int64_t end)>& done, void* dbias1,
-                  void* dweight2, void* dbias2);
+// The sums from dy [batch, outputs]. dz [cpu_backward_rows, inner] (or null) receives the hidden layer's
+// gradient block by block; done(begin, end) is called when it holds that of these rows.
+void cpu_backward(const Inputs& in, const void* dy, const void* z, void* dz,
+                  const std::function<void(int64_t begin, int64_t end)>& done, const Sums& sums);
 
 // ---- CPU, bfloat16: the large products too, which read u and v where they are ----
 
 // Whether the processor, the dtype and the sizes allow them.
-bool cpu_multiplies(const Layer& layer, int64_t hidden);
-
-// What they work in, aligned to 64 bytes; `bytes` for each worker.
-struct CpuScratch {
-  void* data;
-  int64_t bytes, workers;
-};
-int64_t cpu_scratch_bytes(const Layer& layer, int64_t hidden);
+bool cpu_multiplies(const Layer& layer);
 
 // Rows begin .. end of z = [u; v] @ weight1.T + bias1, to z [end - begin, inner].
-void cpu_hidden(const Layer& layer, const CpuScratch& scratch, const Source& u, const Source& v,
-                int64_t hidden, const Source& weight1, const void* bias1, int64_t begin, int64_t end,
-                void* z);
+void cpu_hidden(const Inputs& in, int64_t begin, int64_t end, void* z);
 
-// du and dv (each [rows, hidden] or null) = dz [rows, inner] @ weight1, by halves.
-void cpu_input_gradients(const Layer& layer, const CpuScratch& scratch, const void* dz, int64_t rows,
-                         const Source& weight1, int64_t hidden, void* du, void* dv);
+// Rows begin .. end of du and dv (each [batch, hidden] or null) = dz [end - begin, inner] @ weight1, by
+// halves.
+void cpu_input_gradients(const Inputs& in, const void* dz, int64_t begin, int64_t end, void* du, void* dv);
 
 // dweight1 [inner, 2 * hidden] = dz.T @ [u; v] over rows begin .. end, whose gradient of the hidden layer dz
 // holds; added to what is there unless begin is 0. dz is reordered, and if its rows are odd needs room for
 // one more.
-void cpu_weight1_gradient(const Layer& layer, const CpuScratch& scratch, void* dz, const Source& u,
-                          const Source& v, int64_t hidden, int64_t begin, int64_t end, void* dweight1);
+void cpu_weight1_gradient(const Inputs& in, void* dz, int64_t begin, int64_t end, void* dweight1);
 
 // ---- CUDA; a row out of range is not read, and makes its output NaN ----
 
@@ -104,28 +105,22 @@ inline int64_t backward_scratch_bytes(const Layer& layer) {
          (layer.outputs * int64_t{sizeof(double)} + backward_float_sums(layer) * int64_t{sizeof(float)});
 }
 
-}  // namespace mtfast::concat_mlp
-
-// Launch functions: 0 or a cudaError_t. `seed` is read on the device; it may be null without dropout.
+// Launch functions: 0 or a cudaError_t.
 extern "C" {
 
 // bfloat16 and float16: y [batch, outputs] and, unless null, z [batch, inner] in one pass of tensor cores.
 // partial: float [ceil(inner / kSmallestTile), batch, outputs] of scratch.
-int mtfast_concat_mlp_forward(const mtfast::concat_mlp::Layer* layer, const mtfast::concat_mlp::Source* u,
-                              const mtfast::concat_mlp::Source* v, int64_t hidden, const void* weight1,
-                              const void* bias1, const void* weight2, const void* bias2, const int64_t* seed,
-                              void* z, float* partial, void* y, void* stream);
+int mtfast_concat_mlp_forward(const Inputs* in, void* z, float* partial, void* y, void* stream);
 
 // float32: y from a z that is there.
-int mtfast_concat_mlp_output(const mtfast::concat_mlp::Layer* layer, const void* z, const void* weight2,
-                             const void* bias2, const int64_t* seed, void* y, void* stream);
+int mtfast_concat_mlp_output(const Inputs* in, const void* z, void* y, void* stream);
 
 // both [batch, 2 * hidden] = [u; v], for torch's products; a row out of range becomes NaN.
-int mtfast_concat_mlp_gather(const mtfast::concat_mlp::Layer* layer, const mtfast::concat_mlp::Source* u,
-                             const mtfast::concat_mlp::Source* v, int64_t hidden, void* both, void* stream);
+int mtfast_concat_mlp_gather(const Inputs* in, void* both, void* stream);
 
-// As cpu_backward. partial: backward_scratch_bytes(layer) of scratch.
-int mtfast_concat_mlp_backward(const mtfast::concat_mlp::Layer* layer, const void* dy, const void* z,
-                               const void* weight2, const int64_t* seed, void* dz, double* partial,
-                               void* dbias1, void* dweight2, void* dbias2, void* stream);
+// As cpu_backward, but for dz [batch, inner] (or null). partial: backward_scratch_bytes(layer) of scratch.
+int mtfast_concat_mlp_backward(const Inputs* in, const void* dy, const void* z, void* dz, double* partial,
+                               const Sums* sums, void* stream);
 }
+
+}  // namespace mtfast::concat_mlp

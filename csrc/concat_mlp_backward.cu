@@ -25,13 +25,13 @@ static_assert(kRows * kMaxOutputs <= 32, "a warp loads dy for its rows at once")
 template <class T, int kOutputs>
 __global__ void __launch_bounds__(kThreads, kOutputs <= 2 ? 2 : 1)
     backward_kernel(const Layer layer, int64_t chunk_rows, const T* __restrict__ dy, const T* __restrict__ z,
-                    const T* __restrict__ weight2, const int64_t* __restrict__ seed_at, T* __restrict__ dz,
-                    double* __restrict__ bias2_sums, float* __restrict__ other_sums, bool aligned) {
+                    const T* __restrict__ weight2, T* __restrict__ dz, double* __restrict__ bias2_sums,
+                    float* __restrict__ other_sums, bool aligned) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, outputs = layer.outputs;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + lane * 8;
   const int64_t begin = blockIdx.y * chunk_rows;
   const int64_t end = begin + chunk_rows < layer.batch ? begin + chunk_rows : layer.batch;
-  const uint64_t seed = layer.threshold != 0 ? static_cast<uint64_t>(*seed_at) : 0;
+  const uint64_t seed = seed_of(layer);
   const float scale = static_cast<float>(layer.scale);
   float weight[kOutputs][8] = {};
   MTFAST_UNROLL
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, kOutputs <= 2 ? 2 : 1)
     const int rows = row0 + kRows < end ? kRows : static_cast<int>(end - row0);
     for (int r = 0; r < rows; ++r) {  // not unrolled: that would not fit into the instruction cache
       const int64_t row = row0 + r;
-      const uint32_t kept = layer.threshold != 0 ? kept_of_eight(seed, row, column, layer.threshold) : 0xff;
+      const uint32_t kept = kept_of_eight(layer.threshold, seed, row, column);
       float dy_row[kOutputs];
       MTFAST_UNROLL
       for (int o = 0; o < kOutputs; ++o) {
@@ -145,22 +145,23 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int kOutputs>
-int launch_pass(const Layer& layer, const T* dy, const T* z, const T* weight2, const int64_t* seed, T* dz,
-                double* bias2_sums, float* other_sums, void* stream) {
+int launch_pass(const Inputs& in, const void* dy, const void* z, void* dz, double* bias2_sums,
+                float* other_sums, void* stream) {
   constexpr size_t kShared = kWarps * (32 * sizeof(double) + (1 + kOutputs) * kColumns * sizeof(float));
+  const Layer& layer = in.layer;
   const auto kernel = backward_kernel<T, kOutputs>;
   if (const int error = allow_shared_memory(kernel, kShared)) return error;
-  const bool aligned = layer.inner % 8 == 0 && on_16_bytes(z) && on_16_bytes(weight2) && on_16_bytes(dz);
-  return MTFAST_LAUNCH(
-      dim3(blocks(layer.inner, kColumns), static_cast<unsigned>(backward_chunks(layer.batch))),
-      dim3(kThreads), kShared, stream, kernel, layer, backward_chunk_rows(layer.batch), dy, z, weight2, seed,
-      dz, bias2_sums, other_sums, aligned);
+  const dim3 grid(blocks(layer.inner, kColumns), static_cast<unsigned>(backward_chunks(layer.batch)));
+  const bool aligned = layer.inner % 8 == 0 && on_16_bytes(z) && on_16_bytes(in.weight2) && on_16_bytes(dz);
+  return MTFAST_LAUNCH(grid, dim3(kThreads), kShared, stream, kernel, layer, backward_chunk_rows(layer.batch),
+                       static_cast<const T*>(dy), static_cast<const T*>(z), static_cast<const T*>(in.weight2),
+                       static_cast<T*>(dz), bias2_sums, other_sums, aligned);
 }
 
 template <class T>
-int launch_backward(const Layer& layer, const void* dy, const void* z, const void* weight2,
-                    const int64_t* seed, void* dz, double* partial, void* dbias1, void* dweight2,
-                    void* dbias2, void* stream) {
+int launch_backward(const Inputs& in, const void* dy, const void* z, void* dz, double* partial,
+                    const Sums& sums, void* stream) {
+  const Layer& layer = in.layer;
   const auto launch = layer.outputs == 1   ? launch_pass<T, 1>
                       : layer.outputs == 2 ? launch_pass<T, 2>
                       : layer.outputs <= 4 ? launch_pass<T, 4>
@@ -168,28 +169,22 @@ int launch_backward(const Layer& layer, const void* dy, const void* z, const voi
   const int64_t chunks = backward_chunks(layer.batch);
   auto* other_sums = reinterpret_cast<float*>(partial + chunks * layer.outputs);
   if (layer.batch > 0) {  // else there are no chunks, and their sums are 0
-    if (const int error =
-            launch(layer, static_cast<const T*>(dy), static_cast<const T*>(z), static_cast<const T*>(weight2),
-                   seed, static_cast<T*>(dz), partial, other_sums, stream))
-      return error;
+    if (const int error = launch(in, dy, z, dz, partial, other_sums, stream)) return error;
   }
   return MTFAST_LAUNCH(dim3(blocks(backward_float_sums(layer) + layer.outputs, 32)), dim3(kThreads),
                        kThreads * sizeof(double), stream, add_chunks_kernel<T>, layer,
-                       static_cast<int>(chunks), partial, other_sums, static_cast<T*>(dbias1),
-                       static_cast<T*>(dweight2), static_cast<T*>(dbias2));
+                       static_cast<int>(chunks), partial, other_sums, static_cast<T*>(sums.dbias1),
+                       static_cast<T*>(sums.dweight2), static_cast<T*>(sums.dbias2));
 }
 
 }  // namespace
-}  // namespace mtfast::concat_mlp
 
-using mtfast::Dtype;
-using mtfast::concat_mlp::Layer;
-
-extern "C" int mtfast_concat_mlp_backward(const Layer* layer, const void* dy, const void* z,
-                                          const void* weight2, const int64_t* seed, void* dz, double* partial,
-                                          void* dbias1, void* dweight2, void* dbias2, void* stream) {
-  const auto launch = layer->dtype == Dtype::kBFloat16  ? mtfast::concat_mlp::launch_backward<__nv_bfloat16>
-                      : layer->dtype == Dtype::kFloat16 ? mtfast::concat_mlp::launch_backward<__half>
-                                                        : mtfast::concat_mlp::launch_backward<float>;
-  return launch(*layer, dy, z, weight2, seed, dz, partial, dbias1, dweight2, dbias2, stream);
+int mtfast_concat_mlp_backward(const Inputs* in, const void* dy, const void* z, void* dz, double* partial,
+                               const Sums* sums, void* stream) {
+  const auto launch = in->layer.dtype == Dtype::kBFloat16  ? launch_backward<__nv_bfloat16>
+                      : in->layer.dtype == Dtype::kFloat16 ? launch_backward<__half>
+                                                           : launch_backward<float>;
+  return launch(*in, dy, z, dz, partial, *sums, stream);
 }
+
+}  // namespace mtfast::concat_mlp

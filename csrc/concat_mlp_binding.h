@@ -7,11 +7,22 @@
 
 namespace mtfast::concat_mlp {
 
+// u or v, and which of its rows are read unless all are.
+struct Side {
+  const Tensor& from;
+  const OptionalTensor& rows;
+};
+
 struct Operands {
-  Layer layer;
-  int64_t hidden;
-  const Tensor &u, &v, &weight1, &weight2;
-  const OptionalTensor &u_rows, &v_rows, &seed;
+  Inputs in;
+  Side u, v;
+  const Tensor& weight1;
+
+  // Of u's dtype and on its device.
+  template <class... Sizes>
+  Tensor empty(Sizes... sizes) const {
+    return torch::stable::new_empty(u.from, {sizes...});
+  }
 };
 
 // Which gradients of the three that cost a product are asked for.
@@ -24,8 +35,8 @@ struct Needs {
 
 // y [batch, outputs] and, unless it is not to be kept and has no rows, z [batch, inner].
 using Forward = std::tuple<Tensor, Tensor>;
-Forward forward_on_cpu(const Operands& x, const Tensor& bias1, const Tensor& bias2, bool save_hidden);
-Forward forward_on_cuda(const Operands& x, const Tensor& bias1, const Tensor& bias2, bool save_hidden);
+Forward forward_on_cpu(const Operands& x, const Tensor& bias1, bool save_hidden);
+Forward forward_on_cuda(const Operands& x, const Tensor& bias1, bool save_hidden);
 
 // Gradients of u's and v's rows, one matrix [batch, hidden] after the other, where asked for; weight1's,
 // with no rows unless asked for; bias1's, weight2's and bias2's.
@@ -34,19 +45,10 @@ Gradients backward_on_cpu(const Operands& x, const Tensor& dy, const Tensor& z, 
 Gradients backward_on_cuda(const Operands& x, const Tensor& dy, const Tensor& z, const Needs& needs);
 
 inline Gradients empty_gradients(const Operands& x, const Needs& needs) {
-  const int64_t inner = x.layer.inner;
-  const auto empty = [&](auto... sizes) { return torch::stable::new_empty(x.u, {sizes...}); };
-  return {empty(needs.sides(), x.layer.batch, x.hidden), empty(needs.weight1 ? inner : 0, 2 * x.hidden),
-          empty(inner), empty(int64_t{x.layer.outputs}, inner), empty(int64_t{x.layer.outputs})};
-}
-
-inline Source source_of(const Tensor& from, const OptionalTensor& rows) {
-  return {from.const_data_ptr(), from.stride(0), from.size(0), rows ? rows->const_data_ptr() : nullptr,
-          rows && rows->scalar_type() == ScalarType::Long};
-}
-
-inline const int64_t* seed_of(const OptionalTensor& seed) {
-  return seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
+  const Layer& layer = x.in.layer;
+  return {x.empty(needs.sides(), layer.batch, layer.hidden),
+          x.empty(needs.weight1 ? layer.inner : 0, 2 * layer.hidden), x.empty(layer.inner),
+          x.empty(layer.outputs, layer.inner), x.empty(layer.outputs)};
 }
 
 }  // namespace mtfast::concat_mlp

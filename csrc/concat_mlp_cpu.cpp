@@ -67,42 +67,33 @@ MTFAST_INLINE void activate(Activation activation, V (&x)[kCount], V (&slope)[kC
   }
 }
 
+uint64_t seed_of(const Layer& layer) { return layer.threshold != 0 ? static_cast<uint64_t>(*layer.seed) : 0; }
+
 // Rows whose sums are one term of the sum over the batch.
 int64_t chunk_rows(int64_t batch) { return std::max<int64_t>(32, (batch + 63) / 64); }
 
 int64_t padded(int64_t inner) { return (inner + kStrip - 1) / kStrip * kStrip; }
 
-// The small operands in the type of the arithmetic, each row padded with zeros to whole strips.
+// Rows of a small operand in the type of the arithmetic, each padded with zeros to whole strips.
 template <class T>
-struct Constants {
-  using S = typename Compute<T>::scalar;
-  std::vector<S> weight2, bias2;
-  int64_t stride;
-
-  Constants(const Layer& layer, const void* w2, const void* b2) : stride(padded(layer.inner)) {
-    weight2.resize(stride * layer.outputs);
-    for (int o = 0; o < layer.outputs; ++o)
-      copy(static_cast<const T*>(w2) + o * layer.inner, layer.inner, weight2.data() + o * stride);
-    if (b2 != nullptr) {
-      bias2.resize(kLanes);
-      copy(static_cast<const T*>(b2), layer.outputs, bias2.data());
-    }
-  }
-
- private:
-  static void copy(const T* from, int64_t count, S* to) {
-    for (int64_t i = 0; i < count; i += kLanes) pack(to + i, load(from + i, count - i));
-  }
-};
+auto widened(const void* from, int64_t rows, int64_t columns) {
+  std::vector<typename Compute<T>::scalar> to(rows * padded(columns));
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < columns; i += kLanes)
+      pack(to.data() + row * padded(columns) + i,
+           load(static_cast<const T*>(from) + row * columns + i, columns - i));
+  return to;
+}
 
 // z: of row `begin` and those after it.
 template <class T>
 struct ForwardRows {
+  using S = typename Compute<T>::scalar;
   template <Isa isa>
-  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const Constants<T>& constants, const T* z, T* y,
-                         int64_t begin, int64_t end) {
+  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const S* weight2, const S* bias2, const T* z,
+                         T* y, int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
-    const int64_t inner = layer.inner, stride = constants.stride;
+    const int64_t inner = layer.inner, stride = padded(inner);
     u32x16 draws[kStripVectors];
     for (int64_t row = begin; row < end; ++row) {
       V total[kMaxOutputs] = {};
@@ -119,14 +110,14 @@ struct ForwardRows {
             h[j] *= keep_factor<isa>(draws[j], layer.threshold, splat<V>(layer.scale));
         }
         for (int o = 0; o < layer.outputs; ++o) {
-          const auto* weight = constants.weight2.data() + o * stride + first;
+          const S* weight = weight2 + o * stride + first;
           V partial = total[o];
           for (int j = 0; j < kStripVectors; ++j) partial += h[j] * unpack(weight + j * kLanes);
           total[o] = partial;
         }
       }
       V result = {};
-      for (int o = 0; o < layer.outputs; ++o) result[o] = sum(total[o]) + constants.bias2[o];
+      for (int o = 0; o < layer.outputs; ++o) result[o] = sum(total[o]) + bias2[o];
       store(y + row * layer.outputs, result, layer.outputs);
     }
   }
@@ -136,11 +127,12 @@ struct ForwardRows {
 // rows of dW2. dz: of row `begin` and those after it.
 template <class T>
 struct BackwardRows {
+  using S = typename Compute<T>::scalar;
   template <Isa isa>
-  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const Constants<T>& constants, const T* dy,
-                         const T* z, T* dz, double* sums, int64_t begin, int64_t end) {
+  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const S* weight2, const T* dy, const T* z, T* dz,
+                         double* sums, int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
-    const int64_t inner = layer.inner, stride = constants.stride, rows = end - begin;
+    const int64_t inner = layer.inner, stride = padded(inner), rows = end - begin;
     u32x16 draws[kFewRows][kStripVectors];
     V dy_rows[kFewRows] = {};
     for (int64_t i = 0; i < rows; ++i) dy_rows[i] = load(dy + (begin + i) * layer.outputs, layer.outputs);
@@ -161,7 +153,7 @@ struct BackwardRows {
             slope[i] *= factor;
           }
         for (int o = 0; o < layer.outputs; ++o) {
-          const V weight = unpack(constants.weight2.data() + o * stride + column);
+          const V weight = unpack(weight2 + o * stride + column);
           V dweight = {};
           for (int64_t i = 0; i < kFewRows; ++i) {
             grad[i] += dy_rows[i][o] * weight;
@@ -202,14 +194,15 @@ void for_dtype(Dtype dtype, F f) {
 
 }  // namespace
 
-void cpu_forward(const Layer& layer, uint64_t seed, int64_t begin, int64_t end, const void* z,
-                 const void* weight2, const void* bias2, void* y) {
+void cpu_forward(const Inputs& in, int64_t begin, int64_t end, const void* z, void* y) {
+  const Layer& layer = in.layer;
   for_dtype(layer.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Constants<T> constants(layer, weight2, bias2);
+    const auto weight2 = widened<T>(in.weight2, layer.outputs, layer.inner);
+    const auto bias2 = widened<T>(in.bias2, 1, layer.outputs);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, layer.inner));
     torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t past) {
-      call_best(ForwardRows<T>{}, layer, seed, constants,
+      call_best(ForwardRows<T>{}, layer, seed_of(layer), weight2.data(), bias2.data(),
                 static_cast<const T*>(z) + (first - begin) * layer.inner, static_cast<T*>(y), first, past);
     });
   });
@@ -220,17 +213,17 @@ int64_t cpu_backward_rows(int64_t batch) {
   return batch < 512 ? batch : half;
 }
 
-void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void* z, const void* weight2,
-                  void* dz, const std::function<void(int64_t begin, int64_t end)>& done, void* dbias1,
-                  void* dweight2, void* dbias2) {
+void cpu_backward(const Inputs& in, const void* dy, const void* z, void* dz,
+                  const std::function<void(int64_t begin, int64_t end)>& done, const Sums& to) {
+  const Layer& layer = in.layer;
   for_dtype(layer.dtype, [&](auto zero) {
     using T = decltype(zero);
     using V = typename Compute<T>::vec;
-    const Constants<T> constants(layer, weight2, nullptr);
+    const auto weight2 = widened<T>(in.weight2, layer.outputs, layer.inner);
     // Sums over fixed chunks of rows, added in order: the same bits for every number of threads. Eight rows
     // at a time in the type of the arithmetic, beyond that in double.
     const int64_t rows = chunk_rows(layer.batch), chunks = (layer.batch + rows - 1) / rows;
-    const int64_t size = (1 + layer.outputs) * constants.stride;
+    const int64_t stride = padded(layer.inner), size = (1 + layer.outputs) * stride;
     std::vector<double> sums(std::max<int64_t>(1, chunks) * size);
     const T* dy_rows = static_cast<const T*>(dy);
     const int64_t block = cpu_backward_rows(layer.batch);
@@ -241,8 +234,9 @@ void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void*
           const int64_t last = std::min(past, (chunk + 1) * rows);
           for (int64_t row = chunk * rows; row < last; row += kFewRows) {
             T* dz_row = dz == nullptr ? nullptr : static_cast<T*>(dz) + (row - first) * layer.inner;
-            call_best(BackwardRows<T>{}, layer, seed, constants, dy_rows, static_cast<const T*>(z), dz_row,
-                      sums.data() + chunk * size, row, std::min(last, row + kFewRows));
+            call_best(BackwardRows<T>{}, layer, seed_of(layer), weight2.data(), dy_rows,
+                      static_cast<const T*>(z), dz_row, sums.data() + chunk * size, row,
+                      std::min(last, row + kFewRows));
           }
         }
       });
@@ -250,18 +244,15 @@ void cpu_backward(const Layer& layer, uint64_t seed, const void* dy, const void*
     }
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       for (int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
-    const auto write = [&](const double* from, void* to, int64_t offset) {
+    for (int64_t row = 0; row <= layer.outputs; ++row) {
+      T* out = row == 0 ? static_cast<T*>(to.dbias1) : static_cast<T*>(to.dweight2) + (row - 1) * layer.inner;
       for (int64_t i = 0; i < layer.inner; i += kLanes)
-        store(static_cast<T*>(to) + offset + i, __builtin_convertvector(unpack(from + i), V),
-              layer.inner - i);
-    };
-    write(sums.data(), dbias1, 0);
-    for (int o = 0; o < layer.outputs; ++o)
-      write(sums.data() + (1 + o) * constants.stride, dweight2, o * layer.inner);
+        store(out + i, __builtin_convertvector(unpack(sums.data() + row * stride + i), V), layer.inner - i);
+    }
     f64x16 total = {};
     for (int64_t row = 0; row < layer.batch; ++row)
       total += __builtin_convertvector(load(dy_rows + row * layer.outputs, layer.outputs), f64x16);
-    store(static_cast<T*>(dbias2), __builtin_convertvector(total, V), layer.outputs);
+    store(static_cast<T*>(to.dbias2), __builtin_convertvector(total, V), layer.outputs);
   });
 }
 

@@ -19,27 +19,26 @@ __device__ __forceinline__ int64_t source_row(const Source& from, int64_t i, int
 }
 
 template <class T>
-struct Eight {
-  static constexpr int kSize = Vector<T>::kSize;
-  Vector<T> parts[8 / kSize];
+struct alignas(16) Eight {
+  T x[8];
 };
 
 // Columns column .. column + 7 of a row that has `inner`; those beyond read 0. Whole rows start on 16 bytes
 // when `aligned`, and then so do eight columns.
 template <class T>
 __device__ __forceinline__ Eight<T> load8(const T* row, int64_t column, int64_t inner, bool aligned) {
-  constexpr int kSize = Eight<T>::kSize;
+  constexpr int kSize = Vector<T>::kSize;
   Eight<T> eight{};
-  MTFAST_UNROLL
-  for (int i = 0; i < 8; i += kSize) {
-    Vector<T>& part = eight.parts[i / kSize];
-    if (aligned) {
-      if (column < inner) part = load(row + column + i);
-    } else {
-      MTFAST_UNROLL
-      for (int e = 0; e < kSize; ++e) {
-        if (column + i + e < inner) part.x[e] = row[column + i + e];
-      }
+  if (!aligned) {
+    MTFAST_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (column + i < inner) eight.x[i] = row[column + i];
+    }
+  } else if (column < inner) {
+    MTFAST_UNROLL
+    for (int i = 0; i < 8; i += kSize) {
+      const Vector<T> part = load(row + column + i);
+      memcpy(eight.x + i, part.x, sizeof part);
     }
   }
   return eight;
@@ -49,25 +48,25 @@ template <class T>
 __device__ __forceinline__ void unpack(float (&to)[8], const Eight<T>& from) {
   MTFAST_UNROLL
   for (int i = 0; i < 8; ++i) {
-    to[i] = to_float(from.parts[i / Eight<T>::kSize].x[i % Eight<T>::kSize]);
+    to[i] = to_float(from.x[i]);
   }
 }
 
 template <class T>
 __device__ __forceinline__ void store8(T* row, int64_t column, int64_t inner, bool aligned,
                                        const float (&in)[8]) {
-  constexpr int kSize = Eight<T>::kSize;
-  MTFAST_UNROLL
-  for (int i = 0; i < 8; i += kSize) {
-    if (aligned) {
+  constexpr int kSize = Vector<T>::kSize;
+  if (!aligned) {
+    MTFAST_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (column + i < inner) round_to(row[column + i], in[i]);
+    }
+  } else if (column < inner) {
+    MTFAST_UNROLL
+    for (int i = 0; i < 8; i += kSize) {
       float part[kSize];
       memcpy(part, in + i, sizeof part);
-      if (column < inner) store(row + column + i, round_to<T>(part));
-    } else {
-      MTFAST_UNROLL
-      for (int e = 0; e < kSize; ++e) {
-        if (column + i + e < inner) round_to(row[column + i + e], in[i + e]);
-      }
+      store(row + column + i, round_to<T>(part));
     }
   }
 }
@@ -76,37 +75,40 @@ __device__ __forceinline__ void store8(T* row, int64_t column, int64_t inner, bo
 
 // x becomes h = act(x); slope is act's there.
 __device__ __forceinline__ void activate(Activation activation, float (&x)[8], float (&slope)[8]) {
+  const auto each = [&](const auto& of) {
+    MTFAST_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      of(x[i], slope[i]);
+    }
+  };
   if (activation == Activation::kRelu) {
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      slope[i] = x[i] <= 0.f ? 0.f : 1.f;
-      x[i] = x[i] < 0.f ? 0.f : x[i];
-    }
+    each([](float& x, float& slope) {
+      slope = x <= 0.f ? 0.f : 1.f;
+      x = x < 0.f ? 0.f : x;
+    });
   } else if (activation == Activation::kGelu) {
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const float cdf = 0.5f * (1.f + erff(x[i] * 0.70710678f));
-      slope[i] = cdf + x[i] * expf(-0.5f * x[i] * x[i]) * 0.39894228f;
-      x[i] *= cdf;
-    }
+    each([](float& x, float& slope) {
+      const float cdf = 0.5f * (1.f + erff(x * 0.70710678f));
+      slope = cdf + x * expf(-0.5f * x * x) * 0.39894228f;
+      x *= cdf;
+    });
   } else {
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      x[i] = tanhf(x[i]);
-      slope[i] = 1.f - x[i] * x[i];
-    }
+    each([](float& x, float& slope) {
+      x = tanhf(x);
+      slope = 1.f - x * x;
+    });
   }
 }
 
-__device__ __forceinline__ uint32_t word_of(const Philox4& call, int i) {
-  const uint32_t low = i & 1 ? call.word[1] : call.word[0], high = i & 1 ? call.word[3] : call.word[2];
-  return i & 2 ? high : low;
+__device__ __forceinline__ uint64_t seed_of(const Layer& layer) {
+  return layer.threshold != 0 ? static_cast<uint64_t>(__ldg(layer.seed)) : 0;
 }
 
 // Bit i: column + i is kept. The whole warp calls, with lane l at 8 columns that begin at 8 * (l % 4) of some
 // 32: each lane makes one of the four calls for these and hands the words around.
-__device__ __forceinline__ uint32_t kept_of_eight(uint64_t seed, int64_t row, int64_t column,
-                                                  uint32_t threshold) {
+__device__ __forceinline__ uint32_t kept_of_eight(uint32_t threshold, uint64_t seed, int64_t row,
+                                                  int64_t column) {
+  if (threshold == 0) return 0xff;
   const int tile = static_cast<int>(threadIdx.x) & 3;
   const Philox4 call = philox(static_cast<uint32_t>(column / 32 * 4 + tile), static_cast<uint32_t>(row), 0,
                               static_cast<uint32_t>(Purpose::kConcatMlpDropout), seed);
@@ -114,12 +116,24 @@ __device__ __forceinline__ uint32_t kept_of_eight(uint64_t seed, int64_t row, in
   MTFAST_UNROLL
   for (int step = 0; step < 4; ++step) {
     const int t = tile ^ step;
-    uint32_t word = word_of(call, t);
+    uint32_t word = call.at(t);
     if (step != 0) word = __shfl_xor_sync(0xffffffffu, word, step);
     kept |= (static_cast<uint32_t>((word & 0xffffu) >= threshold) | uint32_t{(word >> 16) >= threshold} << 1)
             << 2 * t;
   }
   return kept;
+}
+
+// x, eight columns of z, becomes d. The whole warp calls, as for kept_of_eight.
+__device__ __forceinline__ void activate_and_drop(const Layer& layer, uint64_t seed, int64_t row,
+                                                  int64_t column, float (&x)[8]) {
+  float slope[8];
+  const uint32_t kept = kept_of_eight(layer.threshold, seed, row, column);
+  activate(layer.activation, x, slope);
+  MTFAST_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x[i] = kept >> i & 1 ? x[i] * static_cast<float>(layer.scale) : 0.f;
+  }
 }
 
 // ---- launches ----

@@ -45,26 +45,20 @@ __global__ void __launch_bounds__(kWarps * 32)
 }
 
 template <class Element>
-int launch_gather(const Layer& layer, const Source& u, const Source& v, int64_t hidden, void* both,
-                  void* stream) {
+int launch_gather(const Inputs& in, void* both, void* stream) {
   constexpr int kSize = Vector<Element>::kSize;
-  const bool aligned = hidden % kSize == 0 && u.pitch % kSize == 0 && v.pitch % kSize == 0 &&
-                       on_16_bytes(u.data) && on_16_bytes(v.data) && on_16_bytes(both);
-  return MTFAST_LAUNCH(dim3(blocks(2 * layer.batch, kWarps)), dim3(kWarps * 32), 0, stream,
-                       gather_kernel<Element>, layer.batch, u, v, hidden, static_cast<Element*>(both),
-                       aligned);
+  const bool aligned = in.layer.hidden % kSize == 0 && in.u.pitch % kSize == 0 && in.v.pitch % kSize == 0 &&
+                       on_16_bytes(in.u.data) && on_16_bytes(in.v.data) && on_16_bytes(both);
+  return MTFAST_LAUNCH(dim3(blocks(2 * in.layer.batch, kWarps)), dim3(kWarps * 32), 0, stream,
+                       gather_kernel<Element>, in.layer.batch, in.u, in.v, in.layer.hidden,
+                       static_cast<Element*>(both), aligned);
 }
 
 }  // namespace
-}  // namespace mtfast::concat_mlp
 
-using mtfast::Dtype;
-using mtfast::concat_mlp::Layer;
-using mtfast::concat_mlp::Source;
-
-extern "C" int mtfast_concat_mlp_gather(const Layer* layer, const Source* u, const Source* v, int64_t hidden,
-                                        void* both, void* stream) {
-  const auto launch = layer->dtype == Dtype::kFloat32 ? mtfast::concat_mlp::launch_gather<uint32_t>
-                                                      : mtfast::concat_mlp::launch_gather<uint16_t>;
-  return launch(*layer, *u, *v, hidden, both, stream);
+int mtfast_concat_mlp_gather(const Inputs* in, void* both, void* stream) {
+  const auto launch = in->layer.dtype == Dtype::kFloat32 ? launch_gather<uint32_t> : launch_gather<uint16_t>;
+  return launch(*in, both, stream);
 }
+
+}  // namespace mtfast::concat_mlp

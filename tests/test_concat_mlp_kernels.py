@@ -37,12 +37,14 @@ SOURCES = {"concat_mlp.cu": 2 * 3 + 2 + 1, "concat_mlp_backward.cu": 3 * 4 + 3, 
 class Layer(ctypes.Structure):
     _fields_ = (
         ("batch", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
         ("inner", ctypes.c_int64),
         ("outputs", ctypes.c_int),
         ("dtype", ctypes.c_int),
         ("activation", ctypes.c_int),
         ("threshold", ctypes.c_uint32),
         ("scale", ctypes.c_double),
+        ("seed", ctypes.c_void_p),
     )
 
 
@@ -55,10 +57,46 @@ class Source(ctypes.Structure):
         ("wide_rows", ctypes.c_int32),
     )
 
+    @classmethod
+    def of(cls, x: Tensor, rows: Tensor | None) -> Source:
+        wide = rows is not None and rows.dtype == torch.int64
+        return cls(x.data_ptr(), x.stride(0), len(x), None if rows is None else rows.data_ptr(), int(wide))
 
-def source(x: Tensor, rows: Tensor | None) -> Source:
-    at = None if rows is None else rows.data_ptr()
-    return Source(x.data_ptr(), x.stride(0), len(x), at, int(rows is not None and rows.dtype == torch.int64))
+
+class Inputs(ctypes.Structure):
+    _fields_ = (
+        ("layer", Layer),
+        ("u", Source),
+        ("v", Source),
+        ("weight1", ctypes.c_void_p),
+        ("weight2", ctypes.c_void_p),
+        ("bias1", ctypes.c_void_p),
+        ("bias2", ctypes.c_void_p),
+    )
+
+    @classmethod
+    def of(
+        cls,
+        operands: Operands,
+        batch: int,
+        *,
+        u_rows: Tensor | None = None,
+        v_rows: Tensor | None = None,
+        activation: str = "relu",
+        dropout_p: float = 0.0,
+        seed: Tensor,
+    ) -> Inputs:
+        u, v, weight1, bias1, weight2, bias2 = operands
+        threshold = min(65535, int(dropout_p * 65536 + 0.5))
+        codes = DTYPES_IN_C[u.dtype], ACTIVATIONS.index(activation)
+        at = seed.data_ptr() if threshold else None
+        layer = Layer(batch, u.size(1), *weight2.T.shape, *codes, threshold, 65536 / (65536 - threshold), at)
+        weights = (x.data_ptr() for x in (weight1, weight2, bias1, bias2))
+        return cls(layer, Source.of(u, u_rows), Source.of(v, v_rows), *weights)
+
+
+class Sums(ctypes.Structure):
+    _fields_ = (("dbias1", ctypes.c_void_p), ("dweight2", ctypes.c_void_p), ("dbias2", ctypes.c_void_p))
 
 
 def chunk_sums(batch: int, inner: int, outputs: int) -> Tensor:
@@ -81,35 +119,31 @@ def emulated(forward: Kernels, backward: Kernels, gather: Kernels) -> Run:
         seed: int = 0,
     ) -> list[Tensor]:
         need_u, need_v, need_weight1, *others = (x.requires_grad for x in operands)
-        u, v, weight1, bias1, weight2, bias2 = (x.detach() for x in operands)
-        hidden, (outputs, inner), batch = u.size(1), weight2.shape, len(dy)
-        inputs = ctypes.byref(source(u, u_rows)), ctypes.byref(source(v, v_rows)), hidden
-        threshold = min(65535, int(dropout_p * 65536 + 0.5))
-        codes = DTYPES_IN_C[u.dtype], ACTIVATIONS.index(activation)
-        scale = 65536 / (65536 - threshold)
-        layer = ctypes.byref(Layer(batch, inner, outputs, *codes, threshold, scale))
-        at = torch.tensor([seed]) if threshold else None
+        u, v, weight1, bias1, weight2, bias2 = tensors = [x.detach() for x in operands]
+        (outputs, inner), batch, at = weight2.shape, len(dy), torch.tensor([seed])
+        options = {"activation": activation, "dropout_p": dropout_p, "seed": at}
+        inputs = ctypes.byref(Inputs.of(tensors, batch, u_rows=u_rows, v_rows=v_rows, **options))
 
-        y, z, dz, both = (u.new_full((batch, n), torch.nan) for n in (outputs, inner, inner, 2 * hidden))
-        gather.mtfast_concat_mlp_gather(layer, *inputs, both, None)
+        y, z, dz, both = (u.new_full((batch, n), torch.nan) for n in (outputs, inner, inner, 2 * u.size(1)))
+        gather.mtfast_concat_mlp_gather(inputs, both, None)
         if u.dtype == torch.float32:
             torch.addmm(bias1, both, weight1.T, out=z)
-            forward.mtfast_concat_mlp_output(layer, z, weight2, bias2, at, y, None)
+            forward.mtfast_concat_mlp_output(inputs, z, y, None)
         else:
             partial = torch.full(((inner + 63) // 64, batch, outputs), torch.nan)
-            weights = (weight1, bias1, weight2, bias2, at)
-            forward.mtfast_concat_mlp_forward(layer, *inputs, *weights, z, partial, y, None)
+            forward.mtfast_concat_mlp_forward(inputs, z, partial, y, None)
             alone = torch.full_like(y, torch.nan)
-            forward.mtfast_concat_mlp_forward(layer, *inputs, *weights, None, partial, alone, None)
+            forward.mtfast_concat_mlp_forward(inputs, None, partial, alone, None)
             torch.testing.assert_close(y, alone, rtol=0, atol=0, equal_nan=True)
 
         partial = chunk_sums(batch, inner, outputs)
         sums = [torch.full_like(x, torch.nan) for x in (bias1, weight2, bias2)]
         dz_at = dz if need_u or need_v or need_weight1 else None
-        backward.mtfast_concat_mlp_backward(layer, dy, z, weight2, at, dz_at, partial, *sums, None)
+        to = ctypes.byref(Sums(*(x.data_ptr() for x in sums)))
+        backward.mtfast_concat_mlp_backward(inputs, dy, z, dz_at, partial, to, None)
 
         grads = [y]
-        sides = zip((u, v), (u_rows, v_rows), (need_u, need_v), weight1.split(hidden, 1), strict=True)
+        sides = zip((u, v), (u_rows, v_rows), (need_u, need_v), weight1.chunk(2, 1), strict=True)
         for x, rows, need, half in sides:
             if need:
                 grad = dz @ half

@@ -16,7 +16,7 @@ from cuda_on_cpu.costs import Costs
 from cuda_on_cpu.harness import Case, load, load_all
 from mask_tokens_cases import BERT, offsets, ordinary_ids
 from packed_attention_cases import make_batch
-from test_concat_mlp_kernels import Layer, chunk_sums, source
+from test_concat_mlp_kernels import Inputs, Sums, chunk_sums
 from test_mask_tokens_kernels import emulated
 from test_packed_attention_kernels import CBackward, CForward, CTensor, shape_of
 
@@ -72,31 +72,19 @@ def concat_mlp(batch: int, hidden: int, inner: int, outputs: int, backward: bool
     def matrix(*shape: int) -> torch.Tensor:
         return torch.randn(shape).bfloat16()
 
-    u, v, weight1, bias1 = (
-        matrix(batch, hidden),
-        matrix(batch, hidden),
-        matrix(inner, 2 * hidden),
-        matrix(inner),
-    )
-    weight2, bias2, y, z = (
-        matrix(outputs, inner),
-        matrix(outputs),
-        matrix(batch, outputs),
-        matrix(batch, inner),
-    )
-    seed = torch.tensor([1])
-    threshold = round(DROPOUT * 65536)
-    layer = ctypes.byref(Layer(batch, inner, outputs, 2, 0, threshold, 65536 / (65536 - threshold)))
+    bias1, weight2, bias2 = matrix(inner), matrix(outputs, inner), matrix(outputs)
+    u, v, weight1 = matrix(batch, hidden), matrix(batch, hidden), matrix(inner, 2 * hidden)
+    operands = u, v, weight1, bias1, weight2, bias2
+    y, z, seed = matrix(batch, outputs), matrix(batch, inner), torch.tensor([1])
+    inputs = ctypes.byref(Inputs.of(operands, batch, dropout_p=DROPOUT, seed=seed))
     if backward:
         dz, sums = torch.empty_like(z), [torch.empty_like(x) for x in (bias1, weight2, bias2)]
-        partial = chunk_sums(batch, inner, outputs)
-        backward_kernels.mtfast_concat_mlp_backward(layer, y, z, weight2, seed, dz, partial, *sums, None)
+        to, partial = Sums(*(x.data_ptr() for x in sums)), chunk_sums(batch, inner, outputs)
+        backward_kernels.mtfast_concat_mlp_backward(inputs, y, z, dz, partial, ctypes.byref(to), None)
         return backward_kernels.costs, 2 * sum(x.numel() for x in (y, z, dz, weight2, *sums))
     partial = torch.empty((inner + 63) // 64, batch, outputs)
-    inputs = ctypes.byref(source(u, None)), ctypes.byref(source(v, None)), hidden
-    weights = weight1, bias1, weight2, bias2, seed
-    forward_kernels.mtfast_concat_mlp_forward(layer, *inputs, *weights, z, partial, y, None)
-    return forward_kernels.costs, 2 * sum(x.numel() for x in (u, v, z, y, *weights[:-1]))
+    forward_kernels.mtfast_concat_mlp_forward(inputs, z, partial, y, None)
+    return forward_kernels.costs, 2 * sum(x.numel() for x in (*operands, z, y))
 
 
 def check(measured: tuple[Costs, int], limit: float) -> None:
