@@ -9,14 +9,19 @@
 
 #define MTFAST_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
 
-namespace mtfast::simd {
+namespace mtfast::concat_mlp {
 namespace {
+
+using namespace simd;
+
+constexpr int kPanelVectors = kPanel / kLanes;  // of sums; of pairs too: one is as wide as a float
+constexpr int kTileRows = 6;  // 6 x 4 sums, 4 vectors of the panel and a pair fill the registers
 
 MTFAST_INLINE uint32_t first_lanes(int64_t count) {
   return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-// Rows row .. row + kRows - 1 of the product.
+// kRows rows of the product from row `begin + row` on.
 template <int kRows>
 MTFAST_BF16 void multiply_tile(const PanelProduct& p, int64_t row) {
   bf16* to = p.to + row * p.to_pitch;
@@ -36,7 +41,7 @@ MTFAST_BF16 void multiply_tile(const PanelProduct& p, int64_t row) {
   for (int part = 0; part < p.parts; ++part) {
     const bf16* a[kRows];
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) a[i] = p.a[part][row + i];
+    for (int i = 0; i < kRows; ++i) a[i] = row_of(p.a[part], p.begin + row + i);
     for (int64_t k = 0; k < p.pairs; ++k, ++b) {
       __m512i column[kPanelVectors];
 #pragma GCC unroll 4
@@ -79,46 +84,52 @@ bool has_bf16_product() {
 void multiply(const PanelProduct& p) {
   constexpr decltype(&multiply_tile<1>) kLast[kTileRows] = {
       nullptr, multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>, multiply_tile<5>};
-  int64_t row = 0;
-  for (; row + kTileRows <= p.rows; row += kTileRows) multiply_tile<kTileRows>(p, row);
-  if (row < p.rows) kLast[p.rows - row](p, row);
+  const int64_t rows = p.end - p.begin, last = rows % kTileRows;
+  for (int64_t row = 0; row < rows - last; row += kTileRows) multiply_tile<kTileRows>(p, row);
+  if (last > 0) kLast[last](p, rows - last);
 }
 
-MTFAST_BF16 void pack_rows(Pairs* panel, const bf16* from, int64_t pitch, int64_t columns, int64_t pairs) {
+MTFAST_BF16 void pack_rows(Pairs* panel, const Source& from, int64_t begin, int64_t columns, int64_t pairs) {
   for (int j = 0; j < kPanel; j += kLanes)
     for (int64_t k = 0; k < pairs; k += kLanes) {
       f32x16 x[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
-        x[i] = j + i < columns ? load(reinterpret_cast<const float*>(from + (j + i) * pitch) + k, pairs - k)
-                               : f32x16{};
+        x[i] = j + i < columns
+                   ? load(reinterpret_cast<const float*>(row_of(from, begin + j + i)) + k, pairs - k)
+                   : f32x16{};
       transpose16(x);
       for (int i = 0; i < kLanes && k + i < pairs; ++i)
         pack(reinterpret_cast<float*>(panel[k + i].of[j]), x[i]);
     }
 }
 
-MTFAST_BF16 void interleave(Pairs* panels, const bf16* even, const bf16* odd, int64_t columns) {
-  for (int64_t first = 0; first < columns; first += kPanel, ++panels)
-    for (int64_t i = 0; i < kPanel; i += kLanes) {
-      const int64_t j = first + i;
-      const f32x16 low = j < columns ? load(even + j, columns - j) : f32x16{};
-      const f32x16 high = j < columns && odd != nullptr ? load(odd + j, columns - j) : f32x16{};
-      // unpacked, an element is the upper half of its lane
-      pack(reinterpret_cast<float*>(panels->of[i]),
-           reinterpret_cast<f32x16>((reinterpret_cast<u32x16>(low) >> 16) | reinterpret_cast<u32x16>(high)));
-    }
+MTFAST_BF16 void interleave(Pairs* panels, const Source& from, int64_t begin, int64_t end, int64_t column,
+                            int64_t columns) {
+  for (int64_t row = begin; row < end; row += 2) {
+    const bf16* even = row_of(from, row) + column;
+    const bf16* odd = row + 1 < end ? row_of(from, row + 1) + column : nullptr;
+    for (int64_t first = 0; first < columns; first += kPanel, ++panels)
+      for (int64_t i = 0; i < kPanel; i += kLanes) {
+        const int64_t j = first + i;
+        const f32x16 low = j < columns ? load(even + j, columns - j) : f32x16{};
+        const f32x16 high = j < columns && odd != nullptr ? load(odd + j, columns - j) : f32x16{};
+        // unpacked, an element is the upper half of its lane
+        const u32x16 pairs = (reinterpret_cast<u32x16>(low) >> 16) | reinterpret_cast<u32x16>(high);
+        pack(reinterpret_cast<float*>(panels->of[i]), reinterpret_cast<f32x16>(pairs));
+      }
+  }
 }
 
-}  // namespace mtfast::simd
+}  // namespace mtfast::concat_mlp
 #else
-namespace mtfast::simd {
+namespace mtfast::concat_mlp {
 
 bool has_bf16_product() { return false; }  // so that nobody calls the rest
 
 void multiply(const PanelProduct&) {}
-void pack_rows(Pairs*, const bf16*, int64_t, int64_t, int64_t) {}
-void interleave(Pairs*, const bf16*, const bf16*, int64_t) {}
+void pack_rows(Pairs*, const Source&, int64_t, int64_t, int64_t) {}
+void interleave(Pairs*, const Source&, int64_t, int64_t, int64_t, int64_t) {}
 
-}  // namespace mtfast::simd
+}  // namespace mtfast::concat_mlp
 #endif

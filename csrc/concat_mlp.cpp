@@ -32,7 +32,7 @@ void check_in_range(const char* name, const Tensor& rows, int64_t size) {
 template <bool kCuda>
 Source source_of(const char* name, const Side& side) {
   const auto& [from, rows] = side;
-  Source source{from.const_data_ptr(), from.stride(0), from.size(0), nullptr, 0};
+  Source source{from.const_data_ptr(), from.stride(0), from.size(0)};
   if (!rows) return source;
   check(rows->dim() == 1 && rows->is_contiguous() && rows->device() == from.device(), "concat_mlp: ", name,
         "_rows must be a contiguous vector on the inputs' device");

@@ -34,8 +34,8 @@ struct Layer {
 struct Source {
   const void* data;
   int64_t pitch, count;  // elements from one row to the next, rows there are
-  const void* rows;
-  int32_t wide_rows;  // int64
+  const void* rows = nullptr;
+  int32_t wide_rows = 0;  // int64
 };
 
 // What is read in either direction. The weights and biases are contiguous; the backward needs no biases.

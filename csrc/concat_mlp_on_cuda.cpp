@@ -11,20 +11,16 @@
 #define MTFAST_TORCH(function, ...) TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_##function(__VA_ARGS__))
 #endif
 
-#include <array>
-
 namespace mtfast::concat_mlp {
 namespace {
 
-template <size_t kDims>
-using Dims = std::array<int64_t, kDims>;
+using Dims = std::initializer_list<int64_t>;
 
 // The memory of `from` from element `offset` on under other sizes; by torch's dispatcher a view costs more.
-template <size_t kDims>
-Tensor view_of(const Tensor& from, int64_t offset, const Dims<kDims>& sizes, const Dims<kDims>& strides) {
+Tensor view_of(const Tensor& from, int64_t offset, Dims sizes, Dims strides) {
   AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(from.get(), kDims, sizes.data(), strides.data(), offset, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(from.get(), sizes.size(), sizes.begin(),
+                                                        strides.begin(), offset, &view));
   return Tensor(view);
 }
 
@@ -49,7 +45,7 @@ Forward forward_on_cuda(const Operands& x, const Tensor& bias1, bool save_hidden
   // One product over the whole row: two, one added to the other, round once more than eager PyTorch does.
   Tensor both = x.empty(layer.batch, 2 * layer.hidden);
   check_launch("concat_mlp", mtfast_concat_mlp_gather(&x.in, both.mutable_data_ptr(), device.stream()));
-  const Tensor transposed = view_of<2>(x.weight1, 0, {2 * layer.hidden, layer.inner}, {1, 2 * layer.hidden});
+  const Tensor transposed = view_of(x.weight1, 0, {2 * layer.hidden, layer.inner}, {1, 2 * layer.hidden});
   MTFAST_TORCH(addmm_out, z.get(), bias1.get(), both.get(), transposed.get(), 1.0, 1.0);
   check_launch("concat_mlp",
                mtfast_concat_mlp_output(&x.in, z.const_data_ptr(), y.mutable_data_ptr(), device.stream()));
@@ -78,15 +74,15 @@ Gradients backward_on_cuda(const Operands& x, const Tensor& dy, const Tensor& z,
                                           needs.hidden_layer() ? at(0) : nullptr,
                                           static_cast<double*>(at(partial_at)), &sums, device.stream()));
   if (sides > 0) {  // both in one launch: a product for each half of weight1, the same dz for both
-    const Tensor dz = view_of<3>(scratch, 0, {sides, batch, inner}, {0, inner, 1});
+    const Tensor dz = view_of(scratch, 0, {sides, batch, inner}, {0, inner, 1});
     const Tensor halves =
-        view_of<3>(x.weight1, needs.u ? 0 : hidden, {sides, inner, hidden}, {hidden, 2 * hidden, 1});
+        view_of(x.weight1, needs.u ? 0 : hidden, {sides, inner, hidden}, {hidden, 2 * hidden, 1});
     MTFAST_TORCH(bmm_out, dinputs.get(), dz.get(), halves.get());
   }
   if (needs.weight1) {  // two products over halves would each have too few tiles to fill a GPU
     if (batch > 0) check_launch("concat_mlp", mtfast_concat_mlp_gather(&x.in, at(both_at), device.stream()));
-    const Tensor transposed = view_of<2>(scratch, 0, {inner, batch}, {1, inner});
-    const Tensor both = view_of<2>(scratch, both_at, {batch, 2 * hidden}, {2 * hidden, 1});
+    const Tensor transposed = view_of(scratch, 0, {inner, batch}, {1, inner});
+    const Tensor both = view_of(scratch, both_at, {batch, 2 * hidden}, {2 * hidden, 1});
     MTFAST_TORCH(mm_out, dweight1.get(), transposed.get(), both.get());
   }
   return gradients;
