@@ -74,14 +74,14 @@ int64_t chunk_rows(int64_t batch) { return std::max<int64_t>(32, (batch + 63) / 
 
 int64_t padded(int64_t inner) { return (inner + kStrip - 1) / kStrip * kStrip; }
 
-// Rows of a small operand in the type of the arithmetic, each padded with zeros to whole strips.
+// weight2 in the type of the arithmetic, each row padded with zeros to whole strips.
 template <class T>
-auto widened(const void* from, int64_t rows, int64_t columns) {
-  std::vector<typename Compute<T>::scalar> to(rows * padded(columns));
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < columns; i += kLanes)
-      pack(to.data() + row * padded(columns) + i,
-           load(static_cast<const T*>(from) + row * columns + i, columns - i));
+auto widened(const Layer& layer, const void* weight2) {
+  const int64_t inner = layer.inner, stride = padded(inner);
+  std::vector<typename Compute<T>::scalar> to(layer.outputs * stride);
+  for (int o = 0; o < layer.outputs; ++o)
+    for (int64_t i = 0; i < inner; i += kLanes)
+      pack(to.data() + o * stride + i, load(static_cast<const T*>(weight2) + o * inner + i, inner - i));
   return to;
 }
 
@@ -90,7 +90,7 @@ template <class T>
 struct ForwardRows {
   using S = typename Compute<T>::scalar;
   template <Isa isa>
-  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const S* weight2, const S* bias2, const T* z,
+  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const S* weight2, const T* bias2, const T* z,
                          T* y, int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
     const int64_t inner = layer.inner, stride = padded(inner);
@@ -116,8 +116,8 @@ struct ForwardRows {
           total[o] = partial;
         }
       }
-      V result = {};
-      for (int o = 0; o < layer.outputs; ++o) result[o] = sum(total[o]) + bias2[o];
+      V result = load(bias2, layer.outputs);
+      for (int o = 0; o < layer.outputs; ++o) result[o] += sum(total[o]);
       store(y + row * layer.outputs, result, layer.outputs);
     }
   }
@@ -127,9 +127,8 @@ struct ForwardRows {
 // rows of dW2. dz: of row `begin` and those after it.
 template <class T>
 struct BackwardRows {
-  using S = typename Compute<T>::scalar;
   template <Isa isa>
-  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const S* weight2, const T* dy, const T* z, T* dz,
+  MTFAST_INLINE void run(const Layer& layer, uint64_t seed, const T* weight2, const T* dy, const T* z, T* dz,
                          double* sums, int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
     const int64_t inner = layer.inner, stride = padded(inner), rows = end - begin;
@@ -153,7 +152,7 @@ struct BackwardRows {
             slope[i] *= factor;
           }
         for (int o = 0; o < layer.outputs; ++o) {
-          const V weight = unpack(weight2 + o * stride + column);
+          const V weight = load(weight2 + o * inner + column, inner - column);
           V dweight = {};
           for (int64_t i = 0; i < kFewRows; ++i) {
             grad[i] += dy_rows[i][o] * weight;
@@ -198,11 +197,10 @@ void cpu_forward(const Inputs& in, int64_t begin, int64_t end, const void* z, vo
   const Layer& layer = in.layer;
   for_dtype(layer.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto weight2 = widened<T>(in.weight2, layer.outputs, layer.inner);
-    const auto bias2 = widened<T>(in.bias2, 1, layer.outputs);
+    const auto weight2 = widened<T>(layer, in.weight2);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, layer.inner));
     torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t past) {
-      call_best(ForwardRows<T>{}, layer, seed_of(layer), weight2.data(), bias2.data(),
+      call_best(ForwardRows<T>{}, layer, seed_of(layer), weight2.data(), static_cast<const T*>(in.bias2),
                 static_cast<const T*>(z) + (first - begin) * layer.inner, static_cast<T*>(y), first, past);
     });
   });
@@ -219,7 +217,6 @@ void cpu_backward(const Inputs& in, const void* dy, const void* z, void* dz,
   for_dtype(layer.dtype, [&](auto zero) {
     using T = decltype(zero);
     using V = typename Compute<T>::vec;
-    const auto weight2 = widened<T>(in.weight2, layer.outputs, layer.inner);
     // Sums over fixed chunks of rows, added in order: the same bits for every number of threads. Eight rows
     // at a time in the type of the arithmetic, beyond that in double.
     const int64_t rows = chunk_rows(layer.batch), chunks = (layer.batch + rows - 1) / rows;
@@ -234,7 +231,7 @@ void cpu_backward(const Inputs& in, const void* dy, const void* z, void* dz,
           const int64_t last = std::min(past, (chunk + 1) * rows);
           for (int64_t row = chunk * rows; row < last; row += kFewRows) {
             T* dz_row = dz == nullptr ? nullptr : static_cast<T*>(dz) + (row - first) * layer.inner;
-            call_best(BackwardRows<T>{}, layer, seed_of(layer), weight2.data(), dy_rows,
+            call_best(BackwardRows<T>{}, layer, seed_of(layer), static_cast<const T*>(in.weight2), dy_rows,
                       static_cast<const T*>(z), dz_row, sums.data() + chunk * size, row,
                       std::min(last, row + kFewRows));
           }
