@@ -19,26 +19,27 @@ __device__ __forceinline__ int64_t source_row(const Source& from, int64_t i, int
 }
 
 template <class T>
-struct alignas(16) Eight {
-  T x[8];
+struct Eight {
+  static constexpr int kSize = Vector<T>::kSize;
+  Vector<T> parts[8 / kSize];
 };
 
 // Columns column .. column + 7 of a row that has `inner`; those beyond read 0. Whole rows start on 16 bytes
 // when `aligned`, and then so do eight columns.
 template <class T>
 __device__ __forceinline__ Eight<T> load8(const T* row, int64_t column, int64_t inner, bool aligned) {
-  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kSize = Eight<T>::kSize;
   Eight<T> eight{};
-  if (!aligned) {
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      if (column + i < inner) eight.x[i] = row[column + i];
-    }
-  } else if (column < inner) {
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; i += kSize) {
-      const Vector<T> part = load(row + column + i);
-      memcpy(eight.x + i, part.x, sizeof part);
+  MTFAST_UNROLL
+  for (int i = 0; i < 8; i += kSize) {
+    Vector<T>& part = eight.parts[i / kSize];
+    if (aligned) {
+      if (column < inner) part = load(row + column + i);
+    } else {
+      MTFAST_UNROLL
+      for (int e = 0; e < kSize; ++e) {
+        if (column + i + e < inner) part.x[e] = row[column + i + e];
+      }
     }
   }
   return eight;
@@ -48,25 +49,25 @@ template <class T>
 __device__ __forceinline__ void unpack(float (&to)[8], const Eight<T>& from) {
   MTFAST_UNROLL
   for (int i = 0; i < 8; ++i) {
-    to[i] = to_float(from.x[i]);
+    to[i] = to_float(from.parts[i / Eight<T>::kSize].x[i % Eight<T>::kSize]);
   }
 }
 
 template <class T>
 __device__ __forceinline__ void store8(T* row, int64_t column, int64_t inner, bool aligned,
                                        const float (&in)[8]) {
-  constexpr int kSize = Vector<T>::kSize;
-  if (!aligned) {
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      if (column + i < inner) round_to(row[column + i], in[i]);
-    }
-  } else if (column < inner) {
-    MTFAST_UNROLL
-    for (int i = 0; i < 8; i += kSize) {
+  constexpr int kSize = Eight<T>::kSize;
+  MTFAST_UNROLL
+  for (int i = 0; i < 8; i += kSize) {
+    if (aligned) {
       float part[kSize];
       memcpy(part, in + i, sizeof part);
-      store(row + column + i, round_to<T>(part));
+      if (column < inner) store(row + column + i, round_to<T>(part));
+    } else {
+      MTFAST_UNROLL
+      for (int e = 0; e < kSize; ++e) {
+        if (column + i + e < inner) round_to(row[column + i + e], in[i + e]);
+      }
     }
   }
 }
