@@ -41,8 +41,8 @@ struct Masking {
   __device__ __forceinline__ const Id* ids() const { return static_cast<const Id*>(batch.input_ids); }
 
   __device__ __forceinline__ void ordinary(const Id (&id)[kTokens], bool (&pred)[kTokens]) const {
-    int32_t in_run[kTokens] =
-        {};  // the sign: an id of the vocabulary has 31 bits, so has its distance to any
+    // The sign says it: an id of the vocabulary has 31 bits, so has its distance to any.
+    int32_t in_run[kTokens] = {};
 #pragma unroll 1
     for (int r = 0; r < options.special.count; ++r) {
       const int32_t begin = options.special.begin[r], end = options.special.end[r];
