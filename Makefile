@@ -11,7 +11,7 @@ CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 help:
 	@echo "make demo     train the demo recipe and write its report (about two minutes)"
 	@echo "make test     run the tests"
-	@echo "make sweep    run every case of the tests that go through many (about a quarter of an hour)"
+	@echo "make sweep    run every case of the tests that go through many (about half an hour)"
 	@echo "make lint     ruff, clang-format and mypy"
 	@echo "make gpu      on a machine with a GPU: build for it, test, benchmark, sanitize"
 	@echo "make install  only build and install into .venv"

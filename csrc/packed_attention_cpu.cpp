@@ -209,12 +209,13 @@ struct Backward {
 template <class T, class C>
 MTFAST_INLINE void products(C* to, const AttentionTensor& x, const Extent& at, int64_t head, const C* y,
                             int64_t D) {
-  for (int64_t j = 0; j < at.lanes; ++j) {
+  for (int64_t j = 0; j < at.length; ++j) {
+    const T* row = row_of<const T>(x, at.begin + j, head);
     Vec<C> total = {};
-    for (int64_t d = 0; d < D && j < at.length; d += kLanes)
-      total += unpack(row_of<const T>(x, at.begin + j, head) + d) * unpack(y + d);
+    for (int64_t d = 0; d < D; d += kLanes) total += unpack(row + d) * unpack(y + d);
     to[j] = sum(total);
   }
+  for (int64_t j = at.length; j < at.lanes; ++j) to[j] = C{0};
 }
 
 // to = the sum of the sequence's rows by their weights.
@@ -222,9 +223,11 @@ template <class T, class C>
 MTFAST_INLINE void weighted_sum(C* to, const AttentionTensor& x, const Extent& at, int64_t head,
                                 const C* weights, int64_t D) {
   for (int64_t d = 0; d < D; d += kLanes) pack(to + d, Vec<C>{});
-  for (int64_t j = 0; j < at.length; ++j)
-    for (int64_t d = 0; d < D; d += kLanes)
-      pack(to + d, unpack(to + d) + unpack(row_of<const T>(x, at.begin + j, head) + d) * weights[j]);
+  for (int64_t j = 0; j < at.length; ++j) {
+    const T* row = row_of<const T>(x, at.begin + j, head);
+    const C weight = weights[j];
+    for (int64_t d = 0; d < D; d += kLanes) pack(to + d, unpack(to + d) + unpack(row + d) * weight);
+  }
 }
 
 template <class T, class C>

@@ -1,7 +1,7 @@
 """Fixtures for the real data and the real checkpoint that some tests run on, and for how far sweeps go.
 
 MTFAST_TEST_SWEEP=full runs every random case of the ops' sweeps, on the CUDA source executed on the CPU too,
-which takes about a quarter of an hour, and 10,000 inputs of each property; without it a part of them runs
+which takes about half an hour, and 10,000 inputs of each property; without it a part of them runs
 that has each kind of case, the same inputs each time.
 """
 

@@ -30,7 +30,7 @@ if [ ! -e "$torch/lib/libtorch_cuda.so" ] || [ ! -e "$cuda/include/cuda_runtime_
   echo "the bindings are not linked: this torch has no CUDA, or there is no toolkit at $cuda"
   exit
 fi
-for source in bindings concat_mlp mask_tokens packed_attention; do
+for source in bindings concat_mlp concat_mlp_on_cpu concat_mlp_on_cuda concat_mlp_bf16 mask_tokens packed_attention; do
   g++ -std=c++17 -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000ULL -DMTFAST_WITH_CUDA \
     -DUSE_CUDA -isystem "$torch/include" -isystem "$cuda/include" -c "$root/csrc/$source.cpp" -o "$source.o"
 done
