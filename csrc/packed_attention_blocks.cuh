@@ -60,18 +60,21 @@ struct WorkList {
  private:
   __device__ __forceinline__ void scan(const AttentionShape& shape, const WorkClass& of, int first) const {
     const int lane = lane_index(), warp = warp_index();
-    int count = 0, length[kBatch];
-    MTFAST_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      length[i] = Sequence(shape, static_cast<unsigned>(first + 32 * i + lane)).length;
-    }
-    MTFAST_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      const bool pred = length[i] > of.beyond && length[i] <= of.upto;
-      const unsigned ballot = __ballot_sync(kAllLanes, pred);
-      const int before = __popc(ballot & ((1u << lane) - 1));
-      if (pred) found[warp * kScanned + count + before] = static_cast<uint16_t>(32 * i + lane);
-      count += __popc(ballot);
+    int count = 0;
+    if (first < shape.sequences) {
+      int length[kBatch];
+      MTFAST_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        length[i] = Sequence(shape, static_cast<unsigned>(first + 32 * i + lane)).length;
+      }
+      MTFAST_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        const bool pred = length[i] > of.beyond && length[i] <= of.upto;
+        const unsigned ballot = __ballot_sync(kAllLanes, pred);
+        const int before = __popc(ballot & ((1u << lane) - 1));
+        if (pred) found[warp * kScanned + count + before] = static_cast<uint16_t>(32 * i + lane);
+        count += __popc(ballot);
+      }
     }
     if (lane == 0) counts[warp] = count;
   }
