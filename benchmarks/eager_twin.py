@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, BertModel
 
-from mtfast.data.tokenized import TokenizedTask
+from mtfast.data.tokens import TokenizedTask
 from mtfast.models.multitask import MultiTaskHeads
 
 VARLEN = "torch_varlen"  # varlen_attention's name in transformers
@@ -41,12 +41,12 @@ class PaddedTask:
 
 def pad_task(table: TokenizedTask, examples: np.ndarray) -> PaddedTask:
     """The examples (int indices) of a task, padded to their longest sentence."""
-    per = table.sequences_per_example
+    per, sequences = table.task.sequences_per_example, table.sequences
     rows = np.concatenate([examples * per + side for side in range(per)])
-    lengths = torch.from_numpy(table.sequences.lengths[rows])
-    input_ids = torch.full((len(rows), int(lengths.max())), table.special.pad, dtype=torch.int64)
+    lengths = torch.from_numpy(sequences.lengths[rows])
+    input_ids = torch.full((len(rows), int(lengths.max())), sequences.special.pad, dtype=torch.int64)
     for row, source in enumerate(rows):
-        tokens = table.tokens[table.offsets[source] : table.offsets[source + 1]]
+        tokens = sequences.tokens[sequences.offsets[source] : sequences.offsets[source + 1]]
         input_ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
     mask = (torch.arange(input_ids.size(1)) < lengths[:, None]).long()
     assert table.labels is not None
@@ -54,20 +54,21 @@ def pad_task(table: TokenizedTask, examples: np.ndarray) -> PaddedTask:
 
 
 class EagerHeads(nn.Module):
-    """A linear sentiment head and the pair MLP on concatenated [CLS] vectors, with the weights of `heads`."""
+    """A linear head for sst and one MLP on concatenated [CLS] vectors for quora and sts, with the weights of
+    `heads`."""
 
     def __init__(self, hidden: int, heads: MultiTaskHeads, dropout_p: float) -> None:
         super().__init__()
-        inner = heads.config.inner
+        width = heads.mlp.width
         self.dropout = nn.Dropout(dropout_p)
         self.sentiment = nn.Linear(hidden, 5)
-        self.pair_hidden = nn.Linear(2 * hidden, inner)
-        self.pair_out = nn.Linear(inner, 2)
+        self.pair_hidden = nn.Linear(2 * hidden, width)
+        self.pair_out = nn.Linear(width, 2)
         weights = heads.state_dict()
         for mine, theirs in (
-            (self.sentiment, "sentiment.classifier"),
-            (self.pair_hidden, "pair.mlp.dense"),
-            (self.pair_out, "pair.mlp.out_proj"),
+            (self.sentiment, "task-sst.classifier"),
+            (self.pair_hidden, "mlp-pair.mlp.dense"),
+            (self.pair_out, "mlp-pair.mlp.out_proj"),
         ):
             mine.load_state_dict({name: weights[f"{theirs}.{name}"] for name in ("weight", "bias")})
 

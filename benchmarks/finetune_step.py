@@ -26,17 +26,16 @@ from benchmarks.stage_setup import (
     load_tables,
     parser_of,
     recipe,
-    source_of,
     total,
     twin_of,
+    weights_of,
 )
+from mtfast.config import RunConfig
 from mtfast.data.packing import PackedBatch, pack_tasks
 from mtfast.data.sampler import plan_epoch
-from mtfast.train.config import TASK_NAMES, RunConfig
-from mtfast.train.engine import start, stop
-from mtfast.train.finetune import Finetune
-from mtfast.train.losses import task_losses
-from mtfast.train.sources import build_multitask
+from mtfast.train.engine.engine import start, stop
+from mtfast.train.run.weights import build_multitask
+from mtfast.train.stages.finetune import Finetune
 
 WARM_UP = 2
 LOSS_TOLERANCE = 1e-4  # relative, float32, dropout off
@@ -90,14 +89,13 @@ def check_losses(
 ) -> None:
     """Stop the benchmark unless both models give the same losses for the same examples."""
     config = recipe(checkpoint, dropout_p=0.0)
-    model, _ = build_multitask(config, source_of(config))
+    model, _ = build_multitask(weights_of(config), config.tasks)
     twin = twin_of(config, model.heads).to(device).train()
     model.to(device).train()
-    sequences = {task: rows.sequences for task, rows in packed.tasks.items()}
     with torch.no_grad():
-        ours = task_losses(model(**packed.encoder_inputs(), sequences=sequences), packed.tasks, 1)
+        ours = model(**packed.model_inputs(), rows=packed.tasks)
         theirs = twin(padded)
-    for task in TASK_NAMES:
+    for task in config.tasks:
         mine, other = ours[task].item(), theirs[task].item()
         if not abs(mine - other) <= LOSS_TOLERANCE * abs(other):
             raise SystemExit(f"{task}: mtfast's loss is {mine:.6f}, the eager twin's {other:.6f}")
@@ -112,16 +110,17 @@ def measure(
     device: torch.device,
 ) -> dict[str, Any]:
     """Seconds of every step of both, taking turns, after the warm-up."""
-    source = source_of(config)
-    model, _ = build_multitask(config, source)
+    weights = weights_of(config)
+    model, _ = build_multitask(weights, config.tasks)
     twin = twin_of(config, model.heads).to(device, torch.bfloat16).train()
     optimizer = MasterAdamW(twin, config.finetune.learning_rate)
-    stage = Finetune(config, tables, {}, source)
+    load = {"train": tables, "dev": {}}.__getitem__
+    stage = Finetune(load, weights, config.finetune, config.engine, config.seed)
     stage.engine.train()
     ours, theirs = [], []
     for our_batch, their_batch in zip(packed, padded, strict=True):
         clock = Clock(device)
-        stage.step((our_batch, None))
+        stage.step(our_batch)
         ours.append(clock.lap())
         total(twin(their_batch)).backward()
         optimizer.step()

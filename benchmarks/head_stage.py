@@ -29,15 +29,16 @@ from benchmarks.stage_setup import (
     load_tables,
     parser_of,
     recipe,
-    source_of,
     total,
     twin_of,
+    weights_of,
 )
+from mtfast.config import RunConfig
+from mtfast.data.packing import PackedBatch
 from mtfast.data.sampler import StepPlan
-from mtfast.train.config import RunConfig
-from mtfast.train.engine import start, stop
-from mtfast.train.heads import CachedBatch, Heads
-from mtfast.train.sources import build_multitask
+from mtfast.train.engine.engine import start, stop
+from mtfast.train.run.weights import Weights, build_multitask
+from mtfast.train.stages.heads import CachedBatch, Heads
 
 CACHED_EPOCHS = 3
 LOSS_TOLERANCE = 0.02  # relative, bf16, dropout off
@@ -98,6 +99,12 @@ def compare(data: str, checkpoint: str, steps: int | None) -> dict[str, Any]:
     return result
 
 
+def stage_of(config: RunConfig, tables: dict[str, Tables], weights: Weights) -> Heads:
+    """Head training as `mtfast heads` has it."""
+    state = config.path / "heads" / "state"
+    return Heads(tables.__getitem__, weights, config.heads, config.engine, config.seed, state)
+
+
 def cached(
     config: RunConfig, tables: dict[str, Tables], device: torch.device
 ) -> tuple[Cost, dict[str, list[float]]]:
@@ -105,11 +112,11 @@ def cached(
 
     Also the seconds of epochs of mtfast and of plain PyTorch on that table, taking turns.
     """
-    source = source_of(config)
+    weights = weights_of(config)
     clock = Clock(device)
-    stage = Heads(config, tables["train"], tables["dev"], source)
+    stage = stage_of(config, tables, weights)
     before = clock.lap()
-    twin = twin_of(config, build_multitask(config, source)[0].heads).to(device).train()
+    twin = twin_of(config, build_multitask(weights, config.tasks)[0].heads).to(device).train()
     heads = [p for name, p in twin.named_parameters() if not name.startswith("bert.")]
     optimizer = torch.optim.AdamW(heads, lr=config.heads.learning_rate, weight_decay=0.01, fused=True)
     check_losses(stage, twin)
@@ -129,9 +136,10 @@ def cached(
 def check_losses(stage: Heads, twin: EagerTwin) -> None:
     """Stop the benchmark unless both give the same losses for the same cached examples, without dropout."""
     ((batch,),) = stage.micro_batches(stage.plan(0)[:1], 0)
+    assert isinstance(batch, CachedBatch)
     stage.engine.train(False)
     with torch.no_grad():
-        ours, theirs = stage.losses(batch.data), eager_losses(stage, twin.eval(), batch.data)
+        ours, theirs = stage.losses(batch), eager_losses(stage, twin.eval(), batch)
     twin.train()
     for task, loss in theirs.items():
         if not abs(ours[task].item() - loss.item()) <= LOSS_TOLERANCE * abs(loss.item()):
@@ -144,8 +152,9 @@ def _train_eager(
     stage: Heads, plan: list[StepPlan], epoch: int, twin: EagerTwin, optimizer: torch.optim.Optimizer
 ) -> None:
     for (batch,) in stage.micro_batches(plan, epoch):
+        assert isinstance(batch, CachedBatch)
         optimizer.zero_grad()
-        total(eager_losses(stage, twin, batch.data)).backward()
+        total(eager_losses(stage, twin, batch)).backward()
         optimizer.step()
 
 
@@ -162,7 +171,7 @@ def eager_losses(stage: Heads, twin: EagerTwin, batch: CachedBatch) -> dict[str,
 
 def live(config: RunConfig, tables: dict[str, Tables], device: torch.device, steps: int | None) -> Cost:
     """mtfast with the encoder in every step."""
-    stage = Heads(config, tables["train"], tables["dev"], source_of(config))
+    stage = stage_of(config, tables, weights_of(config))
     plan = stage.plan(0)
     _train(stage, plan[:1], 0)
     measured = plan[:steps]
@@ -177,17 +186,17 @@ def _train(stage: Heads, steps: list[StepPlan], epoch: int) -> None:
     stage.engine.train()
     for micro_batches in stage.micro_batches(steps, epoch):
         for micro_batch in micro_batches:
-            stage.step(micro_batch.data)
+            assert isinstance(micro_batch, CachedBatch | PackedBatch)
+            stage.step(micro_batch)
 
 
 def eager(config: RunConfig, tables: dict[str, Tables], device: torch.device, steps: int | None) -> Cost:
     """The loop in plain PyTorch; its batches are padded outside the clock."""
-    stage = Heads(
-        recipe(config.model.checkpoint, features="live"), tables["train"], tables["dev"], source_of(config)
-    )
+    weights = weights_of(config)
+    stage = stage_of(recipe(config.model.checkpoint, features="live"), tables, weights)
     plan = stage.plan(0)
     stage.engine.close()
-    model, _ = build_multitask(config, source_of(config))
+    model, _ = build_multitask(weights, config.tasks)
     twin = twin_of(config, model.heads).to(device, torch.bfloat16).train()
     twin.bert.requires_grad_(False)
     optimizer = MasterAdamW(twin, config.heads.learning_rate)

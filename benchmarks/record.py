@@ -60,9 +60,13 @@ def record(run_dir: Path) -> dict[str, Any]:
     here = environment(default_device())
     commit, date = here.pop("commit"), here.pop("date")
     check_environment(summary["environment"])
-    checkpoint = "/".join(Path(config["model"]["checkpoint"]).parts[-2:])
+    checkpoint = shortened(config["model"]["checkpoint"])
     settings = {name: config[name] for name in ("seed", "engine", *config["stages"])}
     settings["model"] = {**config["model"], "checkpoint": checkpoint}
+    settings["tasks"] = {
+        name: {**task, "source": task["source"] and shortened(task["source"])}
+        for name, task in config["tasks"].items()
+    }
     return {
         "checkpoint": checkpoint,
         "environment": {**here, **summary["environment"], "device": here["device"]},
@@ -72,6 +76,11 @@ def record(run_dir: Path) -> dict[str, Any]:
         "commit": commit,
         "date": date,
     }
+
+
+def shortened(path: str) -> str:
+    """The last two parts of a path, which say nothing of the machine; a Hugging Face name as it is."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def check_finished(run_dir: Path, config: dict[str, Any], summary: dict[str, Any]) -> None:

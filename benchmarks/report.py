@@ -107,6 +107,7 @@ def _runs_table(runs: dict[str, Any]) -> str:
     if not runs:
         return "not measured"
     stages = ("pretrain", "heads", "finetune")
+    keys = ("sst_accuracy", "quora_accuracy", "sts_pearson")  # other tasks' metrics are in the runs' files
     columns = ("run", "SST", "Quora", "STS", *(f"{stage} s" for stage in stages), "device", "commit")
     body = []
     for name, run in runs.items():
@@ -114,7 +115,7 @@ def _runs_table(runs: dict[str, Any]) -> str:
         body.append(
             (
                 name,
-                *(f"{dev[key]:.3f}" for key in ("sst_accuracy", "quora_accuracy", "sts_pearson")),
+                *(f"{dev[key]:.3f}" if key in dev else "-" for key in keys),
                 *(f"{run['stages'][s]['seconds']:.0f}" if s in run["stages"] else "-" for s in stages),
                 f"{device['device']}, {device['threads']} thread{'s' * (device['threads'] != 1)}",
                 run["commit"],

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.eager_twin import EagerTwin
-from mtfast.data.tasks import Split, read_task
-from mtfast.data.tokenized import TokenizedTask, tokenize_task
+from mtfast.config import EngineConfig, HeadsConfig, ModelConfig, RunConfig
+from mtfast.data.tables import read_task
+from mtfast.data.tokens import TokenizedTask, tokenize_task
 from mtfast.models.checkpoint import load_bert_config, load_tokenizer
 from mtfast.models.multitask import MultiTaskHeads
-from mtfast.train.config import TASK_NAMES, EngineConfig, HeadsStageConfig, ModelConfig, RunConfig
-from mtfast.train.sources import Source
+from mtfast.recipes import PAPER_TASKS
+from mtfast.tasks import Split
+from mtfast.train.run.weights import Weights
 
 Tables = dict[str, TokenizedTask]
 
@@ -36,9 +38,10 @@ def parser_of(name: str, description: str) -> argparse.ArgumentParser:
 def recipe(checkpoint: str, *, features: str = "cached", dropout_p: float = 0.1) -> RunConfig:
     """The paper's recipe on another checkpoint; in one process, where ZeRO has nothing to shard."""
     return RunConfig(
+        tasks=PAPER_TASKS,
         model=ModelConfig(checkpoint=checkpoint, dropout_p=dropout_p),
         engine=EngineConfig(precision="bf16", zero_stage=0),
-        heads=HeadsStageConfig(features=features),  # type: ignore[arg-type]
+        heads=HeadsConfig(features=features),  # type: ignore[arg-type]
     )
 
 
@@ -48,17 +51,17 @@ def load_tables(data: str, config: RunConfig, split: Split) -> Tables:
     source = Path(data) / "cs224n" if (Path(data) / "cs224n").is_dir() else Path(data)
     limit = config.data.max_length
     return {
-        task: tokenize_task(read_task(task, source, split), tokenizer, max_length=limit)
-        for task in TASK_NAMES
+        name: tokenize_task(read_task(name, task, source, split), tokenizer, max_length=limit)
+        for name, task in config.tasks.items()
     }
 
 
-def source_of(config: RunConfig) -> Source:
+def weights_of(config: RunConfig) -> Weights:
     """The checkpoint's weights, with the recipe's dropout."""
     checkpoint = config.model.checkpoint
     bert = load_bert_config(checkpoint)
     bert.hidden_dropout_prob = bert.attention_probs_dropout_prob = config.model.dropout_p
-    return Source(bert, load_tokenizer(checkpoint), checkpoint)
+    return Weights(bert, load_tokenizer(checkpoint), checkpoint, None, config.model.mlp, config.seed)
 
 
 def twin_of(config: RunConfig, heads: MultiTaskHeads) -> EagerTwin:
@@ -68,7 +71,7 @@ def twin_of(config: RunConfig, heads: MultiTaskHeads) -> EagerTwin:
 
 def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
     """The sum of the tasks' losses."""
-    return torch.stack([losses[task] for task in TASK_NAMES]).sum()
+    return torch.stack(list(losses.values())).sum()
 
 
 class Clock:

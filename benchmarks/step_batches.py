@@ -17,11 +17,20 @@ from benchmarks.eager_twin import PaddedTask, pad_task
 from benchmarks.lengths import MIXTURES, SEQUENCES, draw_examples, proportional
 from benchmarks.mask_tokens import OPTIONS, SPECIAL
 from mtfast.data.packing import PackedBatch, ReviewBatch, pack_reviews, pack_tasks
-from mtfast.data.tasks import TASKS, RowAccount
-from mtfast.data.tokenized import TokenizedTask
-from mtfast.data.tokens import Sequences, SpecialTokens, Tokenized, offsets_of
+from mtfast.data.rows import RowAccount
+from mtfast.data.tokens import Sequences, SpecialTokens, TokenizedTask, offsets_of
+from mtfast.kinds import KINDS
 from mtfast.ops import exact_count, mask_tokens
+from mtfast.tasks import Task
 
+# Those of mtfast.recipes, whose module needs more than is installed wherever steps are measured.
+TASKS = {
+    "sst": Task(kind="classification", text="sentence", label="sentiment", classes=5),
+    "quora": Task(kind="binary", text=("sentence1", "sentence2"), label="is_duplicate", head="pair"),
+    "sts": Task(
+        kind="regression", text=("sentence1", "sentence2"), label="similarity", low=0, high=5, head="pair"
+    ),
+}
 FULL_DATA = MIXTURES["mixture"]
 BUCKET_TOKENS = 64  # the recipe's: mtfast fills a packed step up to a multiple of it
 LONGEST = 512
@@ -96,10 +105,11 @@ class CachedFeatures:
 
 
 @dataclass(frozen=True)
-class _Reviews(Tokenized):
+class _Reviews:
     """What packing reads of `mtfast.data.reviews.ReviewSamples`, whose module needs more than is installed
     wherever steps are measured."""
 
+    sequences: Sequences
     nsp_labels: np.ndarray
 
     def __len__(self) -> int:
@@ -114,7 +124,7 @@ def pretrain_batch(samples: int, seed: int, device: torch.device) -> PretrainBat
     """Pre-training samples as long as those of IMDb reviews."""
     random = np.random.default_rng(seed)
     sequences = sequences_of(draw_examples("imdb", samples, seed), random, pairs=True)
-    reviews = _Reviews(sequences, LONGEST, TOKENS, random.integers(0, 2, samples))
+    reviews = _Reviews(sequences, random.integers(0, 2, samples))
     rows = np.arange(samples)
     packed, flat = (
         pack_reviews(
@@ -159,11 +169,8 @@ def finetune_batch(examples: int, seed: int, device: torch.device) -> FinetuneBa
     labels = random_labels(counts, seed)
     tables = {
         task: TokenizedTask(
-            sequences=sequences_of(draw_examples(task, count, seed), random),
-            max_length=LONGEST,
-            special=TOKENS,
             task=TASKS[task],
-            sequences_per_example=SEQUENCES[task],
+            sequences=sequences_of(draw_examples(task, count, seed), random),
             labels=labels[task],
             ids=[str(row) for row in range(count)],
             account=RowAccount(count, count),
@@ -226,10 +233,9 @@ def task_counts(examples: int) -> dict[str, int]:
 def random_labels(counts: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
     """Labels of so many examples of each task, whole numbers in the task's dtype."""
     random = np.random.default_rng(seed)
+    highest = {"sst": 4, "quora": 1, "sts": 5}
     return {
-        name: random.integers(int(task.label_low), int(task.label_high) + 1, counts[name]).astype(
-            task.label_dtype
-        )
+        name: random.integers(0, highest[name] + 1, counts[name]).astype(KINDS[task.kind].label_dtype)
         for name, task in TASKS.items()
     }
 
@@ -243,4 +249,4 @@ def sequences_of(lengths: list[int], random: np.random.Generator, pairs: bool = 
     segment_b_start = sizes // 2 + 1 if pairs else sizes
     if pairs:
         tokens[offsets[:-1] + segment_b_start - 1] = TOKENS.sep
-    return Sequences(tokens, offsets, segment_b_start.astype(np.int32), 0)
+    return Sequences(tokens, offsets, segment_b_start.astype(np.int32), TOKENS, LONGEST)

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForPreTraining, BertModel
 from benchmarks.eager_twin import VARLEN, EagerHeads, EagerTwin, MasterAdamW
 from benchmarks.mask_tokens import OPTIONS, masking_by_where
 from benchmarks.step_batches import (
+    TASKS,
     CachedFeatures,
     FinetuneBatch,
     HfReviews,
@@ -29,18 +30,13 @@ from benchmarks.step_batches import (
 )
 from benchmarks.timing import graph_of
 from mtfast.data.packing import TaskRows
-from mtfast.models.multitask import (
-    HeadsConfig,
-    MultiTaskHeads,
-    MultiTaskModel,
-    PretrainModel,
-    build_multitask_model,
-    build_pretrain_model,
-)
+from mtfast.kinds import task_losses
+from mtfast.models.multitask import MultiTaskHeads, MultiTaskModel, build_multitask_model
 from mtfast.models.names import hf_state_dict
+from mtfast.models.pretraining import PretrainModel, build_pretrain_model
 from mtfast.ops import mask_tokens
-from mtfast.train.graphs import CudaRecorder, StepGraphs
-from mtfast.train.losses import task_losses
+from mtfast.tasks import MlpConfig
+from mtfast.train.engine.graphs import CudaRecorder, StepGraphs
 
 DROPOUT_P = 0.1
 Losses = dict[str, Tensor]
@@ -88,7 +84,7 @@ class Contender(ABC):
 
 
 class PackedPretrain(Contender):
-    """mtfast's pre-training step, as mtfast/train/pretrain.py has it."""
+    """mtfast's pre-training step, as mtfast/train/stages/pretrain.py has it."""
 
     def __init__(self, source: PretrainModel) -> None:
         super().__init__(copy.deepcopy(source))
@@ -156,15 +152,15 @@ class UnpaddedPretrain(PaddedPretrain):
 
 
 class PackedFinetune(Contender):
-    """mtfast's fine-tuning step, as mtfast/train/finetune.py has it."""
+    """mtfast's fine-tuning step, as mtfast/train/stages/finetune.py has it."""
 
     def __init__(self, source: MultiTaskModel) -> None:
         super().__init__(copy.deepcopy(source))
 
     def losses(self, batch: FinetuneBatch) -> Losses:
-        tasks = batch.packed.tasks
-        sequences = {task: rows.sequences for task, rows in tasks.items()}
-        return task_losses(self.model(**batch.packed.encoder_inputs(), sequences=sequences), tasks, 1)
+        packed = batch.packed
+        outputs = self.model(**packed.encoder_inputs(), sequences=packed.sequences)
+        return task_losses(TASKS, outputs, packed.tasks, 1)
 
 
 class PaddedFinetune(Contender):
@@ -200,7 +196,8 @@ class UnpaddedFinetune(PaddedFinetune):
 
 
 class CachedHeads(Contender):
-    """Heads on cached features: float32 weights that compute under autocast, as in mtfast/train/heads.py."""
+    """Heads on cached features: float32 weights that compute under autocast, as in
+    mtfast/train/stages/heads.py."""
 
     learning_rate = 1e-3
 
@@ -244,11 +241,11 @@ class PackedHeads(CachedHeads):
         sequences = {task: table.rows(task, examples) for task, examples in batch.items()}
         with self.autocast():
             outputs = self.model(self.cls, sequences)
-        tasks = {
+        rows = {
             task: TaskRows(sequences[task], table.labels[task][examples], examples, len(examples))
             for task, examples in batch.items()
         }
-        return task_losses(outputs, tasks, 1)
+        return task_losses(TASKS, outputs, rows, 1)
 
 
 class TwinHeads(CachedHeads):
@@ -314,17 +311,17 @@ def stages_of(layers: int, hidden: int, heads: int) -> dict[str, Stage]:
         hidden_dropout_prob=DROPOUT_P,
         attention_probs_dropout_prob=DROPOUT_P,
     )
-    of_heads = HeadsConfig(inner=hidden, dropout_p=DROPOUT_P)
+    mlp = MlpConfig(width=hidden)
     pretrain = (partial(build_pretrain_model, config), PackedPretrain, PaddedPretrain, UnpaddedPretrain)
     finetune = (
-        partial(build_multitask_model, config, of_heads),
+        partial(build_multitask_model, config, TASKS, mlp, DROPOUT_P),
         PackedFinetune,
         PaddedFinetune,
         UnpaddedFinetune,
     )
     return {
         "pretrain": Stage(16, pretrain_batch, partial(encoder_contenders, *pretrain)),
-        "heads": Stage(2048, heads_batch, partial(heads_contenders, hidden, of_heads)),
+        "heads": Stage(2048, heads_batch, partial(heads_contenders, hidden, mlp)),
         "finetune": Stage(160, finetune_batch, partial(encoder_contenders, *finetune)),
     }
 
@@ -347,11 +344,10 @@ def encoder_contenders(
     }
 
 
-def heads_contenders(
-    hidden: int, heads: HeadsConfig, device: torch.device
-) -> dict[str, Callable[[], Contender]]:
+def heads_contenders(hidden: int, mlp: MlpConfig, device: torch.device) -> dict[str, Callable[[], Contender]]:
     """The heads on one table of features; on CUDA each takes part as a graph too."""
-    source, features = MultiTaskHeads(hidden, heads), cached_features(hidden, device)
+    source = MultiTaskHeads(hidden, TASKS, mlp, DROPOUT_P)
+    features = cached_features(hidden, device)
     makers: dict[str, Callable[..., Contender]] = {
         "mtfast": partial(PackedHeads, source, features),
         "eager": partial(TwinHeads, source, features),

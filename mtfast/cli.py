@@ -1,4 +1,4 @@
-"""The command line: `mtfast COMMAND RECIPE --dotted.option value`."""
+"""The command line: `mtfast COMMAND RECIPE_OR_FILE --dotted.option value`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
 
-from mtfast.recipes import DEMO_CORPUS, RECIPES, pretrain_alike, variants
-from mtfast.train import ranks
-from mtfast.train.config import ConfigError, RunConfig, to_yaml, validate
+from mtfast.config import ConfigError, RunConfig, to_dict, to_yaml, validate
+from mtfast.config_file import ConfigFile, read_config_file
+from mtfast.recipes import DEMO_CORPUS, EXPERIMENTS, RECIPES, pretrain_alike, runs_of
+from mtfast.train.engine import ranks
 
 # Failures of the system that its user can do something about; any other keeps its traceback.
 FIXABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
@@ -23,96 +25,87 @@ FIXABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, e
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what `--help` says of it, and what it does with the configuration."""
+    """A command: what `--help` says of it, and what it does for a recipe's configuration."""
 
     summary: str
-    run: Callable[[RunConfig], Any]
+    run: Callable[[str, RunConfig], Any]
 
 
-def _each(config: RunConfig, action: Callable[[RunConfig], Any]) -> None:
-    for variant in variants(config).values():
-        action(variant)
+def _prepare(recipe: str, config: RunConfig) -> None:
+    from mtfast import commands
+
+    for run in runs_of(recipe, config).values():
+        commands.prepare(run)
 
 
-def _prepare(config: RunConfig) -> None:
-    from mtfast.train import run
-
-    _each(config, run.prepare)
-
-
-def _write_demo_corpus() -> None:
-    from mtfast.data.demo import write_demo_corpus
-    from mtfast.train.engine import start
-
-    start()
-    ranks.on_main(write_demo_corpus, DEMO_CORPUS)
-
-
-def _train(stage: Any) -> Callable[[RunConfig], None]:
-    def action(config: RunConfig) -> None:
-        having_it = [variant for variant in variants(config).values() if stage in variant.stages]
-        if not having_it:
-            raise ConfigError(f"{stage} is not among the run's stages, {' '.join(config.stages)}")
-        for variant in having_it:
-            _train_variant(config, variant, stage)
+def _train(stage: Any) -> Callable[[str, RunConfig], None]:
+    def action(recipe: str, config: RunConfig) -> None:
+        runs = [run for run in runs_of(recipe, config).values() if stage in run.stages]
+        if not runs:
+            raise ConfigError(f"{stage} is not among the run's stages, {' '.join(config.stages)}", "stages")
+        for run in runs:
+            _train_run(run, stage, runs)
 
     return action
 
 
-def _train_variant(config: RunConfig, variant: RunConfig, stage: Any) -> None:
-    from mtfast.train import run
+def _train_run(run: RunConfig, stage: Any, runs: list[RunConfig]) -> None:
+    """Train a stage of one of `runs`; those that differ after pre-training alone do that once."""
+    from mtfast import commands
 
-    # An experiment whose runs differ after pre-training alone does that once.
-    alike = [
-        other for other in variants(config).values() if stage == "pretrain" and pretrain_alike(other, variant)
-    ]
-    run.train(variant, stage, same_as=alike[0].path if alike and alike[0] != variant else None)
+    first = next(other for other in runs if other == run or pretrain_alike(other, run))
+    commands.train(run, stage, first.path if stage == "pretrain" and first != run else None)
 
 
-def _evaluate(config: RunConfig) -> None:
-    from mtfast.train import run
+def _evaluate(recipe: str, config: RunConfig) -> None:
+    from mtfast import commands
 
-    _each(config, run.evaluate)
-
-
-def _predict(config: RunConfig) -> None:
-    from mtfast.train import run
-
-    _each(config, run.predict)
+    for run in runs_of(recipe, config).values():
+        commands.evaluate(run)
 
 
-def _report(config: RunConfig) -> None:
+def _predict(recipe: str, config: RunConfig) -> None:
+    from mtfast import commands
+
+    for run in runs_of(recipe, config).values():
+        commands.predict(run)
+
+
+def _report(recipe: str, config: RunConfig) -> None:
     from mtfast import report
-    from mtfast.train.progress import say
+    from mtfast.train.run.progress import say
 
-    runs = {name: variant.path for name, variant in variants(config).items() if variant.path.is_dir()}
+    runs = {name: run.path for name, run in runs_of(recipe, config).items() if run.path.is_dir()}
     if not runs:
         raise ConfigError(f"{config.path} holds no run to report on")
     if not ranks.is_main():
         return
     for path in runs.values():
         say(f"wrote {report.write_report(path)}")
-    if config.experiment != "none":
-        say(f"wrote {report.write_comparison(runs, config.path, experiment=config.experiment)}")
+    if recipe in EXPERIMENTS:
+        say(f"wrote {report.write_comparison(runs, config.path, EXPERIMENTS[recipe])}")
 
 
-def _run(config: RunConfig) -> None:
-    _prepare(config)
-    for variant in variants(config).values():
-        for stage in variant.stages:
-            _train_variant(config, variant, stage)
-        _evaluate(variant)
-        _predict(variant)
-    _report(config)
+def _run(recipe: str, config: RunConfig) -> None:
+    from mtfast import commands
+
+    _prepare(recipe, config)
+    runs = list(runs_of(recipe, config).values())
+    for run in runs:
+        for stage in run.stages:
+            _train_run(run, stage, runs)
+        commands.evaluate(run)
+        commands.predict(run)
+    _report(recipe, config)
 
 
 COMMANDS = {
     "prepare": Command("read, account for and tokenize the data", _prepare),
     "pretrain": Command("stage 1: further pre-training on reviews", _train("pretrain")),
     "heads": Command("stage 2: train the heads on the frozen encoder", _train("heads")),
-    "finetune": Command("stage 3: train everything on the three tasks", _train("finetune")),
+    "finetune": Command("stage 3: train everything on all tasks", _train("finetune")),
     "evaluate": Command("dev metrics of the run's best weights", _evaluate),
-    "predict": Command("write the CS 224N prediction files", _predict),
+    "predict": Command("write the prediction files", _predict),
     "run": Command("all stages, evaluation, predictions and the report", _run),
     "report": Command("write report.md and report.html of a run", _report),
 }
@@ -159,34 +152,36 @@ def _main(argv: list[str] | None) -> None:
         return
     if name not in COMMANDS:
         _fail(f"there is no command {name!r}\n\n{_usage()}")
-    if not rest or rest[0] not in RECIPES:
-        found = f"there is no recipe {rest[0]!r}" if rest else f"{name} needs a recipe"
-        _fail(f"{found}; the recipes are {', '.join(RECIPES)}")
-    recipe, *options = rest
-    print_config = "--print-config" in options
+    if not rest:
+        _fail(f"{name} needs a recipe, {', '.join(RECIPES)}, or a configuration file")
+    file = _configuration(rest[0])
+    options = [option for option in rest[1:] if option != "--print-config"]
     config = tyro.cli(
         RunConfig,
-        default=RECIPES[recipe](),
-        args=[option for option in options if option != "--print-config"],
-        prog=f"mtfast {name} {recipe}",
-        description=f"{COMMANDS[name].summary}. {RECIPES[recipe].__doc__} --print-config shows the result.",
+        default=file.config,
+        args=options,
+        prog=f"mtfast {name} {rest[0]}",
+        description=f"{COMMANDS[name].summary}. {RECIPES[file.recipe].__doc__} "
+        "--print-config shows the result.",
         console_outputs=ranks.is_main(),
     )
-    from mtfast.train.failure import leave
+    from mtfast.train.engine.failure import leave
 
     errors = _expected_errors()
     try:
         validate(config)
-        if print_config:
-            _print(to_yaml(config))
+        if "--print-config" in rest:
+            _print(to_yaml(to_dict(config)))
             return
-        if recipe == "demo" and name != "report":
+        read = (config.model.checkpoint, config.data.tasks, config.data.reviews)
+        if name != "report" and any(path.startswith(DEMO_CORPUS) for path in read):
             _write_demo_corpus()
-        COMMANDS[name].run(config)
+        COMMANDS[name].run(file.recipe, config)
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues the run", code=130)
     except errors as error:
-        leave(error, f"mtfast: {error}", 2, expected=True)
+        place = file.place_of(getattr(error, "field", None), config)
+        leave(error, f"mtfast: {f'{place}: ' if place else ''}{error}", 2, expected=True)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FIXABLE:
             text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -194,6 +189,30 @@ def _main(argv: list[str] | None) -> None:
         if ranks.world_size() == 1:
             raise
         leave(error, traceback.format_exc(), 1, expected=False)
+
+
+def _configuration(name: str) -> ConfigFile:
+    """The configuration of a recipe, or the one in a file."""
+    if name in RECIPES:
+        return ConfigFile(Path(name), name, RECIPES[name]())
+    path = Path(name).expanduser()
+    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+        _fail(
+            f"there is no recipe {name!r}, and no such file; the recipes are {', '.join(RECIPES)}, "
+            "and a file is YAML with a recipe's name and what differs"
+        )
+    try:
+        return read_config_file(path, RECIPES)
+    except ConfigError as error:
+        _fail(str(error))
+
+
+def _write_demo_corpus() -> None:
+    from mtfast.data.demo import write_demo_corpus
+    from mtfast.train.engine.engine import start
+
+    start()
+    ranks.on_main(write_demo_corpus, DEMO_CORPUS)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -230,6 +249,7 @@ def _usage() -> str:
     lines += [f"  {name:<10}{recipe.__doc__}" for name, recipe in RECIPES.items()]
     lines += [
         "",
+        "A YAML file with a recipe's name and what differs, tasks of your own say, stands for a recipe.",
         "mtfast COMMAND RECIPE --help lists every option; --print-config shows the configuration and stops.",
         "Start it with `deepspeed --module mtfast ...`, `torchrun -m mtfast ...` or plainly.",
     ]

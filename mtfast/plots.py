@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,18 +15,24 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-LOSSES = {  # name in the losses of a step: title, unit, colour
-    "mlm": ("Masked words (MLM)", "cross entropy (nats)", "#CC79A7"),
-    "nsp": ("Next sentence (NSP)", "cross entropy (nats)", "#B8860B"),
-    "sst": ("Sentiment (SST)", "cross entropy (nats)", "#0072B2"),
-    "quora": ("Paraphrase (Quora)", "logistic loss (nats)", "#D55E00"),
-    "sts": ("Similarity (STS)", "squared error (score²)", "#009E73"),
+from mtfast.tasks import Task
+
+LOSS_UNITS = {  # by kind of task
+    "classification": "cross entropy (nats)",
+    "binary": "logistic loss (nats)",
+    "regression": "squared error (score²)",
 }
-DEV_METRICS = {  # name in an evaluation: title, unit, colour
-    "sst_accuracy": ("Sentiment (SST)", "accuracy (share of sentences)", "#0072B2"),
-    "quora_accuracy": ("Paraphrase (Quora)", "accuracy (share of pairs)", "#D55E00"),
-    "sts_pearson": ("Similarity (STS)", "Pearson correlation", "#009E73"),
+METRIC_UNITS = {
+    "accuracy": "accuracy (share of examples)",
+    "f1": "F1",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
 }
+# Okabe and Ito's, which colour-blind readers can tell apart, with a darker yellow and with grey for black.
+# Tasks take them in their order; an eighth has the first again.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#4A5158")
+COLUMNS = 3
+TITLE_WIDTH = 32  # letters that fit over a panel
 LINES = (("--", "s"), ("-", "o"), (":", "^"))
 GREY = "#4A5158"
 
@@ -34,25 +42,62 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def plot_losses(steps: Sequence[Mapping[str, Any]]) -> Figure | None:
+@dataclass(frozen=True)
+class Series:
+    """A quantity that is drawn: where records have it, what it is called, its unit and colour."""
+
+    key: str
+    title: str
+    unit: str
+    colour: str
+
+
+PRETRAINING = (
+    Series("mlm", "Masked words (MLM)", "cross entropy (nats)", PALETTE[3]),
+    Series("nsp", "Next sentence (NSP)", "cross entropy (nats)", PALETTE[4]),
+)
+
+
+def losses_of(tasks: Mapping[str, Task]) -> list[Series]:
+    """The losses of the tasks, by their names in the steps."""
+    return [
+        Series(name, task.title or name, LOSS_UNITS[task.kind], PALETTE[index % len(PALETTE)])
+        for index, (name, task) in enumerate(tasks.items())
+    ]
+
+
+def metrics_of(tasks: Mapping[str, Task]) -> list[Series]:
+    """The dev metric that counts of each task, by its name in an evaluation."""
+    return [
+        Series(
+            f"{name}_{task.main_metric}",
+            task.title or name,
+            METRIC_UNITS[task.main_metric],
+            PALETTE[index % len(PALETTE)],
+        )
+        for index, (name, task) in enumerate(tasks.items())
+    ]
+
+
+def plot_losses(losses: Sequence[Series], steps: Sequence[Mapping[str, Any]]) -> Figure | None:
     """A panel for each loss over the optimizer steps of a stage: every step faint, the running mean on top.
 
-    `steps` are the step records of one stage, in order. None if they hold no loss.
+    `steps` are the step records of one stage, in order. None if they hold none of the losses.
     """
-    series = {}
-    for name in LOSSES:
-        points = [(s["step"], s["losses"][name]) for s in steps if is_number(s.get("losses", {}).get(name))]
+    drawn = []
+    for loss in losses:
+        values = [(step["step"], step.get("losses", {}).get(loss.key)) for step in steps]
+        points = [(number, value) for number, value in values if is_number(value)]
         if points:
-            series[name] = np.array(points, dtype=float).T
-    if not series:
+            drawn.append((loss, *np.array(points, dtype=float).T))
+    if not drawn:
         return None
-    figure, panels = _panels(len(series))
-    for panel, (name, (x, y)) in zip(panels, series.items(), strict=True):
-        title, unit, colour = LOSSES[name]
+    figure, panels = _panels(len(drawn))
+    for panel, (loss, x, y) in zip(panels, drawn, strict=True):
         mean = _running_mean(y)
-        panel.plot(x, y, color=colour, alpha=0.28, linewidth=0.9, marker="" if len(x) > 1 else "o")
-        panel.plot(x, mean, color=colour, linewidth=2)
-        _dress(panel, title, "optimizer step", unit)
+        panel.plot(x, y, color=loss.colour, alpha=0.28, linewidth=0.9, marker="" if len(x) > 1 else "o")
+        panel.plot(x, mean, color=loss.colour, linewidth=2)
+        _dress(panel, loss.title, "optimizer step", loss.unit)
         high = np.quantile(y, 0.995) if len(y) > 20 else y.max()  # one spike must not flatten the curve
         panel.set_ylim(0, max(float(high), float(mean.max())) * 1.08 or 1)
     faint = Line2D([], [], color=GREY, alpha=0.4, linewidth=0.9, label="each step")
@@ -60,18 +105,19 @@ def plot_losses(steps: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def plot_dev_metrics(series: Mapping[str, Sequence[Mapping[str, Any]]], x_label: str) -> Figure | None:
-    """A panel for each task's dev metric over epochs; one line for each of the (up to three) named series.
+def plot_dev_metrics(
+    metrics: Sequence[Series], lines: Mapping[str, Sequence[Mapping[str, Any]]], x_label: str
+) -> Figure | None:
+    """A panel for each metric over epochs; in it one line for each of the (up to three) named series.
 
     Each series is a list of evaluation records, in order. None if they hold no metric.
     """
-    figure, panels = _panels(len(DEV_METRICS))
+    figure, panels = _panels(len(metrics))
     drawn = {}
-    for panel, (key, (title, unit, colour)) in zip(panels, DEV_METRICS.items(), strict=True):
-        for (label, evaluations), (line, marker) in zip(series.items(), LINES, strict=False):
-            points = [
-                (e["epoch"], e["metrics"][key]) for e in evaluations if is_number(e["metrics"].get(key))
-            ]
+    for panel, metric in zip(panels, metrics, strict=True):
+        for (label, evaluations), (line, marker) in zip(lines.items(), LINES, strict=False):
+            values = [(e["epoch"], e["metrics"].get(metric.key)) for e in evaluations]
+            points = [(epoch, value) for epoch, value in values if is_number(value)]
             if points:
                 x, y = np.array(points, dtype=float).T
                 style: dict[str, Any] = {
@@ -79,9 +125,9 @@ def plot_dev_metrics(series: Mapping[str, Sequence[Mapping[str, Any]]], x_label:
                     "marker": marker if len(x) <= 12 else "",
                     "markersize": 4.5,
                 }
-                panel.plot(x, y, color=colour, linewidth=1.8, **style)
+                panel.plot(x, y, color=metric.colour, linewidth=1.8, **style)
                 drawn[label] = Line2D([], [], color=GREY, label=label, linewidth=1.8, **style)
-        _dress(panel, title, x_label, unit)
+        _dress(panel, metric.title, x_label, metric.unit)
     if not drawn:
         return None
     figure.legend(handles=list(drawn.values()), **_LEGEND)
@@ -95,16 +141,18 @@ _LEGEND: dict[str, Any] = {
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure three panels wide, so that all figures share one scale, with `count` of its panels."""
-    layout = ConstrainedLayoutEngine(wspace=0.06)
-    figure = Figure(figsize=(10.2, 3.2), dpi=144, layout=layout, facecolor="white")
-    panels = list(figure.subplots(1, 3))
+    rows = max(-(-count // COLUMNS), 1)
+    layout = ConstrainedLayoutEngine(wspace=0.06, hspace=0.05)
+    figure = Figure(figsize=(10.2, 3.2 * rows), dpi=144, layout=layout, facecolor="white")
+    panels = list(figure.subplots(rows, COLUMNS).flat)
     for surplus in panels[count:]:
         surplus.set_visible(False)
     return figure, panels[:count]
 
 
 def _dress(panel: Axes, title: str, x_label: str, y_label: str) -> None:
-    panel.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
+    lines = textwrap.fill(title, TITLE_WIDTH)
+    panel.set_title(lines, fontsize=10.5, loc="left", fontweight="bold", parse_math=False)
     panel.set_xlabel(x_label, fontsize=9)
     panel.set_ylabel(y_label, fontsize=9)
     panel.tick_params(labelsize=8.5, colors=GREY)

@@ -1,13 +1,14 @@
 """The report of a run: what its run directory recorded, as tables and plots, beside the paper's figures.
 
 `write_report` turns one run directory into `report.md`, `report.html` and `plots/*.png`; `write_comparison`
-does so for the two runs of one of the paper's experiments. What a run did not record is left out, or said.
+does so for the runs of an experiment. What a run did not record is left out, or said.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,45 +17,20 @@ from typing import Any
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from mtfast.plots import DEV_METRICS, is_number, plot_dev_metrics, plot_losses
-from mtfast.train.files import read_json, write_text
+from mtfast.config_file import read_config_file
+from mtfast.files import read_json, write_text
+from mtfast.plots import PRETRAINING, is_number, losses_of, metrics_of, plot_dev_metrics, plot_losses
+from mtfast.recipes import PAPER_FIGURES, PAPER_TASKS, RECIPES, Experiment
+from mtfast.tasks import METRICS_OF, Task
 
 STAGES = {"pretrain": "Pre-training", "heads": "Head training", "finetune": "Fine-tuning"}
-METRICS = {
-    "sst_accuracy": "SST accuracy",
-    "quora_accuracy": "Quora accuracy",
-    "sts_pearson": "STS Pearson",
-    "mean": "Mean of the three",
-    "cs224n_overall": "CS 224N overall",
-}
-
-
-def _figures(sst: float, quora: float, sts: float) -> dict[str, float]:
-    return {"sst_accuracy": sst, "quora_accuracy": quora, "sts_pearson": sts, "mean": (sst + quora + sts) / 3}
-
-
-WITH_PRETRAINING = _figures(0.549, 0.858, 0.631)
-EXPERIMENTS: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
-    "exp1": (
-        "Exp-I: the flow without and with further pre-training",
-        {
-            "without pre-training": _figures(0.480, 0.851, 0.623),
-            "with pre-training": WITH_PRETRAINING,
-        },
-    ),
-    "exp2": (
-        "Exp-II: the simple and the LSTM sentiment head",
-        {
-            "linear head": WITH_PRETRAINING,
-            "LSTM head": _figures(0.500, 0.859, 0.656),
-        },
-    ),
-}
+METRIC_TITLES = {"accuracy": "accuracy", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
 PAPER_NOTE = (
     "The paper's figures are on the test sets, whose labels are not public; ours are on dev. "
     "They are comparable only for the paper's recipe on the paper's data and checkpoint."
 )
 SKIPPED_SHOWN = 10
+Scores = Mapping[str, Mapping[str, Any]]  # dev metrics by run
 
 
 @dataclass(frozen=True)
@@ -66,6 +42,7 @@ class RunRecord:
     steps: dict[str, list[dict[str, Any]]]  # by stage, in order
     evaluations: dict[str, list[dict[str, Any]]]  # by stage, in order
     config: str
+    tasks: Mapping[str, Task]
     torn_lines: int
 
     @property
@@ -89,6 +66,9 @@ def read_run(run_dir: str | Path) -> RunRecord:
     """Read a run directory. Missing files count as empty; a directory that is not there is an error.
 
     A run that was continued may have recorded a step twice: the later record stands.
+
+    Raises:
+        ConfigError: summary.json or config.yaml cannot be read.
     """
     directory = Path(run_dir)
     if not directory.is_dir():
@@ -112,8 +92,25 @@ def read_run(run_dir: str | Path) -> RunRecord:
         steps=by_stage["step"],
         evaluations=by_stage["eval"],
         config=_text(directory / "config.yaml"),
+        tasks=_tasks(directory / "config.yaml"),
         torn_lines=torn,
     )
+
+
+def _tasks(config: Path) -> Mapping[str, Task]:
+    """The tasks that a configuration declares; the paper's where it declares none, as an earlier mtfast's."""
+    if not re.search("^tasks:", _text(config), re.MULTILINE):
+        return PAPER_TASKS
+    return read_config_file(config, RECIPES).config.tasks
+
+
+def _are_the_papers(tasks: Mapping[str, Task]) -> bool:
+    """Whether these tasks' metrics can stand beside the paper's; heads, weights and data may be others."""
+
+    def measured(tasks: Mapping[str, Task]) -> dict[str, tuple[str, int, str]]:
+        return {name: (task.kind, task.outputs, task.main_metric) for name, task in tasks.items()}
+
+    return measured(tasks) == measured(PAPER_TASKS)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -123,16 +120,18 @@ def write_report(run_dir: str | Path) -> Path:
     parts = [f"# Run report: {_escape(run.title)}", _headline(run)]
     parts += ["## Dev metrics", _dev_table(run)]
     stages = {title: run.evaluations[stage] for stage, title in STAGES.items() if stage in run.evaluations}
-    if figure := plot_dev_metrics(stages, "epoch of the stage"):
+    if figure := plot_dev_metrics(metrics_of(run.tasks), stages, "epoch of the stage"):
         parts.append(_save(figure, plots / "dev_metrics.png", "Dev metrics per epoch"))
     parts += ["## Stages", _stage_table(run)]
     for stage, title in STAGES.items():
-        if figure := plot_losses(run.steps.get(stage, [])):
+        losses = PRETRAINING if stage == "pretrain" else losses_of(run.tasks)
+        if figure := plot_losses(losses, run.steps.get(stage, [])):
             parts += [
                 f"### {title}: losses",
                 _save(figure, plots / f"losses_{stage}.png", f"{title}: losses"),
             ]
-    parts += ["## Beside the paper", _paper_table(run), PAPER_NOTE]
+    if _are_the_papers(run.tasks):
+        parts += ["## Beside the paper", _paper_table(run), PAPER_NOTE]
     if run.summary.get("data"):
         parts += ["## Data", _data_table(run.summary["data"])]
     if run.summary.get("environment"):
@@ -145,27 +144,29 @@ def write_report(run_dir: str | Path) -> Path:
     return _write(run.directory, f"mtfast: {run.title}", parts)
 
 
-def write_comparison(runs: Mapping[str, str | Path], directory: str | Path, experiment: str = "exp1") -> Path:
-    """Write the report of one of the paper's experiments into `directory`; return the path of `report.html`.
+def write_comparison(runs: Mapping[str, str | Path], directory: str | Path, experiment: Experiment) -> Path:
+    """Write the report of an experiment into `directory`; return the path of `report.html`.
 
     Args:
-        runs: run directory of each variant: "without pre-training" and "with pre-training" for `exp1`,
-            "linear head" and "LSTM head" for `exp2`. A variant that is not given is reported as not run.
+        runs: run directory of each variant. A variant that is not given is reported as not run.
         directory: where `report.md`, `report.html` and `plots/` go; created if need be.
-        experiment: "exp1" or "exp2".
     """
-    if experiment not in EXPERIMENTS:
-        raise ValueError(f"experiment: {experiment!r} is not one of {', '.join(EXPERIMENTS)}")
-    title, variants = EXPERIMENTS[experiment]
+    title, variants = experiment.title, experiment.figures
     if unknown := sorted(set(runs) - set(variants)):
-        raise ValueError(
-            f"runs: {unknown[0]!r} is not a variant of {experiment}; those are {', '.join(variants)}"
-        )
+        raise ValueError(f"runs: {unknown[0]!r} is no variant of {title}; those are {', '.join(variants)}")
     directory = Path(directory)
     records = {name: read_run(runs[name]) for name in variants if name in runs}
-    parts = [f"# {title}", "## Ours and the paper's", _experiment_table(variants, records), PAPER_NOTE]
+    tasks = next((run.tasks for run in records.values()), PAPER_TASKS)
+    ours = {name: records[name].dev_metrics() if name in records else {} for name in variants}
+    if _are_the_papers(tasks):
+        table = _experiment_table(tasks, {"Paper (test)": variants, "Ours (dev)": ours})
+        parts = [f"# {title}", "## Ours and the paper's", table, PAPER_NOTE]
+    else:
+        parts = [f"# {title}", "## Dev metrics", _experiment_table(tasks, {"Ours (dev)": ours})]
+    if missing := [f"`{name}`" for name in variants if name not in records]:
+        parts.append(f"Not run: {', '.join(missing)}.")
     lines = {name: run.evaluations.get("finetune", []) for name, run in records.items()}
-    if figure := plot_dev_metrics(lines, "epoch of fine-tuning"):
+    if figure := plot_dev_metrics(metrics_of(tasks), lines, "epoch of fine-tuning"):
         parts.append(_save(figure, directory / "plots" / "dev_metrics.png", "Dev metrics while fine-tuning"))
     for name, run in records.items():
         parts += [
@@ -183,23 +184,45 @@ def write_comparison(runs: Mapping[str, str | Path], directory: str | Path, expe
 def _headline(run: RunRecord) -> str:
     dev = run.dev_metrics()
     seconds = [stage.get("seconds") for stage in run.summary.get("stages", {}).values()]
-    said = [f"{METRICS[key]} **{_number(dev[key])}**" for key in DEV_METRICS if is_number(dev.get(key))]
+    titles = _titles(run.tasks)
+    counting = [metric.key for metric in metrics_of(run.tasks) if is_number(dev.get(metric.key))]
+    said = [f"{titles[key]} **{_number(dev[key])}**" for key in counting]
     total = sum(value for value in seconds if is_number(value))
-    told = f"On dev: {', '.join(said)}." if said else "This run has not been evaluated on dev yet."
-    return f"{told} Stages took {_duration(total)} in all." if total else told
+    headline = f"On dev: {', '.join(said)}." if said else "This run has not been evaluated on dev yet."
+    return f"{headline} Stages took {_duration(total)} in all." if total else headline
+
+
+def _titles(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """What the metrics of an evaluation are called: first those that count, and what is made of them."""
+
+    def of(name: str, task: Task, metric: str) -> tuple[str, str]:
+        return f"{name}_{metric}", f"{_escape(task.title or name)} {METRIC_TITLES[metric]}"
+
+    counting = dict(of(name, task, task.main_metric) for name, task in tasks.items())
+    together = {"mean": "Mean", "cs224n_overall": "CS 224N overall"}
+    every = dict(of(name, task, metric) for name, task in tasks.items() for metric in METRICS_OF[task.kind])
+    return counting | together | every
 
 
 def _dev_table(run: RunRecord) -> str:
-    rows: list[Sequence[str]] = []
+    evaluations: list[tuple[str, str, Mapping[str, Any]]] = []
     for stage, title in STAGES.items():
         if best := run.best_evaluation(stage):
-            epoch, scores = str(best.get("epoch", "")), best["metrics"]
-            rows.append((f"{title}, best epoch", epoch, *(_number(scores.get(key)) for key in METRICS)))
-    if dev := run.summary.get("dev"):
-        rows.append(("**Result of the run**", "", *(f"**{_number(dev.get(key))}**" for key in METRICS)))
+            evaluations.append((f"{title}, best epoch", str(best.get("epoch", "")), best["metrics"]))
+    dev = run.summary.get("dev")
+    titles = {
+        key: title
+        for key, title in _titles(run.tasks).items()
+        if any(key in metrics for metrics in (*(e[2] for e in evaluations), dev or {}))
+    }
+    rows: list[Sequence[str]] = [
+        (what, epoch, *(_number(metrics.get(key)) for key in titles)) for what, epoch, metrics in evaluations
+    ]
+    if dev:
+        rows.append(("**Result of the run**", "", *(f"**{_number(dev.get(key))}**" for key in titles)))
     if not rows:
         return "No evaluation is recorded."
-    return _table(("", "epoch", *METRICS.values()), rows)
+    return _table(("", "epoch", *titles.values()), rows)
 
 
 def _stage_table(run: RunRecord) -> str:
@@ -219,37 +242,35 @@ def _stage_table(run: RunRecord) -> str:
 
 
 def _paper_table(run: RunRecord) -> str:
-    keys = ("sst_accuracy", "quora_accuracy", "sts_pearson", "mean")
-    dev = run.dev_metrics()
+    keys, dev, titles = _counting(run.tasks), run.dev_metrics(), _titles(run.tasks)
     rows = [
-        (f"Paper, {name} (test)", *(_number(paper[key]) for key in keys))
-        for name, paper in (
-            {**EXPERIMENTS["exp1"][1], "LSTM head": EXPERIMENTS["exp2"][1]["LSTM head"]}
-        ).items()
+        (f"Paper, {name} (test)", *(_number(figures[key]) for key in keys))
+        for name, figures in PAPER_FIGURES.items()
     ]
     rows.append(("**This run (dev)**", *(f"**{_number(dev.get(key))}**" for key in keys)))
-    return _table(("", *(METRICS[key] for key in keys)), rows)
+    return _table(("", *(titles[key] for key in keys)), rows)
 
 
-def _experiment_table(variants: Mapping[str, Mapping[str, float]], records: Mapping[str, RunRecord]) -> str:
-    keys = ("sst_accuracy", "quora_accuracy", "sts_pearson", "mean")
-    ours = {name: record.dev_metrics() for name, record in records.items()}
+def _counting(tasks: Mapping[str, Task]) -> list[str]:
+    """The metric that counts of each task, and their mean."""
+    return [*(metric.key for metric in metrics_of(tasks)), "mean"]
+
+
+def _experiment_table(tasks: Mapping[str, Task], scores: Mapping[str, Scores]) -> str:
+    """By source of scores, a line for each of the two variants and one for their difference."""
+    keys, titles = _counting(tasks), _titles(tasks)
     rows: list[Sequence[str]] = []
-    for source, figures in (("Paper (test)", variants), ("Ours (dev)", ours)):
-        scores = [figures.get(name, {}) for name in variants]
-        for variant, score in zip(variants, scores, strict=True):
+    for source, variants in scores.items():
+        for variant, score in variants.items():
             rows.append((f"{source}: {variant}", *(_number(score.get(key)) for key in keys)))
-        rows.append(
-            (f"{source}: difference", *(_difference(*(score.get(key) for score in scores)) for key in keys))
-        )
-    missing = [f"`{name}`" for name in variants if name not in records]
-    note = f"\n\nNot run: {', '.join(missing)}." if missing else ""
-    return _table(("", *(METRICS[key] for key in keys)), rows) + note
+        differences = (_difference(*(score.get(key) for score in variants.values())) for key in keys)
+        rows.append((f"{source}: difference", *differences))
+    return _table(("", *(titles[key] for key in keys)), rows)
 
 
 def _data_table(data: Mapping[str, Any]) -> str:
-    """Row accounts by data set: rows read, used, skipped, texts cut; then what there is to tell of them,
-    and the first skipped rows by name."""
+    """Row accounts by data set: rows read, used, skipped, texts cut; then the notes on them, and the first
+    skipped rows by name."""
     rows, named, notes = [], [], []
     for name, account in data.items():
         if not isinstance(account, Mapping):

@@ -1,10 +1,14 @@
-"""What the tests of the model share: a small BERT, packed batches, and Hugging Face's view of them."""
+"""What the tests of the model share: a small BERT, packed batches, Hugging Face's view of them, and tasks."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import BertConfig
 
 from mtfast.models.checkpoint import hf_state_dict
+from mtfast.recipes import PAPER_TASKS
+from mtfast.tasks import Task
 
 
 def small_config(**changes) -> BertConfig:
@@ -19,6 +23,14 @@ def small_config(**changes) -> BertConfig:
         attention_probs_dropout_prob=0.0,
     )
     return BertConfig(**(fields | changes))
+
+
+def paper_tasks(head: str = "linear", pair_input: str = "separate") -> dict[str, Task]:
+    """The paper's tasks with this head for sentences and this input for pairs."""
+    return {
+        name: replace(task, pair_input=pair_input) if task.has_mlp else replace(task, head=head)
+        for name, task in PAPER_TASKS.items()
+    }
 
 
 def pack(sentences: list[list[int]], first_segments: list[int] | None = None) -> dict:

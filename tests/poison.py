@@ -7,17 +7,18 @@ holds skipping against leaving the step out, in every ZeRO stage.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mtfast.train import engine as engine_module
-from mtfast.train import ranks
-from mtfast.train.config import EngineConfig, RunConfig, TaskStageConfig
-from mtfast.train.engine import Engine
-from mtfast.train.loop import MicroBatch, Stage
+from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
+from mtfast.train.engine import engine as engine_module
+from mtfast.train.engine import ranks
+from mtfast.train.engine.engine import Engine
+from mtfast.train.loop import Stage
 
 
 class Poison(torch.autograd.Function):
@@ -34,6 +35,15 @@ class Poison(torch.autograd.Function):
 
 
 STEPS = 4  # in an epoch of `Small`
+METRICS = {"mean": "mean", "sst": "sst_accuracy", "quora": "quora_accuracy", "sts": "sts_pearson"}
+
+
+class Rows(NamedTuple):
+    """A micro-batch of `Small`."""
+
+    x: Tensor
+    size: int = 4
+    tokens: int = 4
 
 
 class Small(Stage):
@@ -41,9 +51,11 @@ class Small(Stage):
 
     name = "finetune"
     loss_names = ("fit",)
+    criteria: Mapping[str, str] = METRICS
     flops_per_token = 0.0
 
     def __init__(self, config: RunConfig, bad: tuple[int, ...] = ()) -> None:
+        self.settings, self.seed = config.finetune, config.seed
         torch.manual_seed(0)
         self.engine = Engine(nn.Linear(6, 2), config.engine, config.finetune, self.name)
         self.bad, self.steps = bad, itertools.count(1)
@@ -53,13 +65,13 @@ class Small(Stage):
     def plan(self, epoch: int) -> list[int]:
         return list(range(STEPS))
 
-    def micro_batches(self, steps: list[int], epoch: int) -> Iterator[list[MicroBatch]]:
+    def micro_batches(self, steps: list[int], epoch: int) -> Iterator[list[Rows]]:
         for step in steps:
             generator = torch.Generator().manual_seed(STEPS * epoch + step)
-            yield [MicroBatch(torch.randn(4, 6, generator=generator).to(self.dtype), 4, 4)]
+            yield [Rows(torch.randn(4, 6, generator=generator).to(self.dtype))]
 
-    def losses(self, data: Tensor) -> dict[str, Tensor]:
-        return {"fit": self.engine(data).float().square().mean()}
+    def losses(self, batch: Rows) -> dict[str, Tensor]:
+        return {"fit": self.engine.model(batch.x).float().square().mean()}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         loss = losses["fit"]
@@ -67,7 +79,7 @@ class Small(Stage):
 
     def evaluate(self) -> dict[str, float]:
         score = next(self.scores)
-        return {name: score for name in ("mean", "sst_accuracy", "quora_accuracy", "sts_pearson")}
+        return {name: score for name in METRICS.values()}
 
     def save(self, directory: Path, state: dict[str, Tensor]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +106,7 @@ def trained(
         engine.set_learning_rate(0.1)
         for part in range(2):
             torch.manual_seed(100 * number + 10 * part + ranks.rank())
-            out = engine(torch.randn(4, 7).to(next(model.parameters()).dtype)).float()
+            out = engine.model(torch.randn(4, 7).to(next(model.parameters()).dtype)).float()
             last = part == 1 and ranks.rank() == ranks.world_size() - 1
             engine.step((Poison.apply(out, bad[number]) if last and number in bad else out).square().mean())
     found = engine.state_dict(), engine.skipped, engine.first_non_finite()

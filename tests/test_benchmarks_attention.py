@@ -65,7 +65,8 @@ def test_lengths_are_counted_as_the_tokenizer_counts(tmp_path, monkeypatch, caps
     # Not installed wherever kernels are measured.
     transformers = pytest.importorskip("transformers")
     from mtfast.data.demo import write_demo_corpus
-    from mtfast.data.tasks import read_task
+    from mtfast.data.tables import read_task
+    from mtfast.recipes import PAPER_TASKS
 
     corpus = write_demo_corpus(tmp_path)
     monkeypatch.setattr(lengths, "HISTOGRAMS", tmp_path / "lengths.json")
@@ -73,11 +74,12 @@ def test_lengths_are_counted_as_the_tokenizer_counts(tmp_path, monkeypatch, caps
     counted = lengths.histograms(tmp_path / "lengths.json")
     printed = capsys.readouterr().out
     tokenizer = transformers.BertTokenizerFast.from_pretrained(corpus.bert)
-    for task in ("sst", "quora", "sts"):
-        texts = [text for texts in read_task(task, corpus.tasks, "train").texts for text in texts]
+    assert list(PAPER_TASKS) == ["sst", "quora", "sts"]
+    for name, task in PAPER_TASKS.items():
+        texts = [text for texts in read_task(name, task, corpus.tasks, "train").texts for text in texts]
         expected = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=128)["input_ids"]]
-        assert counted[task] == {n: expected.count(n) for n in set(expected)}
-        assert f"{task:6} {len(expected):8,} sequences" in printed
+        assert counted[name] == {n: expected.count(n) for n in set(expected)}
+        assert f"{name:6} {len(expected):8,} sequences" in printed
     assert sum(counted["imdb"].values()) > 0
 
 

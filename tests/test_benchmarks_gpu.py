@@ -229,9 +229,21 @@ MISSING = (
     "scipy",
     "rich",
     "matplotlib",
+    "markdown_it",
+    "pydantic",
     "xformers",
     "apex",
 )
+
+
+def test_what_it_runs_imports_nothing_that_may_be_missing(tmp_path):
+    steps = [step for part in (gpu.part_1, gpu.part_2) for step in part(place(tmp_path, "cpu"))]
+    names = {step.command[3] for step in steps if step.command[1:3] == ["-m", "benchmarks"]}
+    assert names >= {*gpu.OPS, "smoke", "kernels", "steps"}
+    modules = [f"benchmarks.{name}" for name in sorted({*names, "gpu", "step_contenders"})]
+    code = f"import sys; sys.modules.update(dict.fromkeys({MISSING})); import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_rehearsal(tmp_path):

@@ -48,7 +48,11 @@ def run_dir(tmp_path):
         "seed": 3,
         "stages": ["heads", "finetune"],
         "engine": {"precision": "bf16"},
-        "model": {"checkpoint": "/home/somebody/checkpoints/bert-small", "pair_input": "joint"},
+        "tasks": {
+            "sst": {"kind": "classification", "source": "/home/somebody/data/sst", "weight": 0.5},
+            "quora": {"kind": "binary", "source": None, "pair_input": "joint"},
+        },
+        "model": {"checkpoint": "/home/somebody/checkpoints/bert-small", "dropout_p": 0.1},
         "heads": {"epochs": 48},
         "finetune": {"epochs": 3},
         "pretrain": {"epochs": 5},
@@ -80,8 +84,25 @@ def test_a_run_is_recorded_with_its_commit_and_without_paths(repository, run_dir
     )
     assert result["checkpoint"] == "checkpoints/bert-small" and "somebody" not in text
     assert result["config"]["finetune"] == {"epochs": 3} and "pretrain" not in result["config"]
+    assert result["config"]["model"] == {"checkpoint": "checkpoints/bert-small", "dropout_p": 0.1}
+    assert result["config"]["tasks"] == {
+        "sst": {"kind": "classification", "source": "data/sst", "weight": 0.5},
+        "quora": {"kind": "binary", "source": None, "pair_input": "joint"},
+    }
     table = report.render("<!-- results: runs -->\n<!-- end -->", tmp_path)
     assert "| run-small | 0.400 | 0.700 | 0.600 | - | 10 | 10 |" in table
+
+
+def test_a_run_of_other_tasks_has_a_line_in_the_table(tmp_path):
+    result = {
+        "dev": {"imdb_accuracy": 0.9, "sts_pearson": 0.6},
+        "environment": {"device": "x", "threads": 1},
+        "stages": {},
+        "commit": "abc1234",
+    }
+    (tmp_path / "run-other.json").write_text(json.dumps(result))
+    table = report.render("<!-- results: runs -->\n<!-- end -->", tmp_path)
+    assert "| run-other | - | - | 0.600 | - | - | - | x, 1 thread | abc1234 |" in table
 
 
 @cpu_only

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from transformers import AttentionInterface
 
 from benchmarks import step_batches, step_contenders, steps
 from benchmarks.eager_twin import VARLEN, varlen_attention
-from benchmarks.step_batches import TOKENS, finetune_batch, pretrain_batch, task_counts
+from benchmarks.step_batches import TASKS, TOKENS, finetune_batch, pretrain_batch, random_labels, task_counts
 from benchmarks.step_contenders import PackedHeads, stages_of
+from mtfast.recipes import PAPER_TASKS
 
 CPU = torch.device("cpu")
 TINY = ["--layers", "1", "--hidden", "64", "--heads", "2", "--examples", "3"]
@@ -93,6 +95,20 @@ def test_batches_are_what_their_stage_reads():
     assert task_counts(160) == {"sst": 9, "quora": 145, "sts": 6}
     shapes = {tuple(finetune_batch(9, seed, CPU).row["input_ids"].shape) for seed in range(4)}
     assert len(shapes) > 1
+
+
+def test_tasks_are_those_of_the_paper():
+    """But for what only readers of data and reports ask for; and their labels are all that there are."""
+    assert list(TASKS) == list(PAPER_TASKS)
+    for name, task in TASKS.items():
+        assert task == replace(PAPER_TASKS[name], aliases={}, title=None)
+    labels = random_labels(dict.fromkeys(TASKS, 500), 0)
+    found = {name: (sorted(set(values.tolist())), str(values.dtype)) for name, values in labels.items()}
+    assert found == {
+        "sst": ([0, 1, 2, 3, 4], "int64"),
+        "quora": ([0, 1], "float32"),
+        "sts": ([0, 1, 2, 3, 4, 5], "float32"),
+    }
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import copy
 import csv
 import math
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForPreTraining, BertModel
 
-from mtfast.models.bert import PackedBert, flops_per_token
+from mtfast.models.bert import PackedBert, flops_per_token, mean_seqlen
 from mtfast.models.checkpoint import hf_state_dict, load_bert_config, load_pretrained, load_tokenizer
 from mtfast.models.dropout import dropout, dropout_add
-from mtfast.models.multitask import build_pretrain_model
+from mtfast.models.pretraining import build_pretrain_model
 
 LENGTHS = [3, 512, 17, 4, 9, 26, 131, 3, 60, 8]
 
@@ -285,6 +286,11 @@ def test_flops_per_token_is_what_torch_counts():
         out.sum().backward()
     assert flops_per_token(config, 40) == 3 * flops_per_token(config, 40, training=False)
     assert counter.get_total_flops() / 80 == pytest.approx(2 * flops_per_token(config, 40, training=False))
+
+
+def test_mean_seqlen_is_the_average_tokens():
+    lengths = np.array([2, 6, 1])
+    assert mean_seqlen(lengths) == np.repeat(lengths, lengths).mean()
 
 
 def test_wrong_use_is_named():

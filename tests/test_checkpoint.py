@@ -7,24 +7,28 @@ import shutil
 import pytest
 import torch
 import transformers
-from bert_twins import pack, random_sentences, small_config
+from bert_twins import paper_tasks, small_config
 from safetensors.torch import load_file, save_file
 from small_tokenizer import small_tokenizer
-from transformers import BertForPreTraining, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertForPreTraining, BertModel, BertTokenizerFast
 
 from mtfast.models import files
 from mtfast.models.checkpoint import (
     CheckpointError,
     load_bert_config,
-    load_heads_config,
     load_pretrained,
     load_tokenizer,
-    save_heads,
     save_pretrained,
 )
-from mtfast.models.multitask import HeadsConfig, MultiTaskHeads, build_multitask_model, build_pretrain_model
+from mtfast.models.multitask import MultiTaskModel, build_multitask_model
+from mtfast.models.pretraining import build_pretrain_model
+from mtfast.tasks import MlpConfig
 
-HEADS = HeadsConfig(inner=48)
+HEADS = {"tasks": paper_tasks(), "mlp": MlpConfig(48)}
+
+
+def with_heads(config: BertConfig) -> MultiTaskModel:
+    return build_multitask_model(config, **HEADS, dropout_p=0.1)
 
 
 def tensors_of(directory) -> dict[str, torch.Tensor]:
@@ -90,13 +94,12 @@ KINDS = [
 def test_load_and_save_keep_every_bit(tmp_path, kind, stage):
     source, folder = hugging_face_checkpoint(tmp_path / "source", kind)
     config = load_bert_config(tmp_path / "source")
-    build = build_pretrain_model if stage == "pretrain" else lambda c: build_multitask_model(c, HEADS)
-    model = build(config)
+    model = (build_pretrain_model if stage == "pretrain" else with_heads)(config)
     report = load_pretrained(tmp_path / "source", model)
     assert not report.ignored
     target = tmp_path / "deep" / "target"
-    heads = HEADS if stage == "finetune" else None
-    save_pretrained(target, model.state_dict(), config, None, heads=heads, carried=report.carried)
+    heads = HEADS if stage == "finetune" else {}
+    save_pretrained(target, model.state_dict(), config, None, **heads, carried=report.carried)
 
     saved = tensors_of(target)
     for name, tensor in source.items():
@@ -123,11 +126,11 @@ def test_load_and_save_keep_every_bit(tmp_path, kind, stage):
 
 def test_real_checkpoint_keeps_every_bit(tmp_path, checkpoint_dir):
     config = load_bert_config(checkpoint_dir)
-    model = build_multitask_model(config, HEADS)
+    model = with_heads(config)
     report = load_pretrained(checkpoint_dir, model)
     tokenizer = load_tokenizer(checkpoint_dir)
     save_pretrained(
-        tmp_path / "saved", model.state_dict(), config, tokenizer, heads=HEADS, carried=report.carried
+        tmp_path / "saved", model.state_dict(), config, tokenizer, **HEADS, carried=report.carried
     )
     source, saved = tensors_of(checkpoint_dir), tensors_of(tmp_path / "saved")
     assert set(saved) == set(source)
@@ -146,9 +149,9 @@ def test_pretrained_heads_reach_the_saved_fine_tuned_checkpoint(tmp_path):
     first = build_pretrain_model(config)
     torch.nn.init.normal_(first.mlm.bias)
     save_pretrained(tmp_path / "a", first.state_dict(), config, None)
-    second = build_multitask_model(config, HEADS)
+    second = with_heads(config)
     report = load_pretrained(tmp_path / "a", second)
-    save_pretrained(tmp_path / "b", second.state_dict(), config, None, heads=HEADS, carried=report.carried)
+    save_pretrained(tmp_path / "b", second.state_dict(), config, None, **HEADS, carried=report.carried)
     third = build_pretrain_model(config)
     assert not load_pretrained(tmp_path / "b", third).initialised
     for (name, a), (_, b) in zip(first.named_parameters(), third.named_parameters(), strict=True):
@@ -164,48 +167,6 @@ def test_half_precision_checkpoint_opens_in_its_dtype(tmp_path):
     wide = build_pretrain_model(config)
     load_pretrained(tmp_path / "saved", wide)
     assert all(torch.equal(a, b.float()) for a, b in zip(wide.parameters(), model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("sentiment", ["linear", "lstm"])
-@pytest.mark.parametrize("pair_input", ["separate", "joint"])
-def test_task_heads_are_saved_and_loaded(tmp_path, sentiment, pair_input):
-    config, heads = small_config(), HeadsConfig(sentiment, pair_input, inner=40, activation="gelu")
-    model = build_multitask_model(config, heads).eval()
-    save_pretrained(tmp_path / "saved", model.state_dict(), config, None, heads=heads)
-    assert load_heads_config(tmp_path / "saved") == heads
-    again = build_multitask_model(config, heads).eval()
-    assert not load_pretrained(tmp_path / "saved", again).initialised
-    packed = pack(random_sentences([5, 9, 7], config.vocab_size, seed=0))
-    pairs = torch.tensor([[1, 2]]) if pair_input == "separate" else torch.tensor([1])
-    rows = {"sst": torch.tensor([0, 2]), "quora": pairs, "sts": pairs}
-    with torch.no_grad():
-        expected, found = model(**packed, sequences=rows), again(**packed, sequences=rows)
-    assert all(torch.equal(found[task], expected[task]) for task in rows)
-    alone = MultiTaskHeads(config.hidden_size, heads)
-    assert not load_pretrained(tmp_path / "saved", alone).initialised
-    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.heads.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(
-    "field, value", [("sentiment", "lstm"), ("pair_input", "joint"), ("inner", 32), ("activation", "tanh")]
-)
-def test_heads_of_another_config_are_an_error_that_names_the_field(tmp_path, field, value):
-    config = small_config()
-    save_pretrained(
-        tmp_path / "saved", build_multitask_model(config, HEADS).state_dict(), config, None, heads=HEADS
-    )
-    other = build_multitask_model(config, HeadsConfig(**({"inner": 48} | {field: value})))
-    with pytest.raises(CheckpointError, match=f"{field} = .*this run asks for {field} = '?{value}"):
-        load_pretrained(tmp_path / "saved", other)
-    # Dropout is no property of the weights.
-    load_pretrained(tmp_path / "saved", build_multitask_model(config, HeadsConfig(inner=48, dropout_p=0.3)))
-
-
-def test_state_with_heads_needs_their_config(tmp_path):
-    config = small_config()
-    with pytest.raises(ValueError, match="heads must be given"):
-        save_pretrained(tmp_path / "x", build_multitask_model(config, HEADS).state_dict(), config, None)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -228,7 +189,7 @@ def test_another_architecture_is_named(tmp_path, config, named):
 
 
 def test_what_is_missing_or_torn_is_named(tmp_path):
-    model = build_multitask_model(small_config(), HEADS)
+    model = with_heads(small_config())
     for path, text in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no config.json")):
         with pytest.raises(CheckpointError, match=text):
             load_pretrained(path, model)
@@ -257,7 +218,7 @@ def test_what_is_missing_or_torn_is_named(tmp_path):
 
 
 def test_files_of_a_wrong_shape_are_named(tmp_path, monkeypatch):
-    model = build_multitask_model(small_config(), HEADS)
+    model = with_heads(small_config())
     _, folder = hugging_face_checkpoint(tmp_path / "source", "BertModel")
     weights, config = folder / "model.safetensors", folder / "config.json"
     tensors, text = load_file(weights), config.read_text()
@@ -303,7 +264,7 @@ def test_files_of_a_wrong_shape_are_named(tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_named_when_they_are_loaded(tmp_path):
-    model = build_multitask_model(small_config(), HEADS)
+    model = with_heads(small_config())
     _, folder = hugging_face_checkpoint(tmp_path / "source", "BertForPreTraining")
     tensors = load_file(folder / "model.safetensors")
     tensors["cls.predictions.bias"][0] = torch.nan  # of no use to this model
@@ -321,10 +282,10 @@ def test_tensors_of_no_bert_are_ignored_and_reported(tmp_path):
     _, folder = hugging_face_checkpoint(tmp_path / "source", "BertModel")
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"classifier.weight": torch.zeros(2, 64)}, folder / "model.safetensors")
-    report = load_pretrained(folder, build_multitask_model(small_config(), HEADS))
+    report = load_pretrained(folder, with_heads(small_config()))
     assert report.ignored == ("classifier.weight",)
     assert set(report.carried) == {"nsp.pooler.weight", "nsp.pooler.bias"}
-    for part in ("freshly initialised: heads.sentiment, heads.pair", "nsp.pooler", "classifier.weight"):
+    for part in ("freshly initialised: heads.task-sst, heads.mlp-pair", "nsp.pooler", "classifier.weight"):
         assert part in report.summary()
 
 
@@ -391,13 +352,3 @@ def test_a_hub_name_that_cannot_be_reached_says_so(tmp_path, monkeypatch):
     for load in (load_bert_config, load_tokenizer):
         with pytest.raises(CheckpointError, match=r"no-such-organisation/bert is neither a directory"):
             load("no-such-organisation/bert")
-
-
-def test_heads_saved_alone_load_into_heads(tmp_path):
-    heads = MultiTaskHeads(64, HEADS)
-    save_heads(tmp_path / "heads", heads.state_dict(), HEADS)
-    again = MultiTaskHeads(64, HEADS)
-    assert not load_pretrained(tmp_path / "heads", again).initialised
-    assert all(torch.equal(a, b) for a, b in zip(heads.parameters(), again.parameters(), strict=True))
-    with pytest.raises(CheckpointError, match=r"heads.*is \[48, 128\], the model's is \[48, 256\]"):
-        load_pretrained(tmp_path / "heads", MultiTaskHeads(128, HEADS))

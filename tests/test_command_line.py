@@ -1,11 +1,20 @@
-"""The command wherever and however it is started."""
+"""The command wherever and however it is started: its options, its help, and what it says of wrong ones."""
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from mtfast import cli
+from mtfast.recipes import RECIPES, paper
+from mtfast.train.engine import ranks
 
 BIN = Path(sys.executable).parent
 FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
@@ -55,11 +64,91 @@ def test_a_reader_who_leaves_early_is_no_error(arguments, tmp_path):
     ],
 )
 def test_what_a_launcher_should_have_set_is_named(variables, message, monkeypatch):
-    from mtfast.train import ranks
-
     for name in FROM_LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ranks.LaunchError, match=f"but {message}: start the run with deepspeed or torchrun"):
         ranks.prepare_environment()
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "0"]])
+def test_launchers_rank_flag_is_accepted(flag, capsys):
+    cli.main(["prepare", "paper", *flag, "--finetune.epochs", "2", "--print-config"])
+    assert "epochs: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", [["--deepspeed_config", "ds.json"], ["--engine.deepspeed-config=ds.json"]])
+def test_short_flags_are_the_dotted_ones(flag, capsys):
+    cli.main(["finetune", "paper", *flag, "--strict", "--print-config"])
+    printed = capsys.readouterr().out
+    assert "deepspeed_config: ds.json" in printed and "strict: true" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly", "paper"], "no command 'fly'"),
+        (["run", "papier"], "no recipe 'papier', and no such file; the recipes are demo, local, paper"),
+        (["finetune"], "finetune needs a recipe, demo, local, paper, exp1, exp2, or a configuration file"),
+        (["doctor", "demo"], "doctor takes no options, found 'demo'"),
+        (["report", "demo", "--run-dir", "no/such/run"], "no/such/run holds no run to report on"),
+        (
+            ["heads", "paper", "--run-dir", f"{__file__}/run"],
+            "test_command_line.py/run: Not a directory",
+        ),
+        (["run", "paper", "--model.dropout-p", "1.5"], r"model.dropout_p is 1.5"),
+    ],
+)
+def test_command_line_errors_are_plain_sentences(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_ranks_say_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (
+        ["--help"],
+        ["fly"],
+        ["run", "demo", "--print-config"],
+        ["run", "demo", "--epoch", "3"],
+    ):
+        with contextlib.suppress(SystemExit):
+            cli.main(arguments)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["finetune", "-h"], ["doctor", "--help"]])
+def test_help_without_a_recipe_lists_commands_and_recipes(arguments, capsys):
+    cli.main(arguments)
+    text = capsys.readouterr().out
+    for name in (*cli.COMMANDS, "doctor", *RECIPES):
+        assert re.search(rf"^  {name} +\w", text, re.MULTILINE)
+
+
+def dotted_fields(holder: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Every option's name, and whether it is a group of options that need no other words."""
+    if is_dataclass(holder):
+        holder = {field.name: getattr(holder, field.name) for field in fields(holder)}
+    for name, value in holder.items():
+        dotted = f"{prefix}{name}".replace("_", "-")
+        if is_dataclass(value) or dotted == "tasks":
+            yield from dotted_fields(value, f"{dotted}.")
+        else:
+            yield dotted, isinstance(value, dict) and bool(value)
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "paper", "--help"])
+    lines = [line.strip("╭─╮│ ") for line in capsys.readouterr().out.splitlines()]
+    explained = dict(dotted_fields(paper()))
+    assert {"run-dir", "tasks.sts.pair-input", "tasks.sst.splits", "model.mlp.width"} < set(explained)
+    for name, is_group in explained.items():
+        heading = rf"^{re.escape(name)} options" if is_group else rf"--{re.escape(name)}( |,|$)"
+        place = next(i for i, line in enumerate(lines) if re.search(heading, line))
+        said = "".join(lines[place + 1 : place + 4])
+        assert re.match(r"[─-]*[\w`].*\.", said), f"--{name} is not explained: {said}"

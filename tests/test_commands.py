@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from directories import directory_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertModel
 
-from mtfast import cli, machine
+from mtfast import cli, commands, machine
+from mtfast.config import ConfigError, RunConfig
 from mtfast.data.demo import write_demo_corpus
-from mtfast.data.tasks import read_task
+from mtfast.data.tables import read_task
 from mtfast.models.checkpoint import load_bert_config
-from mtfast.recipes import RECIPES
-from mtfast.train import run
-from mtfast.train.config import ConfigError, RunConfig
-from mtfast.train.rundir import RunDirectory
+from mtfast.recipes import PAPER_TASKS, demo
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +27,12 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def config(corpus, tmp_path) -> RunConfig:
-    demo = RECIPES["demo"]()
+    config = demo()
     return replace(
-        demo,
+        config,
         run_dir=str(tmp_path / "run"),
-        model=replace(demo.model, checkpoint=str(corpus.bert)),
-        data=replace(demo.data, tasks=str(corpus.tasks), reviews=str(corpus.reviews)),
+        model=replace(config.model, checkpoint=str(corpus.bert)),
+        data=replace(config.data, tasks=str(corpus.tasks), reviews=str(corpus.reviews)),
     )
 
 
@@ -41,8 +40,12 @@ def change_data(config: RunConfig, **changes) -> RunConfig:
     return replace(config, data=replace(config.data, **changes))
 
 
+def with_sts_from(config: RunConfig, source: str) -> RunConfig:
+    return replace(config, tasks=config.tasks | {"sts": replace(config.tasks["sts"], source=source)})
+
+
 def test_prepare_records_what_became_of_every_row(config):
-    run.prepare(config)
+    commands.prepare(config)
     data = json.loads((config.path / "summary.json").read_text())["data"]
     assert set(data) == {
         f"{task}-{split}" for task in ("sst", "quora", "sts") for split in ("train", "dev")
@@ -63,10 +66,10 @@ def test_sequences_longer_than_the_models_positions_are_refused_before_anything_
     config, changes, message
 ):
     with pytest.raises(ConfigError, match=message):
-        run.prepare(change_data(config, **changes))
+        commands.prepare(change_data(config, **changes))
     assert not (config.path / "cache").exists()
     if "review_max_length" in changes:  # does not matter to the other stages
-        run.prepare(replace(change_data(config, **changes), stages=("heads", "finetune")))
+        commands.prepare(replace(change_data(config, **changes), stages=("heads", "finetune")))
 
 
 @pytest.mark.parametrize(
@@ -81,41 +84,43 @@ def test_a_checkpoint_too_small_for_its_tokenizer_or_for_pairs_is_refused(
     setattr(bert, field, value)
     bert.save_pretrained(tmp_path / "bert")
     with pytest.raises(ConfigError, match=message):
-        run.prepare(replace(config, model=replace(config.model, checkpoint=str(tmp_path / "bert"))))
+        commands.prepare(replace(config, model=replace(config.model, checkpoint=str(tmp_path / "bert"))))
 
 
 def test_what_a_later_stage_cannot_do_is_told_before_the_first(config, tmp_path):
     with pytest.raises(ConfigError, match=r"finetune\.batch_size 10 does not divide"):
-        run.prepare(replace(config, finetune=replace(config.finetune, batch_size=10, accumulation=3)))
+        commands.prepare(replace(config, finetune=replace(config.finetune, batch_size=10, accumulation=3)))
     assert not config.path.exists()
 
 
 def test_one_file_for_every_split_is_refused(config, corpus):
     path = corpus.tasks / "sts-train.csv"
-    with pytest.raises(ConfigError, match=r"data\.sts is one file, .*which would be training and dev data"):
-        run.prepare(change_data(config, sts=str(path)))
-    run.prepare(change_data(config, sts=str(path).replace("train", "{split}")))
+    said = r"tasks\.sts\.source is one file, .*which would be training and dev data"
+    with pytest.raises(ConfigError, match=said) as raised:
+        commands.prepare(with_sts_from(config, str(path)))
+    assert raised.value.field == "tasks.sts.source"
+    commands.prepare(with_sts_from(config, str(path).replace("train", "{split}")))
 
 
 @pytest.mark.parametrize("tasks", ["data/nowhere", "sts-{split}.csv"])
 def test_a_missing_directory_of_the_tasks_is_not_asked_of_the_hub(config, tasks, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", None)
     with pytest.raises(ConfigError, match=rf"data\.tasks is {tasks}, which is no directory here"):
-        run.prepare(change_data(config, tasks=tasks))
+        commands.prepare(change_data(config, tasks=tasks))
 
 
 def test_a_stage_does_not_come_after_one_that_builds_on_it(config):
-    (RunDirectory(config).stage("heads") / "state").mkdir(parents=True)
+    (directory_of(config).stage("heads") / "state").mkdir(parents=True)
     with pytest.raises(ConfigError, match="heads has begun without pretrain"):
-        run.train(config, "pretrain")
+        commands.train(config, "pretrain")
 
 
-@pytest.mark.parametrize("command", [run.evaluate, run.predict])
+@pytest.mark.parametrize("command", [commands.evaluate, commands.predict])
 def test_nothing_to_evaluate(config, command):
     with pytest.raises(ConfigError, match="holds no run with this configuration"):
         command(config)
     assert not config.path.exists()
-    run.prepare(config)
+    commands.prepare(config)
     with pytest.raises(ConfigError, match="holds no finished heads or finetune stage"):
         command(config)
 
@@ -135,10 +140,10 @@ def oracle(directory, tasks: dict[str, list[list[str]]]) -> dict[str, torch.Tens
                 [bert(**tokenizer(t, return_tensors="pt")).last_hidden_state[:, 0] for t in texts]
             )
 
-    found = {"sst": linear(cls(tasks["sst"][0]), "sentiment.classifier").argmax(1)}
+    found = {"sst": linear(cls(tasks["sst"][0]), "task-sst.classifier").argmax(1)}
     for output, task in enumerate(("quora", "sts")):
         pair = torch.cat([cls(column) for column in tasks[task]], dim=1)
-        found[task] = linear(linear(pair, "pair.mlp.dense").relu(), "pair.mlp.out_proj")[:, output]
+        found[task] = linear(linear(pair, "mlp-pair.mlp.dense").relu(), "mlp-pair.mlp.out_proj")[:, output]
     return found | {"quora": (found["quora"] > 0).double()}
 
 
@@ -150,14 +155,14 @@ def test_a_short_run_predicts_evaluates_and_summarises(config, corpus):
         finetune=replace(config.finetune, epochs=1, max_steps=60),
     )
     for stage in config.stages:
-        run.train(config, stage)
-    metrics = run.evaluate(config)
-    assert [path.name for path in run.predict(config)] == [
+        commands.train(config, stage)
+    metrics = commands.evaluate(config)
+    assert [path.name for path in commands.predict(config)] == [
         f"{stem}-{split}-output.csv" for split in ("dev", "test") for stem in ("sst", "para", "sts")
     ]
 
     columns = {"sst": "Predicted_Sentiment", "quora": "Predicted_Is_Paraphrase", "sts": "Predicted_Similiary"}
-    tables = {task: read_task(task, corpus.tasks, "test") for task in columns}
+    tables = {name: read_task(name, task, corpus.tasks, "test") for name, task in PAPER_TASKS.items()}
     expected = oracle(config.path / "finetune/best-mean", {task: t.texts for task, t in tables.items()})
     dev = {}
     for task, column in columns.items():
@@ -166,19 +171,23 @@ def test_a_short_run_predicts_evaluates_and_summarises(config, corpus):
             header, *rows = (config.path / "predictions" / name).read_text().split("\n")[:-1]
             assert header == f"id \t {column} " and all(row.endswith(" ") for row in rows)
             ids, values = zip(*(row.split(" , ") for row in rows), strict=True)
-            table = read_task(task, corpus.tasks, split)
+            table = read_task(task, PAPER_TASKS[task], corpus.tasks, split)
             assert list(ids) == table.ids
             if split == "test":
                 assert list(map(float, values)) == pytest.approx(expected[task].tolist(), rel=1e-4, abs=1e-4)
             else:
                 dev[task] = np.array(values, dtype=float), table.labels
     sst, quora = ((dev[task][0] == dev[task][1]).mean() for task in ("sst", "quora"))
-    pearson = scipy.stats.pearsonr(*dev["sts"]).statistic
+    pearson, spearman = (f(*dev["sts"]).statistic for f in (scipy.stats.pearsonr, scipy.stats.spearmanr))
+    predicted, labels = dev["quora"]
+    f1 = 2 * sum(predicted * labels) / (sum(predicted) + sum(labels))
     assert metrics == pytest.approx(
         {
             "sst_accuracy": sst,
             "quora_accuracy": quora,
+            "quora_f1": f1,
             "sts_pearson": pearson,
+            "sts_spearman": spearman,
             "mean": (sst + quora + pearson) / 3,
             "cs224n_overall": (sst + quora + (pearson + 1) / 2) / 3,
         },
@@ -206,7 +215,7 @@ def test_report_of_an_experiment_of_which_one_run_is_there(tmp_path, capsys):
 
 def test_runs_that_differ_after_pre_training_share_it(config, capsys):
     short = replace(config.pretrain, max_steps=3)
-    cli.COMMANDS["pretrain"].run(replace(config, experiment="exp2", pretrain=short))
+    cli.COMMANDS["pretrain"].run("exp2", replace(config, pretrain=short))
     assert "pretrain: taken over from" in capsys.readouterr().out
     ours, theirs = (config.path / name for name in ("lstm-head", "linear-head"))
     for name in ("pretrain/result.json", "pretrain/last/model.safetensors", "metrics.jsonl"):

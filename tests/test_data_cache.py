@@ -1,5 +1,6 @@
 """Token sequences against single calls of the Hugging Face tokenizer; the Arrow cache, stale and torn."""
 
+import itertools
 import logging
 import threading
 import time
@@ -8,31 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow.ipc
 import pytest
+from paper_tables import read_paper_task, table_of
 from small_tokenizer import small_tokenizer
 from transformers import AutoTokenizer
 
 from mtfast.data import cache
-from mtfast.data.tasks import TASKS, RowAccount, TaskTable, read_task
-from mtfast.data.tokenized import TokenizedTask, tokenize_task
-from mtfast.data.tokens import longest_first
+from mtfast.data.tokens import Sequences, SpecialTokens, TokenizedTask, longest_first, tokenize_task
 
 
 def sequence(tokenized: TokenizedTask, index: int) -> list[int]:
-    return tokenized.tokens[tokenized.offsets[index] : tokenized.offsets[index + 1]].tolist()
+    sequences = tokenized.sequences
+    return sequences.tokens[sequences.offsets[index] : sequences.offsets[index + 1]].tolist()
 
 
 def types(tokenized: TokenizedTask, index: int) -> list[int]:
-    length = int(tokenized.offsets[index + 1] - tokenized.offsets[index])
-    return [int(place >= tokenized.segment_b_start[index]) for place in range(length)]
-
-
-def table_of(task: str, *columns: list[str], labels=None) -> TaskTable:
-    rows = len(columns[0])
-    values = None if labels is None else np.asarray(labels, TASKS[task].label_dtype)
-    account = RowAccount(rows, rows)
-    return TaskTable(
-        TASKS[task], "train", "here", [f"x{i}" for i in range(rows)], list(columns), values, account
-    )
+    sequences = tokenized.sequences
+    length = int(sequences.offsets[index + 1] - sequences.offsets[index])
+    return [int(position >= sequences.segment_b_start[index]) for position in range(length)]
 
 
 @pytest.mark.parametrize("max_length", [128, 20])
@@ -41,11 +34,11 @@ def table_of(task: str, *columns: list[str], labels=None) -> TaskTable:
 )
 def test_real_sentences_equal_single_tokenizer_calls(data_dir, checkpoint_dir, task, pair_input, max_length):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
-    table = read_task(task, data_dir / "cs224n", "dev")
-    tokenized = tokenize_task(table, tokenizer, max_length=max_length, pair_input=pair_input)
+    table = read_paper_task(task, data_dir / "cs224n", "dev", pair_input=pair_input)
+    tokenized = tokenize_task(table, tokenizer, max_length=max_length)
     assert len(tokenized) == len(table) and tokenized.ids == table.ids
     np.testing.assert_array_equal(tokenized.labels, table.labels)
-    per = tokenized.sequences_per_example
+    per = tokenized.task.sequences_per_example
     assert per == (2 if task != "sst" and pair_input == "separate" else 1)
     cut = 0
     for row in range(0, len(table), 3):
@@ -64,7 +57,7 @@ def test_real_sentences_equal_single_tokenizer_calls(data_dir, checkpoint_dir, t
         for call in ([table.texts] if pair_input == "joint" else [[column] for column in table.texts])
         for ids in tokenizer(*call)["input_ids"]
     )
-    assert tokenized.truncated == everything
+    assert tokenized.sequences.truncated == everything
 
 
 def test_longest_first_is_that_of_hugging_face():
@@ -85,14 +78,14 @@ def test_longest_first_is_that_of_hugging_face():
 
 def test_a_sentence_of_5000_words_is_cut_and_counted():
     tokenizer = small_tokenizer()
-    table = table_of("quora", ["a film .", "play " * 5000], ["good film " * 2500, "bad"], labels=[0, 1])
-    separate = tokenize_task(table, tokenizer, max_length=64)
-    assert (separate.truncated, separate.lengths.tolist()) == (2, [5 + 64, 64 + 3])
+    columns = ["a film .", "play " * 5000], ["good film " * 2500, "bad"]
+    separate = tokenize_task(table_of("quora", *columns), tokenizer, max_length=64)
+    assert (separate.sequences.truncated, separate.lengths.tolist()) == (2, [5 + 64, 64 + 3])
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     play = tokenizer.convert_tokens_to_ids("play")
     assert sequence(separate, 2) == [cls, *[play] * 62, sep]
-    joint = tokenize_task(table, tokenizer, max_length=64, pair_input="joint")
-    assert (joint.truncated, joint.lengths.tolist()) == (2, [64, 64])
+    joint = tokenize_task(table_of("quora", *columns, pair_input="joint"), tokenizer, max_length=64)
+    assert (joint.sequences.truncated, joint.lengths.tolist()) == (2, [64, 64])
     bad = tokenizer.convert_tokens_to_ids("bad")
     assert sequence(joint, 1) == [cls, *[play] * 60, sep, bad, sep]
     assert types(joint, 1) == [0] * 62 + [1] * 2
@@ -109,8 +102,32 @@ def test_select_takes_rows_in_the_order_asked():
     assert masked.ids == ["x1"] and sequence(masked, 1) == sequence(tokenized, 3)
 
 
+def test_runs_join_sequences_as_a_loop_does():
+    random = np.random.default_rng(0)
+    lengths = random.integers(0, 5, 40)  # some of them empty
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = random.integers(5, 100, offsets[-1]).astype(np.int32)
+    texts = Sequences(tokens, offsets, lengths.astype(np.int32), SpecialTokens.of(small_tokenizer()))
+    begin = random.integers(0, 40, 60)
+    end = np.minimum(begin + random.integers(0, 6, 60), 40)  # they overlap, and some are empty
+    runs = texts.runs(begin, end)
+    expected: list[list[int]] = []
+    for first, last in zip(begin, end, strict=True):
+        joined: list[int] = []
+        for index in range(first, last):
+            joined += tokens[offsets[index] : offsets[index + 1]].tolist()
+        expected.append(joined)
+    assert len(runs) == 60 and any(map(len, expected)) and not all(map(len, expected))
+    assert [runs.tokens[a:b].tolist() for a, b in itertools.pairwise(runs.offsets)] == expected
+    assert runs.segment_b_start.tolist() == runs.lengths.tolist() == [len(joined) for joined in expected]
+    assert (runs.tokens.dtype, runs.offsets.dtype, runs.segment_b_start.dtype) == (
+        np.int32, np.int64, np.int32,
+    )  # fmt: skip
+    assert (runs.special, runs.max_length, runs.truncated) == (texts.special, None, 0)
+
+
 def count_calls(monkeypatch):
-    import mtfast.data.tokenized as module
+    import mtfast.data.tokens as module
 
     calls = []
     original = module.tokenize_texts
@@ -136,9 +153,11 @@ def test_the_cache_is_used_for_the_same_tokenizer_data_and_settings_only(tmp_pat
     used(["a", "b c"], padding="max_length", truncation=True, max_length=9)  # leaves its settings behind
     again, built = made(tokenizer=used)
     assert not built
-    for name in ("tokens", "offsets", "segment_b_start", "labels"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
-    assert not again.tokens.flags.owndata and not again.tokens.flags.writeable  # a view of the mapped file
+    for name in ("tokens", "offsets", "segment_b_start"):
+        np.testing.assert_array_equal(getattr(again.sequences, name), getattr(first.sequences, name))
+    np.testing.assert_array_equal(again.labels, first.labels)
+    flags = again.sequences.tokens.flags
+    assert not flags.owndata and not flags.writeable  # a view of the mapped file
     relabelled, built = made(table_of("sst", ["a good film .", "a film"], labels=[0, 1]))
     assert not built and relabelled.labels.tolist() == [0, 1]  # labels are not in the cache
     assert made(max_length=8)[1]
@@ -154,7 +173,7 @@ def test_a_stale_or_torn_cache_file_is_rebuilt_with_a_log_line(tmp_path, monkeyp
     table = table_of("sst", ["a good film .", "play " * 300], labels=[4, 2])
     whole = tokenize_task(table, small_tokenizer(), max_length=200, cache_dir=tmp_path)
     [path] = tmp_path.glob("*.arrow")
-    expected, raw = whole.tokens.copy(), path.read_bytes()
+    expected, raw = whole.sequences.tokens.copy(), path.read_bytes()
     path.unlink()  # the mapping above stays valid
     if damage == "truncated":
         path.write_bytes(raw[: len(raw) // 2])
@@ -177,10 +196,9 @@ def test_a_stale_or_torn_cache_file_is_rebuilt_with_a_log_line(tmp_path, monkeyp
     assert calls
     [record] = caplog.records
     assert str(path) in record.getMessage() and "rebuilt" in record.getMessage()
-    np.testing.assert_array_equal(again.tokens, expected)
-    np.testing.assert_array_equal(
-        tokenize_task(table, small_tokenizer(), max_length=200, cache_dir=tmp_path).tokens, expected
-    )
+    np.testing.assert_array_equal(again.sequences.tokens, expected)
+    once_more = tokenize_task(table, small_tokenizer(), max_length=200, cache_dir=tmp_path)
+    np.testing.assert_array_equal(once_more.sequences.tokens, expected)
     assert len(calls) == 1
 
 
@@ -189,11 +207,11 @@ def test_the_files_used_last_stay_and_older_ones_go(tmp_path, monkeypatch):
 
     def load(max_length):
         before = len(calls)
-        tokens = tokenize_task(
+        table = tokenize_task(
             table_of("sst", ["a good film ."]), small_tokenizer(), max_length=max_length, cache_dir=tmp_path
-        ).tokens
+        )
         time.sleep(0.01)  # file times are that coarse
-        return tokens, len(calls) > before
+        return table.sequences.tokens, len(calls) > before
 
     other = tokenize_task(
         table_of("quora", ["a"], ["b"]), small_tokenizer(), max_length=8, cache_dir=tmp_path
@@ -208,11 +226,11 @@ def test_the_files_used_last_stay_and_older_ones_go(tmp_path, monkeypatch):
         "quora-train", *["sst-train"] * cache.KEPT
     ]  # fmt: skip
     assert sorted(path.name for path in tmp_path.glob("*.lock")) == ["quora-train.lock", "sst-train.lock"]
-    assert other.tokens.tolist()  # nobody touched it
+    assert other.sequences.tokens.tolist()  # nobody touched it
 
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
-    import mtfast.data.tokenized as module
+    import mtfast.data.tokens as module
 
     def fail(tokenizer, texts):
         raise KeyboardInterrupt
@@ -230,7 +248,7 @@ def test_of_several_that_start_together_one_builds_and_all_load(tmp_path, monkey
 
     def load(_):
         start.wait()
-        return tokenize_task(table, small_tokenizer(), max_length=32, cache_dir=tmp_path).tokens
+        return tokenize_task(table, small_tokenizer(), max_length=32, cache_dir=tmp_path).sequences.tokens
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(load, range(4)))
@@ -241,8 +259,6 @@ def test_of_several_that_start_together_one_builds_and_all_load(tmp_path, monkey
 
 def test_wrong_settings_are_refused():
     table = table_of("sst", ["a"])
-    with pytest.raises(ValueError, match='pair_input must be "separate" or "joint", found \'both\''):
-        tokenize_task(table, small_tokenizer(), max_length=32, pair_input="both")
     with pytest.raises(ValueError, match="max_length must be at least 8, found 2"):
         tokenize_task(table, small_tokenizer(), max_length=2)
     tokenizer = small_tokenizer()

@@ -7,11 +7,11 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
+from paper_tables import read_paper_task
 
 from mtfast.data.delimited import split_rows
 from mtfast.data.reviews import read_reviews
 from mtfast.data.rows import DataError
-from mtfast.data.tasks import read_task
 
 QUORA = "\tid\tsentence1\tsentence2\tis_duplicate\n"
 
@@ -19,7 +19,7 @@ QUORA = "\tid\tsentence1\tsentence2\tis_duplicate\n"
 def quora(tmp_path, *lines):
     path = tmp_path / "quora-train.csv"
     path.write_text(QUORA + "".join(f"{line}\n" for line in lines), encoding="utf-8", newline="")
-    table = read_task("quora", tmp_path)
+    table = read_paper_task("quora", tmp_path)
     assert table.account.read == table.account.used + len(table.account.skipped)
     return table
 
@@ -51,13 +51,13 @@ def test_a_stray_quote_costs_its_own_row_only(tmp_path, first, last, used):
     assert line == 3
     assert reason.startswith("a quote begins a field here and takes in rows of their own, up to line 5")
     with pytest.raises(DataError, match=r"quora-train\.csv:3: a quote begins a field here .*\(strict"):
-        read_task("quora", tmp_path, strict=True)
+        read_paper_task("quora", tmp_path, strict=True)
 
 
 def test_a_stray_quote_in_a_comma_file_costs_its_own_row_only(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text('text,label\ngood,1\n"why not,0\nfine,1\nthe "best",0\nbad,0\n')
-    table = read_task("sst", tmp_path)
+    table = read_paper_task("sst", tmp_path)
     assert table.texts == [["good", "fine", 'the "best"', "bad"]]
     assert [line for line, _ in skipped(table)] == [3]
     assert read_reviews(path).account.used == 4
@@ -75,7 +75,7 @@ def test_a_row_of_several_lines_that_cannot_be_used_is_skipped_line_by_line(tmp_
     ]
 
 
-def test_quoted_line_breaks_and_tabs_are_read_and_told_of(tmp_path):
+def test_quoted_line_breaks_and_tabs_are_read_and_reported(tmp_path):
     table = quora(tmp_path, GOOD, '0\ta\t"one\ntwo"\tthree\t1', '1\tb\t"one\ttwo"\t"say ""hi"""\t0', GOOD)
     assert table.texts[0] == ["good", "one\ntwo", "one\ttwo", "good"]
     assert table.texts[1][2] == 'say "hi"'
@@ -103,7 +103,7 @@ def test_reviews_with_line_breaks_and_commas_in_a_comma_file_are_whole(tmp_path,
         )
     reviews = read_reviews(path)
     assert reviews.texts == texts and not reviews.account.skipped
-    assert [line for _, line in reviews.places] == [2, 4, 9, 11, 12]
+    assert [line for _, line in reviews.lines] == [2, 4, 9, 11, 12]
     assert reviews.account.notes == ("reviews.csv: 3 rows with quoted line breaks, in line 2, 4, 9",)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([text] for text in texts)])
@@ -114,7 +114,7 @@ def test_a_header_whose_quote_takes_in_rows_is_an_error(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text('text,label,"note\na,1,x\nb,0,y"\nc,1,z\n')
     with pytest.raises(DataError, match=r"train\.csv:1: a name in the header .* goes on to line 3"):
-        read_task("sst", path)
+        read_paper_task("sst", path)
 
 
 def test_fields_of_any_length_are_read(tmp_path):
@@ -144,7 +144,7 @@ def test_a_carriage_return_in_a_sentence_is_part_of_it(tmp_path, quote):
     with pytest.raises(
         DataError, match=r"quora-train\.csv:1: a carriage return in the header; lines should end"
     ):
-        read_task("quora", tmp_path)
+        read_paper_task("quora", tmp_path)
 
 
 def test_many_stray_quotes_take_no_longer_than_their_lines():
@@ -157,13 +157,13 @@ def test_many_stray_quotes_take_no_longer_than_their_lines():
 def test_byte_order_marks(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"sentence": "a", "label": 1}\n')
-    assert read_task("sst", path).texts == [["a"]]
+    assert read_paper_task("sst", path).texts == [["a"]]
     for encoding in ("utf-16-le", "utf-16-be"):
         path.write_bytes('\ufeff{"sentence": "a", "label": 1}\n'.encode(encoding))
         with pytest.raises(
             DataError, match=r"train\.jsonl: UTF-16, by its byte-order mark; save the file as"
         ):
-            read_task("sst", path)
+            read_paper_task("sst", path)
 
 
 ROW = {"sentence": "a", "label": 1}
@@ -183,7 +183,7 @@ def test_json_that_is_not_in_lines_is_one_error(tmp_path, text, what):
     path = tmp_path / "train.json"
     path.write_text(text)
     with pytest.raises(DataError, match=re.escape(f"{path}{what}")):
-        read_task("sst", path)
+        read_paper_task("sst", path)
 
 
 def test_json_values_that_cannot_be_read_are_skipped(tmp_path):
@@ -204,7 +204,7 @@ def test_json_values_that_cannot_be_read_are_skipped(tmp_path):
         '{"sentence": "a", "label": 1, "id": "two\\nlines"}',
     ]
     path.write_text("\n".join(lines))
-    table = read_task("sst", path)
+    table = read_paper_task("sst", path)
     assert table.ids == ["0", "10", "two lines"] and table.account.read == len(lines)
     reasons = dict(skipped(table))
     assert list(reasons) == list(range(2, 11))
@@ -223,7 +223,7 @@ def test_parquet_columns_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(
         DataError, match=r"train\.parquet: sentence cannot be read: .*UTF8 sequence at string index 1"
     ):
-        read_task("sst", path)
+        read_paper_task("sst", path)
     late = pyarrow.array([2**60], pyarrow.timestamp("us"))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "when": late}), path)
     with pytest.raises(DataError, match=r"train\.parquet:1: when cannot be read"):

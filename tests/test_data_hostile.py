@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import datasets
 import pyarrow
@@ -12,11 +13,15 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from paper_tables import read_paper_task
 
+from mtfast.data.cs224n import COURSE_TASKS
 from mtfast.data.delimited import UnclosedQuoteError, split_rows
 from mtfast.data.reviews import read_reviews
 from mtfast.data.rows import DataError
-from mtfast.data.tasks import TASKS, read_task
+from mtfast.data.tables import read_task
+from mtfast.recipes import PAPER_TASKS
+from mtfast.tasks import Task
 
 pytestmark = pytest.mark.sweep
 _FULL = os.environ.get("MTFAST_TEST_SWEEP") == "full"
@@ -40,8 +45,17 @@ HEADERS = [
     ["idx", "sentence"],
 ]  # fmt: skip
 TEXT = st.one_of(st.lists(st.sampled_from(PIECES), max_size=4).map("".join), st.text(max_size=12))
+WORDS = Task(
+    kind="classification",
+    classes=("a", "film", '"a"'),
+    text="sentence",
+    label="label",
+    aliases={"sentence": ("text",), "label": ("sentiment", "review")},
+)
+NAMED = {"words": WORDS, "numbers": replace(WORDS, classes=("1", "2", "a"))}
 READERS = {
-    **{task: lambda path, task=task: read_task(task, path).account for task in TASKS},
+    **{task: lambda path, task=task: read_paper_task(task, path).account for task in PAPER_TASKS},
+    **{name: lambda path, name=name: read_task(name, NAMED[name], path).account for name in NAMED},
     "reviews": lambda path: read_reviews(path).account,
 }
 
@@ -135,7 +149,7 @@ def check_pairs(path, rows):
     if not usable:
         assert account_or_error(READERS["sts"], path) is None
         return
-    table = read_task("sts", path)
+    table = read_paper_task("sts", path)
     assert table.account.read == len(rows) and len(table.account.skipped) == len(rows) - len(usable)
     assert table.ids == [str(number) for number in usable]
     assert [list(pair) for pair in zip(*table.texts, strict=True)] == list(usable.values())
@@ -220,14 +234,14 @@ def damaged(draw, content):
     """The bytes with some of them changed, cut off or repeated."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(len(changed) - 1, 0)))
+        at = draw(st.integers(0, max(len(changed) - 1, 0)))
         what = draw(st.sampled_from(["change", "cut", "repeat"]))
         if what == "change":
-            changed[place : place + 1] = draw(st.binary(min_size=1, max_size=8))
+            changed[at : at + 1] = draw(st.binary(min_size=1, max_size=8))
         elif what == "cut":
-            del changed[place:]
+            del changed[at:]
         else:
-            changed[place:place] = changed[place : place + 8]
+            changed[at:at] = changed[at : at + 8]
     return bytes(changed)
 
 
@@ -283,8 +297,8 @@ def test_saved_data_sets(folder, rows, data):
 
 
 COURSE_FILES = [
-    f"{task.file_prefix}-{part}.csv"
-    for task in TASKS.values()
+    f"{task.prefix}-{part}.csv"
+    for task in COURSE_TASKS.values()
     for part in ("train", "dev", "test", "test-student")
 ] + ["train.csv", "validation.csv", "dev.jsonl"]
 
@@ -296,9 +310,11 @@ def test_course_directories(folder, files):
     path.mkdir()
     for name, content in files.items():
         (path / name).write_text(content, encoding="utf-8", newline="")
-    for task in TASKS:
+    for task in PAPER_TASKS:
         for split in ("train", "dev", "test"):
-            account_or_error(lambda path, task=task, split=split: read_task(task, path, split).account, path)
+            account_or_error(
+                lambda path, task=task, split=split: read_paper_task(task, path, split).account, path
+            )
 
 
 @given(

@@ -6,14 +6,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from paper_tables import read_paper_task, table_of
 from small_tokenizer import small_tokenizer
-from test_data_cache import table_of
 from transformers import AutoTokenizer
 
 from mtfast.data.packing import PackedBatch, pack_tasks, prefetch
 from mtfast.data.sampler import plan_epoch
-from mtfast.data.tasks import TASKS, read_task
-from mtfast.data.tokenized import tokenize_task
+from mtfast.data.tokens import tokenize_task
+from mtfast.recipes import PAPER_TASKS
 
 
 @pytest.fixture
@@ -21,12 +21,9 @@ def tables():
     tokenizer = small_tokenizer()
     sst = table_of("sst", ["a film", "the good film is good .", "bad"], labels=[2, 4, 0])
     quora = table_of("quora", ["is a film a play ?", "good"], ["a", "the film !"], labels=[0, 1])
-    sts = table_of("sts", ["not bad"], ["good"], labels=[3.5])
-    return {
-        "sst": tokenize_task(sst, tokenizer, max_length=32),
-        "quora": tokenize_task(quora, tokenizer, max_length=32),
-        "sts": tokenize_task(sts, tokenizer, max_length=32, pair_input="joint"),
-    }
+    sts = table_of("sts", ["not bad"], ["good"], labels=[3.5], pair_input="joint")
+    raw = {"sst": sst, "quora": quora, "sts": sts}
+    return {name: tokenize_task(table, tokenizer, max_length=32) for name, table in raw.items()}
 
 
 def test_a_batch_packed_by_hand(tables):
@@ -116,7 +113,7 @@ def test_wrong_arguments(tables):
 
 def test_real_steps_hold_each_example_with_its_tokens_and_label(data_dir, checkpoint_dir):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
-    raw = {name: read_task(name, data_dir / "cs224n", "dev") for name in TASKS}
+    raw = {name: read_paper_task(name, data_dir / "cs224n", "dev") for name in PAPER_TASKS}
     tables = {name: tokenize_task(table, tokenizer, max_length=128) for name, table in raw.items()}
     lengths = {name: table.lengths for name, table in tables.items()}
     steps = plan_epoch(lengths, batch_size=160, seed=3, epoch=0)
@@ -125,12 +122,12 @@ def test_real_steps_hold_each_example_with_its_tokens_and_label(data_dir, checkp
         offsets = batch.cu_seqlens.tolist()
         for name, rows in batch.tasks.items():
             assert len(rows.examples) == step.step_counts[name] == rows.step_count
-            for example, label, places in zip(
+            for example, label, sequences in zip(
                 rows.examples[::8], rows.labels[::8], rows.sequences[::8], strict=True
             ):
                 assert label == raw[name].labels[example]
-                for column, place in zip(raw[name].texts, places.reshape(-1).tolist(), strict=True):
-                    found = batch.input_ids[offsets[place] : offsets[place + 1]].tolist()
+                for column, index in zip(raw[name].texts, sequences.reshape(-1).tolist(), strict=True):
+                    found = batch.input_ids[offsets[index] : offsets[index + 1]].tolist()
                     assert found == tokenizer(column[example])["input_ids"]
 
 

@@ -12,17 +12,16 @@ from transformers import AutoTokenizer
 
 from mtfast.data.packing import pack_reviews
 from mtfast.data.reviews import ReviewTable, build_samples, read_reviews
-from mtfast.data.rows import DataError
+from mtfast.data.rows import DataError, RowAccount
 from mtfast.data.sampler import plan_reviews
-from mtfast.data.tasks import RowAccount
 from mtfast.ops import mask_tokens
 
 CLS, SEP = 2, 3
 
 
 def table_of(*texts: str) -> ReviewTable:
-    places = [("here", line) for line in range(1, len(texts) + 1)]
-    return ReviewTable("here", list(texts), places, RowAccount(len(texts), len(texts)))
+    lines = [("here", line) for line in range(1, len(texts) + 1)]
+    return ReviewTable("here", list(texts), lines, RowAccount(len(texts), len(texts)))
 
 
 def numbered_reviews(count: int, sentences: int = 6) -> ReviewTable:
@@ -32,10 +31,16 @@ def numbered_reviews(count: int, sentences: int = 6) -> ReviewTable:
     )
 
 
+def tokens_of(samples, index):
+    """A sample's token ids, and where B begins in them."""
+    sequences = samples.sequences
+    tokens = sequences.tokens[sequences.offsets[index] : sequences.offsets[index + 1]]
+    return tokens.tolist(), int(sequences.segment_b_start[index])
+
+
 def segments(samples, index):
     """Token ids of A and of B of a sample, checked for their frame."""
-    tokens = samples.tokens[samples.offsets[index] : samples.offsets[index + 1]].tolist()
-    second = int(samples.segment_b_start[index])
+    tokens, second = tokens_of(samples, index)
     assert tokens[0] == CLS and tokens[second - 1] == SEP and tokens[-1] == SEP
     a, b = tokens[1 : second - 1], tokens[second:-1]
     assert a and b and CLS not in a + b and SEP not in a + b
@@ -72,8 +77,12 @@ def test_every_sentence_is_used_exactly_once(sentences):
     found = [piece for i in range(len(samples)) for part in segments(samples, i) for piece in part]
     expected = [piece for text in reviews.texts for piece in pieces(tokenizer, text)]
     lost = len(expected) - len(found)
-    assert sorted(found) == sorted(expected) if samples.truncated == 0 else 0 < lost < len(expected) / 10
-    assert sentences == 60 or samples.truncated == 0
+    assert (
+        sorted(found) == sorted(expected)
+        if samples.sequences.truncated == 0
+        else 0 < lost < len(expected) / 10
+    )
+    assert sentences == 60 or samples.sequences.truncated == 0
 
 
 def test_a_run_does_not_end_in_a_single_sentence_if_the_one_before_can_spare_one():
@@ -82,7 +91,7 @@ def test_a_run_does_not_end_in_a_single_sentence_if_the_one_before_can_spare_one
         *(" ".join(f"{'Good ' * 18}{word}." for word in ("film", "play", "is", "bad")) for _ in range(10))
     )
     samples = build_samples(reviews, tokenizer, max_length=3 + 3 * 20, seed=0)
-    assert len(samples) == 20 and samples.truncated == 0
+    assert len(samples) == 20 and samples.sequences.truncated == 0
     assert {len(part) for index in range(20) for part in segments(samples, index)} == {20}  # 2 + 2, not 3 + 1
     assert samples.nsp_labels.sum() == 10
 
@@ -92,9 +101,9 @@ def test_samples_follow_from_the_seed_alone():
     first, again, other = (
         build_samples(reviews, small_tokenizer(), max_length=512, seed=seed) for seed in (3, 3, 4)
     )
-    np.testing.assert_array_equal(first.tokens, again.tokens)
+    np.testing.assert_array_equal(first.sequences.tokens, again.sequences.tokens)
     np.testing.assert_array_equal(first.nsp_labels, again.nsp_labels)
-    assert first.tokens.tolist() != other.tokens.tolist()
+    assert first.sequences.tokens.tolist() != other.sequences.tokens.tolist()
     assert first.nsp_labels.tolist() != other.nsp_labels.tolist()
 
 
@@ -150,7 +159,7 @@ def test_a_sentence_of_5000_words_is_cut_into_runs_and_none_of_it_is_lost():
     assert samples.lengths.max() <= 128
     # No run is longer than half of what fits, so no sample has to lose any of it.
     [play] = pieces(tokenizer, "play")
-    assert np.count_nonzero(samples.tokens == play) >= 5000 - samples.truncated * 64
+    assert np.count_nonzero(samples.sequences.tokens == play) >= 5000 - samples.sequences.truncated * 64
     assert np.count_nonzero(samples.reviews == 0) >= 5000 / 125
 
 
@@ -170,17 +179,9 @@ def test_real_reviews_each_used_half_following_and_at_most_512_tokens(data_dir, 
     ]
     following = 0
     for index in range(len(samples)):
-        tokens = samples.tokens[samples.offsets[index] : samples.offsets[index + 1]].tolist()
-        second = int(samples.segment_b_start[index])
-        assert (
-            tokens[0] == cls
-            and tokens[-1] == sep
-            and [i for i, t in enumerate(tokens) if t == sep]
-            == [
-                second - 1,
-                len(tokens) - 1,
-            ]
-        )
+        tokens, second = tokens_of(samples, index)
+        assert tokens[0] == cls
+        assert [i for i, token in enumerate(tokens) if token == sep] == [second - 1, len(tokens) - 1]
         assert samples.candidates[index] == sum(token not in special for token in tokens)
         if samples.nsp_labels[index] == 0:
             own = pieces(tokenizer, reviews.texts[samples.reviews[index]])
@@ -261,8 +262,10 @@ def test_samples_are_cached_by_seed_and_length(tmp_path):
     settings = {"max_length": 128, "seed": 1, "cache_dir": tmp_path}
     first = build_samples(reviews, small_tokenizer(), **settings)
     again = build_samples(reviews, small_tokenizer(), **settings)
-    assert len(list(tmp_path.glob("*.arrow"))) == 1 and not again.tokens.flags.writeable
-    for name in ("tokens", "offsets", "segment_b_start", "nsp_labels", "candidates", "reviews"):
+    assert len(list(tmp_path.glob("*.arrow"))) == 1 and not again.sequences.tokens.flags.writeable
+    for name in ("tokens", "offsets", "segment_b_start"):
+        np.testing.assert_array_equal(getattr(first.sequences, name), getattr(again.sequences, name))
+    for name in ("nsp_labels", "candidates", "reviews"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
     assert first.account == again.account
     build_samples(reviews, small_tokenizer(), **settings | {"seed": 2})
@@ -279,16 +282,15 @@ def test_packed_samples_know_their_corpus_positions_and_masked_counts():
     offsets = batch.cu_seqlens.tolist()
     assert len(batch.input_ids) % 64 == 0 and batch.tokens == samples.lengths[rows].sum()
     expected = 0
-    for place, row in enumerate(rows.tolist()):
-        part = slice(offsets[place], offsets[place + 1])
-        tokens = samples.tokens[samples.offsets[row] : samples.offsets[row + 1]]
+    for index, row in enumerate(rows.tolist()):
+        part = slice(offsets[index], offsets[index + 1])
+        tokens, second = tokens_of(samples, row)
         length = len(tokens)
-        assert batch.input_ids[part].tolist() == tokens.tolist()
+        assert batch.input_ids[part].tolist() == tokens
         assert batch.positions[part].tolist() == list(range(row * 128, row * 128 + length))
         assert batch.position_ids[part].tolist() == list(range(length))
-        second = int(samples.segment_b_start[row])
         assert batch.token_type_ids[part].tolist() == [0] * second + [1] * (length - second)
-        candidates = sum(token > 4 for token in tokens.tolist())
+        candidates = sum(token > 4 for token in tokens)
         expected += max(1, int(0.15 * candidates + 0.5))
     assert batch.masked == expected
     assert (batch.step_masked, batch.step_samples) == (99, 16)
@@ -309,7 +311,7 @@ def test_masked_counts_are_what_exact_masking_chooses():
             samples, rows, mlm_probability=0.15, step_masked=0, step_samples=0, bucket_tokens=100
         )
         masked = mask_tokens(
-            batch.input_ids, special_ids=samples.special.all, mask_token_id=tokenizer.mask_token_id,
+            batch.input_ids, special_ids=samples.sequences.special.all, mask_token_id=tokenizer.mask_token_id,
             vocab_size=len(tokenizer), seed=1, positions=batch.positions, cu_seqlens=batch.cu_seqlens,
             mlm_probability=0.15, strategy="exact",
         )  # fmt: skip

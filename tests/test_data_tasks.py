@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from paper_tables import read_paper_task
 
+from mtfast.data.cs224n import COURSE_TASKS
 from mtfast.data.records import is_one_file
 from mtfast.data.rows import DataError, MissingDataError
-from mtfast.data.tasks import TASKS, read_task
+from mtfast.recipes import PAPER_TASKS
 
 SST_HEADER = "\tid\tsentence\tsentiment\n"
 QUORA_HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
@@ -26,20 +28,20 @@ def write_sst(directory, *rows, split="train", header=SST_HEADER):
 GOOD = "0\tx0\tA good film .\t3"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PAPER_TASKS)
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_real_files_hold_what_a_plain_re_read_finds(data_dir, task, split):
-    prefix = TASKS[task].file_prefix
+    prefix = COURSE_TASKS[task].prefix
     path = data_dir / "cs224n" / f"{prefix}-{'test-student' if split == 'test' else split}.csv"
     if not path.exists():
         with pytest.raises(MissingDataError, match=r"no test file of quora: wanted quora-test-student\.csv"):
-            read_task(task, data_dir / "cs224n", split)
+            read_paper_task(task, data_dir / "cs224n", split)
         return
-    table = read_task(task, data_dir / "cs224n", split)
+    table = read_paper_task(task, data_dir / "cs224n", split)
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    label = TASKS[task].label_column
-    columns = TASKS[task].text_columns
+    label = PAPER_TASKS[task].label
+    columns = PAPER_TASKS[task].texts
     usable = [
         row
         for row in rows
@@ -58,7 +60,7 @@ def test_real_files_hold_what_a_plain_re_read_finds(data_dir, task, split):
 
 
 def test_the_real_quora_file_has_two_unusable_rows(data_dir):
-    account = read_task("quora", data_dir / "cs224n", "train").account
+    account = read_paper_task("quora", data_dir / "cs224n", "train").account
     lines = (data_dir / "cs224n" / "quora-train.csv").read_text(encoding="utf-8").split("\n")
     assert [row.reason for row in account.skipped] == ["empty label in is_duplicate", "empty sentence2"]
     for row, row_id in zip(
@@ -89,7 +91,7 @@ def test_the_real_quora_file_has_two_unusable_rows(data_dir):
 )
 def test_a_bad_row_is_skipped_counted_and_named(tmp_path, row, reason):
     path = write_sst(tmp_path, GOOD, row, "2\tx2\tNot a good film .\t1")
-    table = read_task("sst", tmp_path)
+    table = read_paper_task("sst", tmp_path)
     assert table.ids == ["x0", "x2"]
     assert table.labels.tolist() == [3, 1]
     assert (table.account.read, table.account.used) == (3, 2)
@@ -98,7 +100,7 @@ def test_a_bad_row_is_skipped_counted_and_named(tmp_path, row, reason):
     assert skipped.reason.startswith(reason)
     assert f"{path}:3: {reason}" in table.account.summary()
     with pytest.raises(DataError) as error:
-        read_task("sst", tmp_path, strict=True)
+        read_paper_task("sst", tmp_path, strict=True)
     assert str(error.value).startswith(f"{path}:3: {reason}")
 
 
@@ -110,10 +112,10 @@ def test_a_bad_row_is_skipped_counted_and_named(tmp_path, row, reason):
     ],
 )  # fmt: skip
 def test_label_ranges_of_pairs(tmp_path, task, value, fine):
-    label = TASKS[task].label_column
+    label = PAPER_TASKS[task].label
     path = tmp_path / f"{task}-train.csv"
     path.write_text(f"\tid\tsentence1\tsentence2\t{label}\n0\ta\tx\ty\t1\n1\tb\tx\ty\t{value}\n")
-    table = read_task(task, tmp_path)
+    table = read_paper_task(task, tmp_path)
     assert len(table) == (2 if fine else 1)
     if fine:
         assert table.labels[1] == np.float32(value)
@@ -127,7 +129,7 @@ def test_lines_count_from_where_a_record_starts_when_fields_span_lines(tmp_path)
         + '1\tb\t"four\nfive"\tsix\t\n'  # lines 5 and 6
         + "2\tc\tseven\teight\t7\n"  # line 7
     )
-    table = read_task("quora", tmp_path)
+    table = read_paper_task("quora", tmp_path)
     assert table.texts == [["one\ntwo\nthree"], ['say "hi"']]
     assert [row.line for row in table.account.skipped] == [5, 7]
 
@@ -137,21 +139,21 @@ def test_a_quote_that_is_never_closed_is_an_error_not_one_skipped_row(tmp_path):
     with pytest.raises(
         DataError, match=r"ids-sst-train\.csv:3: a quoted field begins here and is not closed"
     ):
-        read_task("sst", path)
+        read_paper_task("sst", path)
     write_sst(
         tmp_path, GOOD, '1\tx1\t"Fine .\t2', *[GOOD] * 20000
     )  # more than the csv module takes as a field
     with pytest.raises(
         DataError, match=r"ids-sst-train\.csv:3: a quoted field begins here and is not closed"
     ):
-        read_task("sst", path)
+        read_paper_task("sst", path)
 
 
 def test_a_file_that_is_not_utf8_is_named_with_line_and_offset(tmp_path):
     raw = (SST_HEADER + GOOD + "\n1\tx1\tcaf").encode() + b"\xe9 noir\t2\n"
     (tmp_path / "ids-sst-train.csv").write_bytes(raw)
     with pytest.raises(DataError) as error:
-        read_task("sst", tmp_path)
+        read_paper_task("sst", tmp_path)
     offset = raw.index(b"\xe9")
     assert f"ids-sst-train.csv:3: not UTF-8: byte 0xe9 at byte offset {offset}" in str(error.value)
 
@@ -159,14 +161,14 @@ def test_a_file_that_is_not_utf8_is_named_with_line_and_offset(tmp_path):
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     text = (SST_HEADER + GOOD + "\n").replace("\n", "\r\n").replace("\tid", "id\tix", 1)
     (tmp_path / "ids-sst-train.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    table = read_task("sst", tmp_path)
+    table = read_paper_task("sst", tmp_path)
     assert table.texts == [["A good film ."]]
 
 
 def test_a_missing_column_is_named_with_the_columns_found(tmp_path):
     path = write_sst(tmp_path, GOOD, header="\tid\tsentence\tmood\n")
     with pytest.raises(DataError) as error:
-        read_task("sst", tmp_path)
+        read_paper_task("sst", tmp_path)
     assert str(error.value) == (
         f"{path}: no column 'sentiment' (or label); columns found: '', 'id', 'sentence', 'mood'"
     )
@@ -174,37 +176,37 @@ def test_a_missing_column_is_named_with_the_columns_found(tmp_path):
 
 def test_columns_are_found_by_name_in_any_order(tmp_path):
     write_sst(tmp_path, "4\tA good film .\tnoise\tx9", header=" Sentiment\tsentence \tother\tID\n")
-    table = read_task("sst", tmp_path)
+    table = read_paper_task("sst", tmp_path)
     assert (table.ids, table.texts, table.labels.tolist()) == (["x9"], [["A good film ."]], [4])
 
 
 def test_missing_files_and_unknown_names(tmp_path):
     write_sst(tmp_path, GOOD)
     with pytest.raises(MissingDataError, match=r"wanted ids-sst-dev\.csv, found ids-sst-train\.csv"):
-        read_task("sst", tmp_path, "dev")
+        read_paper_task("sst", tmp_path, "dev")
     with pytest.raises(MissingDataError, match=r"no file for the train split; wanted train\*"):
-        read_task("quora", tmp_path)
+        read_paper_task("quora", tmp_path)
     with pytest.raises(MissingDataError, match=r"nowhere\.csv: no such file"):
-        read_task("sst", tmp_path / "nowhere.csv")
-    with pytest.raises(DataError, match="unknown task 'mood'; known are sst, quora, sts"):
-        read_task("mood", tmp_path)
-    with pytest.raises(DataError, match="unknown split 'validate'"):
-        read_task("sst", tmp_path, "validate")
+        read_paper_task("sst", tmp_path / "nowhere.csv")
+    with pytest.raises(
+        MissingDataError, match=r"no validate file of sst: wanted ids-sst-validate\.csv, found"
+    ):
+        read_paper_task("sst", tmp_path, "dev", splits={"dev": "validate"})
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="unknown kind of file"):
-        read_task("sst", tmp_path / "notes.txt")
+        read_paper_task("sst", tmp_path / "notes.txt")
 
 
 def test_a_file_without_a_usable_row_is_an_error(tmp_path):
     write_sst(tmp_path, "0\tx\t\t3")
     with pytest.raises(DataError, match=r"no usable row for sst; 1 rows read, 0 used"):
-        read_task("sst", tmp_path)
+        read_paper_task("sst", tmp_path)
     write_sst(tmp_path)
     with pytest.raises(DataError, match="no rows"):
-        read_task("sst", tmp_path)
+        read_paper_task("sst", tmp_path)
     (tmp_path / "ids-sst-train.csv").write_text("")
     with pytest.raises(DataError, match="no header row"):
-        read_task("sst", tmp_path)
+        read_paper_task("sst", tmp_path)
 
 
 def test_a_name_that_cannot_be_loaded_says_so(monkeypatch):
@@ -213,7 +215,7 @@ def test_a_name_that_cannot_be_loaded_says_so(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"nyu-mll/glue:stsb: neither .* could be loaded \(ConnectionError"):
-        read_task("sts", "nyu-mll/glue:stsb")
+        read_paper_task("sts", "nyu-mll/glue:stsb")
 
 
 def test_a_hub_name_with_a_configuration_maps_splits_and_columns(monkeypatch):
@@ -228,12 +230,12 @@ def test_a_hub_name_with_a_configuration_maps_splits_and_columns(monkeypatch):
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    dev = read_task("quora", "nyu-mll/glue:qqp", "dev")
+    dev = read_paper_task("quora", "nyu-mll/glue:qqp", "dev")
     assert calls == [("nyu-mll/glue", "qqp")]
     assert (dev.ids, dev.texts, dev.labels.tolist()) == (["7", "8"], [["a", "b"], ["c", "d"]], [1.0, 0.0])
-    assert read_task("quora", "nyu-mll/glue:qqp", "test").labels is None
+    assert read_paper_task("quora", "nyu-mll/glue:qqp", "test").labels is None
     with pytest.raises(MissingDataError, match="no train split; wanted train, found validation, test"):
-        read_task("quora", "nyu-mll/glue:qqp", "train")
+        read_paper_task("quora", "nyu-mll/glue:qqp", "train")
 
 
 ROWS = {"text": ["A good film .", "A bad film .", ""], "label": [4, 0, 2]}
@@ -277,7 +279,7 @@ def save_single(directory):
 @pytest.mark.parametrize("save", [save_parquet, save_jsonl, save_comma_csv, save_splits, save_single])
 def test_other_kinds_of_source_give_the_same_table(tmp_path, save):
     source, line = save(tmp_path)
-    table = read_task("sst", str(source))
+    table = read_paper_task("sst", str(source))
     assert table.texts == [["A good film .", "A bad film ."]]
     assert table.labels.tolist() == [4, 0]
     assert table.ids == ["0", "1"]
@@ -288,10 +290,10 @@ def test_other_kinds_of_source_give_the_same_table(tmp_path, save):
 def test_json_lines_that_are_not_json_are_named(tmp_path):
     path = tmp_path / "dev.jsonl"
     path.write_text('{"sentence": "Fine .", "label": 2}\nnonsense\n[1]\n\n{"sentence": null, "label": 1}\n')
-    table = read_task("sst", path, "dev")
+    table = read_paper_task("sst", path, "dev")
     assert table.ids == ["0"]
     path.write_text('{"id": 7, "sentence": "a", "label": 2}\n{"sentence": "b", "label": 1}\n')
-    assert read_task("sst", path, "dev").ids == ["7", "1"]
+    assert read_paper_task("sst", path, "dev").ids == ["7", "1"]
     assert [(row.line, row.reason.split(":")[0]) for row in table.account.skipped] == [
         (2, "not JSON"), (3, "not a JSON object; one object on each line is expected"), (5, "empty sentence"),
     ]  # fmt: skip
@@ -310,7 +312,7 @@ def test_what_json_and_parquet_hold_besides_plain_values(tmp_path):
         '{"id": "same", "sentence": "f", "sentiment": 0}',
     ]
     path.write_text("\n".join(rows))
-    table = read_task("sst", path)
+    table = read_paper_task("sst", path)
     assert table.texts == [["a", "b", "e", "f"]] and table.labels.tolist() == [4, 1, 1, 0]
     assert table.ids == ["0", "0", "same", "same"]  # the first is the row's number; two rows may share an id
     assert [(row.line, row.reason) for row in table.account.skipped] == [
@@ -321,7 +323,7 @@ def test_what_json_and_parquet_hold_besides_plain_values(tmp_path):
     ]
     columns = {"sentence": ["a", "b", None], "label": ["3", "nan", "1"]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "dev.parquet")
-    table = read_task("sst", tmp_path, "dev")
+    table = read_paper_task("sst", tmp_path, "dev")
     assert table.labels.tolist() == [3]
     assert [row.reason.split(",")[0] for row in table.account.skipped] == ["label is 'nan'", "empty sentence"]
 
@@ -330,7 +332,7 @@ def test_a_parquet_file_cut_short_is_named(tmp_path):
     path, _ = tmp_path / "train.parquet", pyarrow.parquet.write_table(pyarrow.table(ROWS), tmp_path / "a")
     path.write_bytes((tmp_path / "a").read_bytes()[:-20])
     with pytest.raises(DataError, match=r"train\.parquet: not a readable Parquet file"):
-        read_task("sst", tmp_path)
+        read_paper_task("sst", tmp_path)
 
 
 def write_lines(path, *sentences):
@@ -342,10 +344,10 @@ def test_a_name_with_split_in_it_stands_for_one_file_a_split(tmp_path):
     write_lines(tmp_path / "sst-train.jsonl", "a", "b")
     write_lines(tmp_path / "sst-validation.jsonl", "c")
     source = f"{tmp_path}/sst-{{split}}.jsonl"
-    assert len(read_task("sst", source)) == 2
-    assert read_task("sst", source, "dev").texts == [["c"]]
+    assert len(read_paper_task("sst", source)) == 2
+    assert read_paper_task("sst", source, "dev").texts == [["c"]]
     with pytest.raises(MissingDataError, match=r"sst-test\.jsonl: no such file"):
-        read_task("sst", source, "test")
+        read_paper_task("sst", source, "test")
     assert not is_one_file(source) and not is_one_file(tmp_path) and not is_one_file("nyu-mll/glue:stsb")
     assert is_one_file(tmp_path / "sst-train.jsonl") and is_one_file("nowhere.csv")
 
@@ -355,33 +357,33 @@ def test_which_files_of_a_directory_are_a_split(tmp_path):
     write_lines(tmp_path / "train-00001-of-00002.jsonl", "b")
     write_lines(tmp_path / "trainer_state.json", "not this")
     write_lines(tmp_path / "validation.jsonl", "c")
-    assert read_task("sst", tmp_path).texts == [["a", "b"]]
-    assert read_task("sst", tmp_path, "dev").texts == [["c"]]
+    assert read_paper_task("sst", tmp_path).texts == [["a", "b"]]
+    assert read_paper_task("sst", tmp_path, "dev").texts == [["c"]]
     write_lines(tmp_path / "dev.jsonl", "d")
-    assert read_task("sst", tmp_path, "dev").texts == [["d"]]
+    assert read_paper_task("sst", tmp_path, "dev").texts == [["d"]]
     (tmp_path / "train.csv").write_text("sentence,label\na,1\n")
     with pytest.raises(DataError, match=r"train\): files of several kinds, .*train\.csv; keep one kind"):
-        read_task("sst", tmp_path)
+        read_paper_task("sst", tmp_path)
 
 
 def test_the_only_folder_with_data_is_that_of_the_hubs_configuration(tmp_path):
     write_lines(tmp_path / "default" / "train.jsonl", "a")
     (tmp_path / "images").mkdir()
-    assert read_task("sst", tmp_path).texts == [["a"]]
+    assert read_paper_task("sst", tmp_path).texts == [["a"]]
     write_lines(tmp_path / "other" / "train.jsonl", "b")
     with pytest.raises(DataError, match="several folders with data, default, other; name one of them"):
-        read_task("sst", tmp_path)
+        read_paper_task("sst", tmp_path)
 
 
 def test_a_file_that_is_not_parquet_is_named(tmp_path):
     (tmp_path / "train.parquet").write_text("text,label\n")
     with pytest.raises(DataError, match=r"train\.parquet: not a readable Parquet file"):
-        read_task("sst", tmp_path)
+        read_paper_task("sst", tmp_path)
 
 
 def test_similarities_on_another_scale_are_refused(tmp_path):
     path = tmp_path / "train.jsonl"
     rows = [{"sentence1": "a", "sentence2": "b", "score": i / 40} for i in range(40)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match="every similarity lies between 0 and 1"):
-        read_task("sts", path)
+    with pytest.raises(DataError, match="every score lies between 0 and 1"):
+        read_paper_task("sts", path)

@@ -1,29 +1,31 @@
 """The engine between a stage and DeepSpeed: what it hands on, what it asks of the device, captured steps."""
 
 import collections
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bert_twins import paper_tasks
 from devices import needs_cuda
+from directories import directory_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtfast.config import EngineConfig, HeadsConfig, RunConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.recipes import demo
-from mtfast.train import engine as engine_module
-from mtfast.train import features as features_module
-from mtfast.train.config import EngineConfig, RunConfig, TaskStageConfig
-from mtfast.train.engine import Engine
-from mtfast.train.finetune import Finetune
-from mtfast.train.graphs import StepGraphs
-from mtfast.train.heads import Heads
-from mtfast.train.inputs import load_tasks
-from mtfast.train.loop import run_stage
-from mtfast.train.rundir import RunDirectory
-from mtfast.train.sources import find_source
+from mtfast.train.engine import engine as engine_module
+from mtfast.train.engine.engine import Engine
+from mtfast.train.engine.graphs import StepGraphs
+from mtfast.train.inputs import Inputs
+from mtfast.train.loop import train_stage
+from mtfast.train.run.weights import find_weights
+from mtfast.train.stages import features as features_module
+from mtfast.train.stages.finetune import Finetune
+from mtfast.train.stages.heads import Heads
 
 SETTINGS = TaskStageConfig(batch_size=4, learning_rate=0.1, weight_decay=0.0)
 
@@ -60,10 +62,12 @@ def config(corpus, tmp_path) -> RunConfig:
     )
 
 
-def stage_of(kind: type, config: RunConfig):
-    source = find_source(config, RunDirectory(config))
-    train, dev = (load_tasks(config, source.tokenizer, split) for split in ("train", "dev"))
-    return kind(config, train, dev, source)
+def stage_of(kind: type[Finetune] | type[Heads], config: RunConfig):
+    run = directory_of(config)
+    weights = find_weights(config.model, run, config.seed)
+    load = Inputs(config.tasks, config.data, weights.tokenizer, run).load
+    common = (load, weights, config.stage(kind.name), config.engine, config.seed)
+    return kind(*common, config.path / "heads" / "state") if kind is Heads else kind(*common)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
@@ -73,11 +77,11 @@ def test_a_step_reads_nothing_back(zero_stage, precision, config):
     stage = stage_of(Finetune, replace(config, engine=engine, finetune=TaskStageConfig()))
     stage.engine.train()
     batches = [batches for batches in stage.micro_batches(stage.plan(0)[:3], 0)]
-    stage.step(batches[0][0].data)  # DeepSpeed sets up its buffers
+    stage.step(batches[0][0])  # DeepSpeed sets up its buffers
     with ReadBack() as mode:
         for (batch,) in batches[1:]:
             stage.engine.set_learning_rate(1e-4)
-            stage.step(batch.data)
+            stage.step(batch)
     assert not mode.found
 
 
@@ -85,12 +89,43 @@ def test_a_step_on_cached_features_reads_nothing_back(config):
     stage = stage_of(Heads, config)
     stage.engine.train()
     batches = [batches for batches in stage.micro_batches(stage.plan(0)[:3], 0)]
-    stage.step(batches[0][0].data)
+    stage.step(batches[0][0])
     with ReadBack() as mode:
         for (batch,) in batches[1:]:
             stage.engine.set_learning_rate(1e-4)
-            stage.step(batch.data)
+            stage.step(batch)
     assert not mode.found
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", [Finetune, Heads])
+def test_heads_whose_tasks_have_no_rows_in_a_step_are_decayed_alone(kind, zero_stage, config):
+    """As by any optimizer to which they bring a gradient of zero."""
+    sst, quora, sts = paper_tasks("lstm").values()
+    rare = {"sst": replace(sst, max_rows=2), "sts": replace(sts, max_rows=2, head="other")}
+    config = replace(
+        config,
+        tasks=rare | {"quora": replace(quora, max_rows=400)},
+        engine=EngineConfig(precision="fp32", zero_stage=zero_stage),
+        finetune=TaskStageConfig(batch_size=16),
+        heads=HeadsConfig(batch_size=16),
+    )
+    stage = stage_of(kind, config)
+    stage.engine.train()
+    plan = stage.plan(0)
+    (step,) = [step for step in plan if step.step_counts == {"sst": 0, "sts": 0, "quora": 16}][:1]
+    before = stage.engine.state_dict()
+    ((batch,),) = stage.micro_batches([step], 0)
+    stage.engine.set_learning_rate(0.5)
+    losses = stage.step(batch)
+    assert losses.tolist() == [0.0, 0.0, pytest.approx(math.log(2), abs=0.1)]
+    for name, weight in stage.engine.state_dict().items():
+        decayed = before[name] * (1 - 0.5 * 0.01)
+        if "task-sst" in name or "mlp-other" in name:
+            torch.testing.assert_close(weight, decayed)
+        elif "mlp-pair" in name:
+            assert not torch.allclose(weight, decayed)
+    stage.engine.close()
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -104,7 +139,7 @@ def test_first_update_is_adamws_on_the_exact_weights(zero_stage, precision):
     assert all(torch.equal(engine.state_dict()[name], w) for name, w in weights.items())
     engine.set_learning_rate(0.25)
     x = torch.ones(4, 24, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    engine.step(engine(x).float().sum())  # every gradient is 4: Adam's first step is the learning rate
+    engine.step(engine.model(x).float().sum())  # every gradient is 4: Adam's first step is the learning rate
     for name, weight in weights.items():
         torch.testing.assert_close(engine.state_dict()[name], weight - 0.25, rtol=0, atol=1e-6)
     engine.close()
@@ -171,7 +206,7 @@ def test_recorded_head_training_is_the_unrecorded_one(config):
         recorder = Replaying()
         if name == "recorded":
             stage.graphs = StepGraphs(stage._step_on, recorder)
-        result = run_stage(stage, changed, RunDirectory(changed))
+        result = train_stage(stage, directory_of(changed), changed.log_every)
         weights = stage.engine.state_dict()
         ends[name] = (result["summary"]["first_loss"], result["summary"]["last_loss"], weights)
     assert recorder.recorded > 0 and recorder.replayed > recorder.recorded
@@ -179,24 +214,37 @@ def test_recorded_head_training_is_the_unrecorded_one(config):
     assert all(torch.equal(x, ends["recorded"][2][name]) for name, x in ends["plain"][2].items())
 
 
-@pytest.mark.parametrize("sentiment_head", ["linear", "lstm"])
-def test_a_table_in_a_file_gives_what_one_in_memory_gives(sentiment_head, config, monkeypatch):
-    config = replace(config, model=replace(config.model, sentiment_head=sentiment_head))
+JOINT_LSTM = replace(paper_tasks()["quora"], head="lstm", pair_input="joint")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "of_lstm"),
+    [
+        (paper_tasks(), []),
+        (paper_tasks("lstm"), ["sst"]),
+        (paper_tasks("lstm") | {"quora": JOINT_LSTM}, ["sst", "quora"]),
+    ],
+    ids=["linear", "lstm", "two lstm"],
+)
+def test_a_table_in_a_file_gives_what_one_in_memory_gives(tasks, of_lstm, config, monkeypatch):
+    config = replace(config, tasks=tasks)
     in_memory = stage_of(Heads, config)
     monkeypatch.setattr(features_module, "room", lambda device: 0)
     in_file = stage_of(Heads, config)
     files = list((config.path / "heads" / "state").rglob("*.bin"))
-    assert len(files) == (4 if sentiment_head == "lstm" else 2)
+    assert len(files) == (4 if of_lstm else 2)
     assert torch.equal(in_file.table.cls, in_memory.table.cls)
     (batch,) = next(in_file.micro_batches(in_file.plan(0)[:1], 0))
-    whole = in_memory.table.select(batch.data.examples, batch.data.token_bounds)
+    whole = in_memory.table.select(batch.examples, batch.token_bounds)
     monkeypatch.setattr(type(in_file.table), "resident", False)  # as if the heads were on another device
-    part = in_file.table.select(batch.data.examples, batch.data.token_bounds)
+    part = in_file.table.select(batch.examples, batch.token_bounds)
     assert len(part.cls) < len(whole.cls)
     for task, rows in part.sequences.items():
         assert torch.equal(part.cls[rows], whole.cls[whole.sequences[task]])
-    if sentiment_head == "lstm":
-        for (b, e), (begin, end) in zip(part.token_bounds.tolist(), whole.token_bounds.tolist(), strict=True):
+    assert list(part.token_bounds) == list(whole.token_bounds) == of_lstm
+    for task in of_lstm:
+        bounds = (features.token_bounds[task].tolist() for features in (part, whole))
+        for (b, e), (begin, end) in zip(*bounds, strict=True):
             assert torch.equal(part.tokens[b:e], whole.tokens[begin:end])
 
 
@@ -210,6 +258,6 @@ def test_captured_head_training_is_the_uncaptured_one(config):
         assert stage.graphs is not None
         if name == "plain":
             stage.graphs = None
-        losses[name] = run_stage(stage, changed, RunDirectory(changed))["summary"]
+        losses[name] = train_stage(stage, directory_of(changed), changed.log_every)["summary"]
     for key in ("first_loss", "last_loss"):
         assert losses["captured"][key] == pytest.approx(losses["plain"][key], rel=1e-4)

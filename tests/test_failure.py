@@ -25,19 +25,19 @@ DEATHS = {
         "True", "ranks.main_first(lambda: 1 / (1 - rank))", (2, 2), WHERE + "division by zero",
     ),
     "a run directory that is not shared": (
-        "True", 'os.chdir(f"host-{rank}"); RunDirectory(RunConfig(run_dir="run"))', (2, 2),
+        "True", 'os.chdir(f"host-{rank}"); directory_of(RunConfig(run_dir="run"))', (2, 2),
         f"mtfast: rank 1 on {HOST} does not see ",
     ),
     "other options": (
-        "True", "RunDirectory(RunConfig(run_dir='shared', seed=rank))", (2, 2),
+        "True", "directory_of(RunConfig(run_dir='shared', seed=rank))", (2, 2),
         f"mtfast: the configuration {NOT_THE_SAME}",
     ),
     "other weights": (
-        "True", "build_multitask(RunConfig(seed=rank), Source(BERT, None, None))", (2, 2),
+        "True", "build_multitask(Weights(BERT, None, None, None, MlpConfig(), rank), PAPER_TASKS)", (2, 2),
         f"mtfast: the weights of a new model {NOT_THE_SAME}",
     ),
     "other data": (
-        "True", 'os.chdir(f"host-{rank}"); load_task(CONFIG, small_tokenizer(), "sst", "train")', (2, 2),
+        "True", 'os.chdir(f"host-{rank}"); load_task("sst", SST, DATA, small_tokenizer(), "train")', (2, 2),
         f"mtfast: data (sst train) {NOT_THE_SAME}",
     ),
 }  # fmt: skip
@@ -48,23 +48,28 @@ import os, sys
 import torch.distributed as dist
 from transformers import BertConfig
 from mtfast import cli
+from dataclasses import replace
+from mtfast.config import DataConfig, RunConfig
 from mtfast.data.rows import DataError
-from mtfast.train import failure, loop, ranks, rundir
-from mtfast.train.config import DataConfig, RunConfig
+from mtfast.recipes import PAPER_TASKS, paper
+from mtfast.tasks import MlpConfig
+from mtfast.train import loop
+from mtfast.train.engine import failure, ranks
 from mtfast.train.inputs import load_task
-from mtfast.train.rundir import RunDirectory
-from mtfast.train.sources import Source, build_multitask
+from mtfast.train.run import directory
+from mtfast.train.run.weights import Weights, build_multitask
+from directories import directory_of
 from small_tokenizer import small_tokenizer
 
-cli.tyro.cli = lambda *arguments, **options: RunConfig()  # which takes half a second to read
-rundir.SHARED_SECONDS, failure.PATIENCE_SECONDS = 0.5, 1.0
+cli.tyro.cli = lambda *arguments, **options: paper()  # which takes half a second to read
+directory.SHARED_SECONDS, failure.PATIENCE_SECONDS = 0.5, 1.0
 BERT = BertConfig(
     vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
 )
-CONFIG = RunConfig(data=DataConfig(sst="data", cache_dir="cache"))
+SST, DATA = replace(PAPER_TASKS["sst"], source="data"), DataConfig(cache_dir="cache")
 
 def run(fails, code):
-    def command(config):
+    def command(recipe, config):
         dist.init_process_group("gloo")
         rank = ranks.rank()
         if eval(fails):

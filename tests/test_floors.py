@@ -1,4 +1,4 @@
-"""Imports point down: the command line, recipes and report, train, models and data, ops."""
+"""Imports point down: the command line, commands, predictions and report, training, models and data, ops."""
 
 import ast
 import sys
@@ -12,21 +12,30 @@ ROOT = Path(mtfast.__file__).parent
 FLOORS = {
     "machine": 0,
     "toolkit": 0,
+    "tasks": 0,
     "ops": 0,
-    "models": 1,
+    "config": 1,
+    "kinds": 1,
     "data": 1,
-    "train": 2,
-    "plots": 2,
+    "models": 2,
+    "files": 2,
+    "train": 3,
+    "plots": 3,
+    "config_file": 3,
     "recipes": 3,
-    "report": 3,
-    "doctor": 3,
-    "cli": 4,
+    "predict": 4,
+    "report": 4,
+    "doctor": 4,
+    "commands": 5,
+    "cli": 6,
 }
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in FLOORS)
+FLOORS_OF_TRAINING = {"engine": 0, "seeds": 0, "run": 1, "inputs": 2, "loop": 2, "stages": 3}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or not path.stem.startswith("__"))
+TRAINING = sorted(path for path in (ROOT / "train").rglob("*.py") if path.name != "__init__.py")
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def imports_of(path: Path) -> set[str]:
@@ -43,14 +52,33 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def assert_imports_point_down(path: Path, floors: dict[str, int], above: tuple[str, ...]) -> None:
+    """What the file imports of the package `above` is on a lower floor, or in its own room."""
+    parts = ("mtfast", *path.relative_to(ROOT).with_suffix("").parts)
+    assert parts[: len(above)] == above
+    room = parts[len(above)]
+    for imported in map(lambda name: tuple(name.split(".")), imports_of(path)):
+        if imported[: len(above)] == above and len(imported) > len(above):
+            other = imported[len(above)]
+            allowed = other == room or other not in floors or floors[other] < floors[room]
+            assert allowed, f"{name_of(path)} imports {'.'.join(imported)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_down(path):
-    room = room_of(path)
-    for name in imports_of(path):
-        parts = name.split(".")
-        if parts[0] != "mtfast" or len(parts) < 2 or parts[1] == room or parts[1] not in FLOORS:
-            continue
-        assert FLOORS[parts[1]] < FLOORS[room], f"{path.relative_to(ROOT)} imports {name}"
+    assert_imports_point_down(path, FLOORS, ("mtfast",))
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name_of)
+def test_imports_point_down_in_training(path):
+    assert_imports_point_down(path, FLOORS_OF_TRAINING, ("mtfast", "train"))
+
+
+@pytest.mark.parametrize(("floors", "directory"), [(FLOORS, ROOT), (FLOORS_OF_TRAINING, ROOT / "train")])
+def test_every_room_has_its_floor(floors, directory):
+    rooms = {path.stem for path in directory.glob("*.py") if not path.stem.startswith("__")}
+    rooms |= {path.parent.name for path in directory.glob("*/__init__.py")}
+    assert rooms == set(floors)
 
 
 def test_only_the_engine_imports_deepspeed():
@@ -60,7 +88,7 @@ def test_only_the_engine_imports_deepspeed():
         if any(name.split(".")[0] == "deepspeed" for name in imports_of(path))
         or 'import_module("deepspeed")' in path.read_text(encoding="utf-8")
     }
-    assert using == {"train/engine.py"}
+    assert using == {"train/engine/engine.py"}
 
 
 def test_ops_import_torch_alone():

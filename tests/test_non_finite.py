@@ -7,19 +7,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from directories import directory_of
 from poison import STEPS, Small, check_skipping
 from torch import Tensor
 
 import mtfast
-from mtfast.train import engine as engine_module
-from mtfast.train.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
-from mtfast.train.loop import NonFinite, Stage, run_stage
-from mtfast.train.rundir import RunDirectory
-from mtfast.train.task_stage import dev_metrics
+from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
+from mtfast.recipes import PAPER_TASKS
+from mtfast.train.engine import engine as engine_module
+from mtfast.train.loop import NonFinite, Stage, train_stage
+from mtfast.train.stages.task_stage import dev_metrics
 
 KINDS = [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
 
@@ -36,7 +38,7 @@ def config(tmp_path) -> RunConfig:
 
 def train(config: RunConfig, stage: Stage) -> dict:
     try:
-        return run_stage(stage, config, RunDirectory(config))
+        return train_stage(stage, directory_of(config), config.log_every)
     finally:
         stage.engine.close()
 
@@ -145,14 +147,14 @@ def test_skipping_is_refused_where_weights_change_outside_the_step(config, tmp_p
 def test_weights_that_are_bad_from_the_start_are_not_blamed_on_the_learning_rate(config):
     stage = Small(config)
     with torch.no_grad():
-        stage.engine._model.bias[1] = math.nan
+        stage.engine.model.module.bias[1] = math.nan
     with pytest.raises(NonFinite, match="not finite before step 1 is made, bias first; start from another"):
         train(config, stage)
 
 
 def test_a_loss_that_is_nan_before_any_update_is_not_blamed_on_the_learning_rate(config):
     stage = Small(config)
-    stage.losses = lambda data: {"fit": stage.engine(data).mean() * math.nan}
+    stage.losses = lambda batch: {"fit": stage.engine.model(batch.x).mean() * math.nan}
     with pytest.raises(NonFinite, match="the fit loss is nan at step 1; no update had been made yet"):
         train(config, stage)
 
@@ -170,6 +172,12 @@ def test_a_dev_metric_that_is_nan_is_never_the_best(config):
 
 def test_a_correlation_that_is_undefined_is_told(capsys):
     labels = {"sst": np.zeros(3), "quora": np.zeros(3), "sts": np.array([1.0, 2.0, 3.0])}
-    metrics = dev_metrics(labels | {"sts": np.full(3, 2.5)}, labels)
-    assert metrics["sts_pearson"] == 0.0
-    assert "sts: all predictions are equal, their correlation is undefined" in capsys.readouterr().out
+    tables = {n: SimpleNamespace(task=task, labels=labels[n]) for n, task in PAPER_TASKS.items()}
+    metrics = dev_metrics(tables, labels | {"sts": np.full(3, 2.5)})
+    assert metrics["sts_pearson"] == metrics["sts_spearman"] == 0.0
+    said = capsys.readouterr().out
+    assert "sts: all predictions are equal, their correlation is undefined" in said
+    assert said.count("undefined") == 1  # equal classes are no such matter
+    tables["sts"].labels = np.zeros(3)
+    dev_metrics(tables, labels)
+    assert "sts: all labels are equal, their correlation is undefined" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from packed_attention_cases import make_batch
 from torch import Tensor
 
 from mtfast.models.dropout import dropout, dropout_add
-from mtfast.models.heads import LstmSentimentHead
+from mtfast.models.multitask import LstmHead
 from mtfast.ops import (
     concat_mlp,
     concat_mlp_ref,
@@ -33,7 +33,7 @@ WHERE = (BATCH.cu_seqlens, 9)
 OPERANDS = [x.float() for x in draw(4, 8, 16, 2, seed=0)]
 IDS = torch.arange(1000, 1014)
 MASKING = {"special_ids": [0], "mask_token_id": 1, "vocab_size": 2000, "seed": 1, "mlm_probability": 0.5}
-LSTM = LstmSentimentHead(8, 0.1)
+LSTM = LstmHead(8, 5, 0.1)
 STATES, BOUNDS = torch.randn(9, 8), torch.tensor([[1, 4], [5, 9]])
 
 CALLS: dict[str, Callable[[int | None], object]] = {

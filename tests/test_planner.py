@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mtfast._planner import balance
 
-from mtfast.data.sampler import plan_epoch, plan_evaluation, plan_reviews
+from mtfast.data.sampler import Layout, plan_epoch, plan_evaluation, plan_reviews
 
 
 def random_lengths(count: int, seed: int = 0) -> np.ndarray:
@@ -87,8 +87,8 @@ def test_balance_checks_its_arguments():
 
 def test_an_epoch_of_150_000_lengths():
     lengths = {"sst": random_lengths(8_544), "quora": random_lengths(135_416), "sts": random_lengths(6_040)}
-    for layout in ({"world_size": 1}, {"world_size": 8, "rank": 5, "accumulation": 4}):
-        steps = plan_epoch(lengths, batch_size=160, seed=0, epoch=0, **layout)
+    for layout in (Layout(), Layout(rank=5, world_size=8, accumulation=4)):
+        steps = plan_epoch(lengths, batch_size=160, seed=0, epoch=0, layout=layout)
         assert len(steps) == 938 and {sum(step.step_counts.values()) for step in steps} <= {159, 160}
 
 
@@ -96,7 +96,7 @@ def everyone(world_size, accumulation, **options):
     """plan[rank][step] of all ranks."""
     settings = {"batch_size": 48, "seed": 5, "epoch": 0} | options
     return [
-        plan_epoch(LENGTHS, rank=rank, world_size=world_size, accumulation=accumulation, **settings)
+        plan_epoch(LENGTHS, layout=Layout(rank, world_size, accumulation), **settings)
         for rank in range(world_size)
     ]
 
@@ -208,16 +208,7 @@ def test_small_and_empty_tasks():
     lengths = {"sst": np.array([5, 6]), "quora": np.zeros(0, np.int64), "sts": np.array([9])}
     for sampler in ("proportional", "temperature", "round_robin"):
         plans = [
-            plan_epoch(
-                lengths,
-                batch_size=8,
-                sampler=sampler,
-                seed=0,
-                epoch=1,
-                rank=rank,
-                world_size=4,
-                accumulation=2,
-            )
+            plan_epoch(lengths, batch_size=8, sampler=sampler, seed=0, epoch=1, layout=Layout(rank, 4, 2))
             for rank in range(4)
         ]
         assert [len(plan) for plan in plans] == [1] * 4
@@ -231,15 +222,33 @@ def test_a_batch_size_that_does_not_divide_names_the_numbers():
     with pytest.raises(
         ValueError, match=r"batch_size 100 is not divisible by world_size 3 \* accumulation 2 = 6"
     ):
-        plan_epoch(LENGTHS, batch_size=100, seed=0, epoch=0, world_size=3, accumulation=2)
+        plan_epoch(LENGTHS, batch_size=100, seed=0, epoch=0, layout=Layout(0, 3, 2))
     with pytest.raises(ValueError, match="batch_size 16 is not divisible by world_size 3"):
-        plan_reviews(LENGTHS["sst"], LENGTHS["sst"], batch_size=16, seed=0, epoch=0, world_size=3)
+        plan_reviews(LENGTHS["sst"], LENGTHS["sst"], batch_size=16, seed=0, epoch=0, layout=Layout(0, 3))
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "accumulation"),
+    [(2, 2, 1), (-1, 2, 1), (0, 0, 1), (0, -1, 1), (0, 1, 0), (3, 2, 0)],
+)
+def test_a_layout_that_cannot_be_names_its_numbers(rank, world_size, accumulation):
+    with pytest.raises(ValueError) as error:
+        Layout(rank, world_size, accumulation)
+    assert str(error.value) == (
+        f"rank {rank} of world_size {world_size} with accumulation {accumulation}: "
+        "world_size and accumulation must be at least 1 and rank below world_size"
+    )
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), LAYOUTS)
+def test_a_layouts_shares_are_the_micro_batches_of_a_step(world_size, accumulation):
+    plans = everyone(world_size, accumulation)
+    held = [sum(len(plan[index].micro_batches) for plan in plans) for index in range(len(plans[0]))]
+    assert set(held) == {Layout(0, world_size, accumulation).shares}
 
 
 def test_other_wrong_arguments():
     for options, message in (
-        ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2"),
-        ({"accumulation": 0}, "accumulation must be at least 1"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"sampler": "uniform"}, 'sampler must be "proportional", "temperature" or "round_robin", found'),
         ({"sampler": "temperature", "temperature": 0.5}, "temperature must be at least 1, found 0.5"),
@@ -258,14 +267,7 @@ def test_review_steps_hold_each_sample_once_and_know_the_global_sums(world_size,
     masked = np.maximum(1, lengths // 7)
     plans = [
         plan_reviews(
-            lengths,
-            masked,
-            batch_size=12,
-            seed=1,
-            epoch=2,
-            rank=rank,
-            world_size=world_size,
-            accumulation=accumulation,
+            lengths, masked, batch_size=12, seed=1, epoch=2, layout=Layout(rank, world_size, accumulation)
         )
         for rank in range(world_size)
     ]
@@ -286,7 +288,7 @@ def test_review_steps_hold_each_sample_once_and_know_the_global_sums(world_size,
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
 def test_evaluation_covers_each_example_once_in_equally_many_batches(world_size):
     plans = [
-        plan_evaluation(LENGTHS, tokens_per_batch=500, rank=rank, world_size=world_size)
+        plan_evaluation(LENGTHS, tokens_per_batch=500, layout=Layout(rank, world_size))
         for rank in range(world_size)
     ]
     assert len({len(plan) for plan in plans}) == 1

@@ -1,15 +1,29 @@
 """The report of a run: its numbers are those recorded, and a run that lacks something still gets one."""
 
 import base64
+import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
-from mtfast.plots import plot_losses
+from mtfast.config import ConfigError, RunConfig, to_dict, to_yaml
+from mtfast.plots import losses_of, metrics_of, plot_dev_metrics, plot_losses
+from mtfast.recipes import EXPERIMENTS, PAPER_TASKS
 from mtfast.report import read_run, write_comparison, write_report
+from mtfast.tasks import Task
+
+PAIR = ("first", "second")
+FOUR_TASKS = {
+    "news": Task(kind="classification", text="text", label="topic", classes=4, title="News *topics*"),
+    "imdb": Task(kind="binary", text="text", label="label", metric="f1"),
+    "nli": Task(kind="classification", text=PAIR, label="label", classes=("yes", "no", "maybe"), head="pair"),
+    "stars": Task(kind="regression", text="text", label="stars", low=1, high=5, metric="spearman"),
+}
 
 
 def step(stage, number, **losses):
@@ -77,6 +91,30 @@ def full_run(tmp_path):
     return write_run(tmp_path / "run", records, summary, "recipe: local\n")
 
 
+def declaring(tasks):
+    """The config.yaml of a run of these tasks."""
+    return to_yaml(to_dict(RunConfig(tasks=tasks)))
+
+
+def write_four_task_run(directory, config=None):
+    metrics = {
+        "news_accuracy": 0.9,
+        "imdb_accuracy": 0.8,
+        "imdb_f1": 0.7,
+        "nli_accuracy": 0.6,
+        "stars_pearson": 0.5,
+        "stars_spearman": 0.4,
+        "mean": 0.65,
+    }
+    steps = [step("finetune", i, news=1.4, imdb=0.7, nli=1.1, stars=2.0) for i in range(30)]
+    evaluated = {"kind": "eval", "stage": "finetune", "step": 29, "epoch": 1, "metrics": metrics}
+    return write_run(directory, [*steps, evaluated], {"dev": metrics}, config or declaring(FOUR_TASKS))
+
+
+def markdown_of(run):
+    return (write_report(run).parent / "report.md").read_text()
+
+
 def table_row(markdown, label):
     (line,) = [line for line in markdown.splitlines() if line.startswith(f"| {label} |")]
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
@@ -126,10 +164,44 @@ def test_plots_are_drawn(full_run):
         assert coloured.sum() > 1000, name
 
 
+def visible_panels(figure):
+    return [panel for panel in figure.axes if panel.get_visible()]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_panels_and_legend_do_not_overlap(count):
+    """Whatever the number of tasks; each has its panel, and all panels are of one size."""
+    title = "A Title that Does not Fit on one Line of its Panel"
+    tasks = {f"task{i}": replace(FOUR_TASKS["imdb"], title=title if i % 2 else None) for i in range(count)}
+    steps = [step("finetune", i, **dict.fromkeys(tasks, 0.7 + 0.01 * i)) for i in range(3)]
+    scores = {f"{name}_f1": 0.5 for name in tasks}
+    evaluations = [{"epoch": epoch, "metrics": scores} for epoch in (1, 2)]
+    lines = {"without pre-training": evaluations, "with pre-training": evaluations}
+    for figure in (
+        plot_losses(losses_of(tasks), steps),
+        plot_dev_metrics(metrics_of(tasks), lines, "epoch of fine-tuning"),
+    ):
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        panels = visible_panels(figure)
+        titles = [panel.get_title(loc="left").replace("\n", " ") for panel in panels]
+        assert titles == [task.title or name for name, task in tasks.items()]
+        (legend,) = figure.legends
+        boxes = [legend.get_window_extent(renderer), *(panel.get_tightbbox(renderer) for panel in panels)]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        for box in boxes:
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+        assert np.ptp([panel.bbox.size for panel in panels], axis=0) == pytest.approx([0, 0], abs=1)
+        for panel in panels:
+            inner = panel.get_window_extent(renderer)
+            assert inner.width > 250 and inner.height > 200
+
+
 def test_loss_panels_show_the_steps_and_their_mean():
     values = np.random.default_rng(0).normal(1.0, 0.1, 400)
-    panels = plot_losses([step("finetune", i, sst=value) for i, value in enumerate(values)]).axes
-    (panel,) = [panel for panel in panels if panel.get_visible()]
+    steps = [step("finetune", i, sst=value) for i, value in enumerate(values)]
+    (panel,) = visible_panels(plot_losses(losses_of(PAPER_TASKS), steps))
     raw, mean = panel.lines
     assert np.array_equal(raw.get_ydata(), values)
     assert np.isclose(mean.get_ydata()[200], values[190:211].mean())
@@ -160,6 +232,118 @@ def test_a_step_recorded_twice_counts_once(tmp_path):
     assert [(s["step"], s["loss"]) for s in read_run(run).steps["heads"]] == [(0, 9.0), (1, 1.0), (2, 9.0)]
 
 
+def test_four_tasks(tmp_path):
+    run = write_four_task_run(tmp_path)
+    markdown = markdown_of(run)
+    assert (
+        "On dev: News \\*topics\\* accuracy **0.900**, imdb F1 **0.700**, nli accuracy **0.600**, "
+        "stars Spearman **0.400**." in markdown
+    )
+    (header,) = [line for line in markdown.splitlines() if line.startswith("|  | epoch |")]
+    assert [cell.strip() for cell in header.strip("|").split("|")][2:] == [
+        "News \\*topics\\* accuracy",
+        "imdb F1",
+        "nli accuracy",
+        "stars Spearman",
+        "Mean",
+        "imdb accuracy",
+        "stars Pearson",
+    ]
+    scores = ["0.900", "0.700", "0.600", "0.400", "0.650", "0.800", "0.500"]
+    assert table_row(markdown, "Fine-tuning, best epoch") == ["1", *scores]
+    assert table_row(markdown, "**Result of the run**") == ["", *(f"**{score}**" for score in scores)]
+    assert "the paper" not in markdown.lower() and "CS 224N" not in markdown.split("## Configuration")[0]
+    assert "<em>" not in (run / "report.html").read_text()
+    steps, evaluations = (
+        read_run(run).steps["finetune"],
+        {"Fine-tuning": read_run(run).evaluations["finetune"]},
+    )
+    for figure in (
+        plot_losses(losses_of(FOUR_TASKS), steps),
+        plot_dev_metrics(metrics_of(FOUR_TASKS), evaluations, "epoch"),
+    ):
+        panels = visible_panels(figure)
+        rows = [panel.get_subplotspec().rowspan.start for panel in panels]
+        assert rows == [0, 0, 0, 1]
+        assert [panel.get_title(loc="left") for panel in panels] == ["News *topics*", "imdb", "nli", "stars"]
+        assert len({panel.lines[0].get_color() for panel in panels}) == 4
+    assert [panel.get_ylabel() for panel in panels] == [
+        "accuracy (share of examples)", "F1", "accuracy (share of examples)", "Spearman correlation"
+    ]  # fmt: skip
+
+
+def test_one_task(tmp_path):
+    metrics = {"imdb_accuracy": 0.8, "imdb_f1": 0.7, "mean": 0.7}
+    evaluated = {"kind": "eval", "stage": "heads", "step": 1, "epoch": 3, "metrics": metrics}
+    records = [step("heads", 0, imdb=0.7), step("heads", 1, imdb=0.6), evaluated]
+    run = write_run(tmp_path, records, config=declaring({"imdb": FOUR_TASKS["imdb"]}))
+    markdown = markdown_of(run)
+    assert "On dev: imdb F1 **0.700**." in markdown
+    assert table_row(markdown, "Head training, best epoch") == ["3", "0.700", "0.700", "0.800"]
+    assert "the paper" not in markdown.lower()
+    for name in ("dev_metrics", "losses_heads"):
+        assert (run / "plots" / f"{name}.png").is_file()
+
+
+EARLIER = """
+recipe: local
+model:
+  sentiment_head: lstm
+  pair_input: separate
+data:
+  tasks: data/cs224n
+finetune:
+  loss_weights:
+    sts: 0.5
+"""
+
+
+def test_a_run_of_an_earlier_mtfast_had_the_papers_tasks(tmp_path):
+    """Its configuration declares no tasks, and has fields that are no more."""
+    run = write_run(tmp_path, [evaluation("heads", 1, 1, 0.3, 0.6, 0.2)], config=EARLIER)
+    markdown = markdown_of(run)
+    assert "On dev: SST accuracy **0.300**, Quora accuracy **0.600**, STS Pearson **0.200**." in markdown
+    assert table_row(markdown, "Head training, best epoch") == [
+        "1",
+        "0.300",
+        "0.600",
+        "0.200",
+        "0.367",
+        "0.500",
+    ]
+    assert table_row(markdown, "**This run (dev)**")[0] == "**0.300**"
+    assert "sentiment_head: lstm" in markdown
+
+
+@pytest.mark.parametrize(
+    ("changes", "comparable"),
+    [
+        ({}, True),
+        ({"sts": replace(PAPER_TASKS["sts"], pair_input="joint", head="other", weight=0.5)}, True),
+        ({"sst": replace(PAPER_TASKS["sst"], kind="binary", classes=None)}, False),
+        ({"sst": replace(PAPER_TASKS["sst"], classes=2)}, False),
+        ({"sts": replace(PAPER_TASKS["sts"], metric="spearman")}, False),
+        ({"imdb": FOUR_TASKS["imdb"]}, False),
+    ],
+)
+def test_the_papers_figures_stand_beside_the_papers_tasks_alone(tmp_path, changes, comparable):
+    """However those are trained."""
+    records = [evaluation("finetune", 1, 1, 0.4, 0.7, 0.4)]
+    run = write_run(tmp_path / "run", records, config=declaring(PAPER_TASKS | changes))
+    assert ("## Beside the paper" in markdown_of(run)) == comparable
+    page = write_comparison({"LSTM head": run}, tmp_path, EXPERIMENTS["exp2"])
+    markdown = (page.parent / "report.md").read_text()
+    assert ("## Ours and the paper's" in markdown) == ("| Paper (test)" in markdown) == comparable
+    assert table_row(markdown, "Ours (dev): LSTM head")[1] == "0.700"
+
+
+def test_tasks_that_cannot_be_read_are_no_others(tmp_path):
+    config = declaring(FOUR_TASKS).replace("kind: binary", "kind: trinary")
+    line = config.splitlines().index("    kind: trinary") + 1
+    with pytest.raises(ConfigError, match=rf"config.yaml:{line}: tasks.imdb.kind is 'trinary'"):
+        write_report(write_four_task_run(tmp_path, config))
+
+
 def test_recorded_text_is_not_markup(tmp_path):
     skipped = [{"file": "a_b*.csv", "line": 3, "reason": "empty <b>my_own_column</b>"}]
     summary = {
@@ -182,7 +366,7 @@ def test_comparison_sets_both_runs_beside_the_paper(tmp_path):
     for name, sst in (("without pre-training", 0.40), ("with pre-training", 0.45)):
         records = [evaluation("finetune", epoch, epoch, sst, 0.7, 0.4) for epoch in (1, 2)]
         runs[name] = write_run(tmp_path / name, records)
-    page = write_comparison(runs, tmp_path / "exp1", "exp1")
+    page = write_comparison(runs, tmp_path / "exp1", EXPERIMENTS["exp1"])
     markdown = (page.parent / "report.md").read_text()
     assert table_row(markdown, "Paper (test): difference")[:3] == ["+0.069", "+0.007", "+0.008"]
     assert table_row(markdown, "Ours (dev): without pre-training")[:2] == ["0.400", "0.700"]
@@ -192,16 +376,23 @@ def test_comparison_sets_both_runs_beside_the_paper(tmp_path):
 
 def test_comparison_with_one_run_says_what_is_missing(tmp_path):
     run = write_run(tmp_path / "lstm", [evaluation("finetune", 1, 1, 0.4, 0.7, 0.4)])
-    markdown = (
-        write_comparison({"LSTM head": run}, tmp_path / "exp2", "exp2").parent / "report.md"
-    ).read_text()
+    page = write_comparison({"LSTM head": run}, tmp_path / "exp2", EXPERIMENTS["exp2"])
+    markdown = (page.parent / "report.md").read_text()
     assert "Not run: `linear head`." in markdown
     assert table_row(markdown, "Ours (dev): difference")[0] == "—"
 
 
-@pytest.mark.parametrize(
-    ("runs", "experiment", "said"), [({}, "exp3", "exp1, exp2"), ({"cnn": "."}, "exp2", "'cnn'")]
-)
-def test_comparison_names_what_is_unknown(tmp_path, runs, experiment, said):
-    with pytest.raises(ValueError, match=said):
-        write_comparison(runs, tmp_path, experiment)
+def test_comparison_of_other_tasks(tmp_path):
+    run = write_four_task_run(tmp_path / "run")
+    page = write_comparison({"with pre-training": run}, tmp_path / "exp1", EXPERIMENTS["exp1"])
+    markdown = (page.parent / "report.md").read_text()
+    found = ["0.900", "0.700", "0.600", "0.400", "0.650"]
+    assert table_row(markdown, "Ours (dev): with pre-training") == found
+    assert table_row(markdown, "Ours (dev): without pre-training") == ["—"] * 5
+    assert "Not run: `without pre-training`." in markdown
+    assert "the paper" not in markdown.lower() and (tmp_path / "exp1" / "plots" / "dev_metrics.png").is_file()
+
+
+def test_comparison_names_what_is_unknown(tmp_path):
+    with pytest.raises(ValueError, match=r"'cnn' is no variant of Exp-II.* linear head, LSTM head"):
+        write_comparison({"cnn": "."}, tmp_path, EXPERIMENTS["exp2"])

@@ -1,30 +1,22 @@
 """The configuration, the DeepSpeed JSON made from it, and the run directory's ownership."""
 
-import contextlib
 import json
+import pickle
 import re
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from directories import directory_of
 
-from mtfast import cli
-from mtfast.recipes import RECIPES, variants
-from mtfast.train import run
-from mtfast.train.config import (
-    ConfigError,
-    EngineConfig,
-    RunConfig,
-    TaskStageConfig,
-    to_dict,
-    to_yaml,
-    validate,
-)
-from mtfast.train.deepspeed_config import deepspeed_config
+from mtfast import cli, commands
+from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, to_dict, to_yaml, validate
+from mtfast.data.rows import DataError
+from mtfast.recipes import RECIPES, paper, runs_of
+from mtfast.train.engine.deepspeed_config import deepspeed_config
 from mtfast.train.loop import learning_rate_at
-from mtfast.train.rundir import RunDirectory
 
 STAGE = TaskStageConfig(batch_size=160, learning_rate=1e-5)
 
@@ -43,7 +35,7 @@ def write(tmp_path, values) -> str:
 def test_recipe_is_valid_and_written_whole(name):
     config = RECIPES[name]()
     validate(config)
-    assert yaml.safe_load(to_yaml(config)) == to_dict(config)
+    assert yaml.safe_load(to_yaml(to_dict(config))) == to_dict(config)
     assert RECIPES[name].__doc__
 
 
@@ -58,17 +50,27 @@ def test_paper_recipe_has_the_papers_numbers():
     )
     assert config.model.dropout_p == 0.1 and config.model.checkpoint == "bert-base-uncased"
     assert config.pretrain.masking == "static" and config.pretrain.mlm_probability == 0.15
-    assert config.model.pair_input == "separate" and config.model.sentiment_head == "linear"
+    sst, quora, sts = config.tasks.values()
+    assert (sst.kind, quora.kind, sts.kind) == ("classification", "binary", "regression")
+    assert sst.head == "linear" and sst.outputs == 5
+    assert quora.head == sts.head and quora.has_mlp and quora.pair_input == sts.pair_input == "separate"
+    assert config.model.mlp.width == 768 and config.model.mlp.activation == "relu"
+    assert {task.weight for task in config.tasks.values()} == {1.0}
 
 
 def test_experiments_differ_in_one_thing():
-    without, with_ = variants(RECIPES["exp1"]()).values()
+    without, with_ = runs_of("exp1", RECIPES["exp1"]()).values()
     assert with_.stages == ("pretrain", "heads", "finetune") and without.stages == ("heads", "finetune")
     assert replace(without, stages=with_.stages, run_dir=with_.run_dir) == with_
-    linear, lstm = variants(RECIPES["exp2"]()).values()
-    assert (linear.model.sentiment_head, lstm.model.sentiment_head) == ("linear", "lstm")
-    assert replace(linear, model=lstm.model, run_dir=lstm.run_dir) == lstm
+    linear, lstm = runs_of("exp2", RECIPES["exp2"]()).values()
+    assert (linear.tasks["sst"].head, lstm.tasks["sst"].head) == ("linear", "lstm")
+    lstm_sst = linear.tasks | {"sst": replace(linear.tasks["sst"], head="lstm")}
+    assert replace(linear, tasks=lstm_sst, run_dir=lstm.run_dir) == lstm
     assert linear.data.cache_dir == "runs/exp2/cache" and with_.data.cache_dir == "runs/exp1/cache"
+    assert runs_of("paper", paper()) == {"": paper()}
+    others = replace(paper(), tasks={"quora": paper().tasks["quora"]})
+    with pytest.raises(ConfigError, match="compares two heads of the task sst, which is not among the tasks"):
+        runs_of("exp2", others)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_experiments_differ_in_one_thing():
         ("log_every", 0),
         ("model.dropout_p", 1.0),
         ("model.dropout_p", float("nan")),
-        ("model.pair_inner", 0),
+        ("model.mlp.width", 0),
         ("data.max_reviews", 0),
         ("data.max_length", 7),
         ("data.review_max_length", 7),
@@ -100,21 +102,25 @@ def test_experiments_differ_in_one_thing():
         ("finetune.checkpoint_every", -1),
         ("finetune.temperature", 0.0),
         ("heads.temperature", float("nan")),
-        ("finetune.loss_weights.sts", -1.0),
+        ("tasks.sts.weight", -1.0),
+        ("tasks.sst.weight", float("inf")),
+        ("tasks.quora.max_rows", 0),
+        ("tasks.sst.classes", 1),
         ("finetune.patience", 0),
     ],
 )
 def test_impossible_values_are_named(path, value):
-    config = RunConfig()
     parts = path.split(".")
-    holders = [config]
+    holders: list[Any] = [paper()]
     for part in parts[:-1]:
-        holders.append(getattr(holders[-1], part))
+        holders.append(holders[-1][part] if isinstance(holders[-1], dict) else getattr(holders[-1], part))
     changed: Any = value
     for holder, part in zip(reversed(holders), reversed(parts), strict=True):
-        changed = replace(holder, **{part: changed})
-    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{path} is {value}; it must ')}\w"):
+        given = {part: changed}
+        changed = holder | given if isinstance(holder, dict) else replace(holder, **given)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{path} is {value}; it must ')}\w") as raised:
         validate(changed)
+    assert raised.value.field == path
 
 
 @pytest.mark.parametrize(
@@ -122,8 +128,20 @@ def test_impossible_values_are_named(path, value):
 )
 def test_stages_are_named_once_and_in_order(stages):
     with pytest.raises(ConfigError, match="pretrain heads finetune, each once and in this order"):
-        validate(replace(RunConfig(), stages=stages))
-    validate(replace(RunConfig(), stages=("pretrain", "finetune")))
+        validate(replace(paper(), stages=stages))
+    validate(replace(paper(), stages=("pretrain", "finetune")))
+
+
+def test_a_run_needs_tasks():
+    with pytest.raises(ConfigError, match="tasks is empty; declare at least one task"):
+        validate(RunConfig())
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError])
+def test_an_error_names_its_field_also_on_another_rank(kind):
+    error = pickle.loads(pickle.dumps(kind("a is 3", "model.a")))
+    assert type(error) is kind and (str(error), error.field) == ("a is 3", "model.a")
+    assert kind("a is 3").field is None
 
 
 def test_a_stage_is_run_only_for_the_variants_that_have_it(monkeypatch, capsys):
@@ -132,7 +150,7 @@ def test_a_stage_is_run_only_for_the_variants_that_have_it(monkeypatch, capsys):
     def train(config, stage, same_as) -> None:
         trained.append((config.path.name, stage, same_as))
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(commands, "train", train)
     cli.main(["pretrain", "exp1"])
     assert trained == [("with-pretraining", "pretrain", None)]
     with pytest.raises(SystemExit):
@@ -234,26 +252,26 @@ def test_unreadable_json(tmp_path, content, message):
 
 def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     config = RunConfig(run_dir=str(tmp_path / "run"))
-    RunDirectory(config).append([{"stage": "heads", "step": 1}])
+    directory_of(config).append([{"stage": "heads", "step": 1}])
     before = (tmp_path / "run" / "config.yaml").read_text()
-    RunDirectory(config)  # the same configuration continues
+    directory_of(config)  # the same configuration continues
     with pytest.raises(
         ConfigError, match=r"belongs to a run with another.*\n  finetune\.epochs: 48 there, 3 here"
     ):
-        RunDirectory(replace(config, finetune=TaskStageConfig(epochs=3)))
+        directory_of(replace(config, finetune=TaskStageConfig(epochs=3)))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
 def test_a_false_start_does_not_keep_the_directory(tmp_path):
     wrong = RunConfig(run_dir=str(tmp_path / "run"), seed=1)
-    RunDirectory(wrong).summarize(data={"sst-train": {"read": 1}})
+    directory_of(wrong).summarize(data={"sst-train": {"read": 1}})
     right = replace(wrong, seed=2)
     with pytest.raises(ConfigError, match="holds no run with this configuration"):
-        RunDirectory(right, create=False)
-    assert RunDirectory(right).summarize() == {}
-    RunDirectory(right, create=False)
+        directory_of(right, create=False)
+    assert directory_of(right).summarize() == {}
+    directory_of(right, create=False)
     with pytest.raises(ConfigError, match="nowhere holds no run"):
-        RunDirectory(replace(right, run_dir=str(tmp_path / "nowhere")), create=False)
+        directory_of(replace(right, run_dir=str(tmp_path / "nowhere")), create=False)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -261,17 +279,17 @@ def test_a_false_start_does_not_keep_the_directory(tmp_path):
 def test_a_directory_whose_config_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"config\.yaml (cannot be read|is not a run's configuration)"):
-        RunDirectory(RunConfig(run_dir=str(tmp_path)))
+        directory_of(RunConfig(run_dir=str(tmp_path)))
 
 
 def test_directory_with_foreign_metrics_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match=r"no config\.yaml"):
-        RunDirectory(RunConfig(run_dir=str(tmp_path)))
+        directory_of(RunConfig(run_dir=str(tmp_path)))
 
 
 def test_rewind_drops_what_will_run_again_and_a_torn_line(tmp_path):
-    run = RunDirectory(RunConfig(run_dir=str(tmp_path / "run")))
+    run = directory_of(RunConfig(run_dir=str(tmp_path / "run")))
     run.append([{"stage": "heads", "step": 9}, *({"stage": "finetune", "step": s} for s in range(1, 6))])
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"stage": "fine')
@@ -286,7 +304,7 @@ def test_rewind_drops_what_will_run_again_and_a_torn_line(tmp_path):
 
 
 def test_an_interrupted_take_over_is_made_up_for(tmp_path, monkeypatch):
-    other, run = (RunDirectory(RunConfig(run_dir=str(tmp_path / name))) for name in ("other", "run"))
+    other, run = (directory_of(RunConfig(run_dir=str(tmp_path / name))) for name in ("other", "run"))
     assert not run.take_over("pretrain", other.path)  # not finished there
     other.stage("pretrain").mkdir()
     (other.stage("pretrain") / "weights").write_text("1")
@@ -315,78 +333,3 @@ def test_learning_rate_schedules():
     assert rates("constant") == [0.5, 1.0] + [1.0] * 8
     assert rates("linear") == pytest.approx([0.5, 1.0, *(1 - i / 8 for i in range(8))])
     assert rates("cosine")[2] == 1.0 and rates("cosine")[6] == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "0"]])
-def test_launchers_rank_flag_is_accepted(flag, capsys):
-    cli.main(["prepare", "paper", *flag, "--finetune.epochs", "2", "--print-config"])
-    assert "epochs: 2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flag", [["--deepspeed_config", "ds.json"], ["--engine.deepspeed-config=ds.json"]])
-def test_short_flags_are_the_dotted_ones(flag, capsys):
-    cli.main(["finetune", "paper", *flag, "--strict", "--print-config"])
-    printed = capsys.readouterr().out
-    assert "deepspeed_config: ds.json" in printed and "strict: true" in printed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["fly", "paper"], "no command 'fly'"),
-        (["run", "papier"], "no recipe 'papier'; the recipes are demo, local, paper"),
-        (["finetune"], "finetune needs a recipe; the recipes are demo, local, paper"),
-        (["doctor", "demo"], "doctor takes no options, found 'demo'"),
-        (["report", "demo", "--run-dir", "no/such/run"], "no/such/run holds no run to report on"),
-        (
-            ["heads", "paper", "--run-dir", f"{__file__}/run"],
-            "test_train_config.py/run: Not a directory",
-        ),
-        (["run", "paper", "--model.dropout-p", "1.5"], r"model.dropout_p is 1.5"),
-    ],
-)
-def test_command_line_errors_are_plain_sentences(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_other_ranks_say_nothing(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for arguments in (
-        ["--help"],
-        ["fly"],
-        ["run", "demo", "--print-config"],
-        ["run", "demo", "--epoch", "3"],
-    ):
-        with contextlib.suppress(SystemExit):
-            cli.main(arguments)
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["finetune", "-h"], ["doctor", "--help"]])
-def test_help_without_a_recipe_lists_commands_and_recipes(arguments, capsys):
-    cli.main(arguments)
-    text = capsys.readouterr().out
-    for name in (*cli.COMMANDS, "doctor", *RECIPES):
-        assert re.search(rf"^  {name} +\w", text, re.MULTILINE)
-
-
-def dotted_fields(holder: Any, prefix: str = "") -> list[str]:
-    names = []
-    for field in fields(holder):
-        value, name = getattr(holder, field.name), f"{prefix}{field.name}".replace("_", "-")
-        names += dotted_fields(value, f"{name}.") if is_dataclass(value) else [name]
-    return names
-
-
-def test_help_explains_every_field(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["finetune", "paper", "--help"])
-    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
-    for name in dotted_fields(RunConfig()):
-        place = next(i for i, line in enumerate(lines) if re.search(rf"--{re.escape(name)}( |,|$)", line))
-        explained = "".join(lines[place + 1 : place + 4])
-        assert re.match(r"\w.*\.", explained), f"--{name} is not explained: {explained}"

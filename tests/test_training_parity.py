@@ -7,30 +7,32 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bert_twins import paper_tasks
+from directories import directory_of
 from transformers import AutoTokenizer, BertForPreTraining, BertModel
 
-from mtfast.data.tasks import read_task
-from mtfast.ops import mask_tokens
-from mtfast.train import engine as engine_module
-from mtfast.train.config import (
+from mtfast.config import (
     DataConfig,
     EngineConfig,
-    HeadsStageConfig,
+    HeadsConfig,
     ModelConfig,
     PretrainConfig,
     RunConfig,
     TaskStageConfig,
 )
-from mtfast.train.finetune import Finetune
-from mtfast.train.heads import Heads
-from mtfast.train.inputs import load_reviews, load_tasks
-from mtfast.train.loop import run_stage
-from mtfast.train.pretrain import Pretrain
-from mtfast.train.rundir import RunDirectory
-from mtfast.train.sources import find_source
+from mtfast.data.tables import read_task
+from mtfast.ops import mask_tokens
+from mtfast.tasks import MlpConfig
+from mtfast.train.engine import engine as engine_module
+from mtfast.train.inputs import Inputs, load_reviews
+from mtfast.train.loop import train_stage
+from mtfast.train.run.directory import RunDirectory
+from mtfast.train.run.weights import Weights, find_weights
+from mtfast.train.stages.finetune import Finetune
+from mtfast.train.stages.heads import Heads
+from mtfast.train.stages.pretrain import Pretrain
 
 ENGINE = EngineConfig(precision="fp32", zero_stage=0)
-TASKS = ("sst", "quora", "sts")
 
 
 @pytest.fixture
@@ -38,7 +40,8 @@ def config(tmp_path, data_dir, checkpoint_dir) -> RunConfig:
     engine_module.start()
     return RunConfig(
         run_dir=str(tmp_path / "run"),
-        model=ModelConfig(checkpoint=str(checkpoint_dir), dropout_p=0.0, pair_inner=96),
+        tasks=paper_tasks(),
+        model=ModelConfig(checkpoint=str(checkpoint_dir), dropout_p=0.0, mlp=MlpConfig(96)),
         data=DataConfig(
             tasks=str(data_dir / "cs224n"),
             reviews=str(data_dir / "imdb"),
@@ -50,8 +53,13 @@ def config(tmp_path, data_dir, checkpoint_dir) -> RunConfig:
     )
 
 
-def small_tables(config: RunConfig, source, split: str, rows: int) -> dict:
-    tables = load_tasks(config, source.tokenizer, split)
+def opened(config: RunConfig) -> tuple[RunDirectory, Weights]:
+    run = directory_of(config)
+    return run, find_weights(config.model, run, config.seed)
+
+
+def small_tables(config: RunConfig, run: RunDirectory, weights: Weights, split: str, rows: int) -> dict:
+    tables = Inputs(config.tasks, config.data, weights.tokenizer, run).load(split)
     return {task: table.select(torch.arange(rows).numpy()) for task, table in tables.items()}
 
 
@@ -69,12 +77,13 @@ def compare(ours: list[dict], twin: list[dict[str, float]], steps: int) -> None:
 
 def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, checkpoint_dir):
     stage_config = TaskStageConfig(epochs=1, batch_size=12, learning_rate=5e-5, max_steps=50)
-    config = replace(config, finetune=stage_config)
-    run = RunDirectory(config)
-    source = find_source(config, run)
-    train = small_tables(config, source, "train", 500)
-    stage = Finetune(config, train, small_tables(config, source, "dev", 8), source)
-    weights = stage.engine.state_dict()
+    tasks = config.tasks | {"sts": replace(config.tasks["sts"], weight=0.5)}
+    config = replace(config, tasks=tasks, finetune=stage_config)
+    run, weights = opened(config)
+    rows = {"train": 500, "dev": 8}
+    tables = {split: small_tables(config, run, weights, split, count) for split, count in rows.items()}
+    stage = Finetune(tables.__getitem__, weights, config.finetune, config.engine, config.seed)
+    initial = stage.engine.state_dict()
     plan = stage.plan(0)[:50]
 
     bert = BertModel.from_pretrained(
@@ -83,13 +92,13 @@ def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, check
     hidden = bert.config.hidden_size
     classifier, dense = torch.nn.Linear(hidden, 5), torch.nn.Linear(2 * hidden, 96)
     out = torch.nn.Linear(96, 2)
-    modules = {"sentiment.classifier": classifier, "pair.mlp.dense": dense, "pair.mlp.out_proj": out}
+    modules = {"task-sst.classifier": classifier, "mlp-pair.mlp.dense": dense, "mlp-pair.mlp.out_proj": out}
     for name, module in modules.items():
-        module.load_state_dict({k: weights[f"heads.{name}.{k}"] for k in ("weight", "bias")})
+        module.load_state_dict({k: initial[f"heads.{name}.{k}"] for k in ("weight", "bias")})
     heads = torch.nn.ModuleList(modules.values())
     optimizer = torch.optim.AdamW([*bert.parameters(), *heads.parameters()], lr=5e-5, weight_decay=0.01)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
-    raw = {task: read_task(task, data_dir / "cs224n", "train") for task in TASKS}
+    raw = {name: read_task(name, task, data_dir / "cs224n", "train") for name, task in config.tasks.items()}
 
     def cls(task: str, column: int, rows) -> torch.Tensor:
         texts = [raw[task].texts[column][row] for row in rows]
@@ -99,8 +108,8 @@ def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, check
     twin = []
     bert.train()
     for step in plan:
-        rows = {task: step.micro_batches[0][task].tolist() for task in TASKS}
-        labels = {task: torch.tensor(raw[task].labels[rows[task]]) for task in TASKS}
+        rows = {task: step.micro_batches[0][task].tolist() for task in raw}
+        labels = {task: torch.tensor(raw[task].labels[rows[task]]) for task in raw}
         losses = {"sst": F.cross_entropy(classifier(cls("sst", 0, rows["sst"])), labels["sst"])}
         for output, task in enumerate(("quora", "sts")):
             pair = torch.cat([cls(task, 0, rows[task]), cls(task, 1, rows[task])], dim=1)
@@ -108,11 +117,11 @@ def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, check
             loss = F.binary_cross_entropy_with_logits if task == "quora" else F.mse_loss
             losses[task] = loss(value, labels[task])
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        (losses["sst"] + losses["quora"] + 0.5 * losses["sts"]).backward()
         optimizer.step()
         twin.append({task: loss.item() for task, loss in losses.items()})
 
-    run_stage(stage, config, run)
+    train_stage(stage, run, config.log_every)
     compare(logged(config, "finetune"), twin, 50)
     assert twin[-1]["sts"] < twin[0]["sts"]  # it did train
 
@@ -121,9 +130,9 @@ def test_pre_training_follows_the_eager_twin_for_20_steps(config, tmp_path):
     config = replace(
         config, pretrain=PretrainConfig(epochs=4, batch_size=8, learning_rate=5e-5, max_steps=20)
     )
-    run = RunDirectory(config)
-    source = find_source(config, run)
-    stage = Pretrain(config, load_reviews(config, source.tokenizer), source)
+    run, weights = opened(config)
+    reviews = load_reviews(config.data, weights.tokenizer, config.seed)
+    stage = Pretrain(reviews, weights, config.pretrain, config.engine, config.seed)
     stage.save(tmp_path / "initial", stage.engine.state_dict())
     twin_model = BertForPreTraining.from_pretrained(
         tmp_path / "initial", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
@@ -131,18 +140,17 @@ def test_pre_training_follows_the_eager_twin_for_20_steps(config, tmp_path):
     twin_model.train()
     optimizer = torch.optim.AdamW(twin_model.parameters(), lr=5e-5, weight_decay=0.01)
     seen, original = [], stage.losses
-    stage.losses = lambda data: seen.append(data) or original(data)  # type: ignore[method-assign]
-    run_stage(stage, config, run)
+    stage.losses = lambda batch: seen.append(batch) or original(batch)  # type: ignore[method-assign]
+    train_stage(stage, run, config.log_every)
 
     twin = []
-    for data in seen:
-        batch = data.packed
+    for batch in seen:
         masked = mask_tokens(
             batch.input_ids,
-            special_ids=source.tokenizer.all_special_ids,
-            mask_token_id=source.tokenizer.mask_token_id,
-            vocab_size=source.config.vocab_size,
-            seed=data.mask_seed,
+            special_ids=weights.tokenizer.all_special_ids,
+            mask_token_id=weights.tokenizer.mask_token_id,
+            vocab_size=weights.config.vocab_size,
+            seed=batch.mask_seed,
             positions=batch.positions,
             cu_seqlens=batch.cu_seqlens,
             strategy="exact",
@@ -168,24 +176,22 @@ def test_pre_training_follows_the_eager_twin_for_20_steps(config, tmp_path):
     compare(logged(config, "pretrain"), twin, 20)
 
 
-@pytest.mark.parametrize("sentiment_head", ["linear", "lstm"])
-def test_head_training_on_cached_and_live_features_is_the_same_without_dropout(
-    config, sentiment_head, tmp_path
-):
+@pytest.mark.parametrize("head", ["linear", "lstm"])
+def test_head_training_on_cached_and_live_features_is_the_same_without_dropout(config, head, tmp_path):
     losses = {}
     for features in ("cached", "live"):
         changed = replace(
             config,
             run_dir=str(tmp_path / features),
-            model=replace(config.model, sentiment_head=sentiment_head),
-            heads=HeadsStageConfig(epochs=2, batch_size=64, features=features),
+            tasks=paper_tasks(head),
+            heads=HeadsConfig(epochs=2, batch_size=64, features=features),
         )
-        run = RunDirectory(changed)
-        source = find_source(changed, run)
-        train, dev = (small_tables(changed, source, split, 40) for split in ("train", "dev"))
-        stage = Heads(changed, train, dev, source)
+        run, weights = opened(changed)
+        tables = {split: small_tables(changed, run, weights, split, 40) for split in ("train", "dev")}
+        settings = (changed.heads, changed.engine, changed.seed, tmp_path / "features")
+        stage = Heads(tables.__getitem__, weights, *settings)
         before = {k: v.clone() for k, v in stage.encoder.state_dict().items()}
-        run_stage(stage, changed, run)
+        train_stage(stage, run, changed.log_every)
         assert all(torch.equal(v, before[k]) for k, v in stage.encoder.state_dict().items())
         losses[features] = [record["losses"] for record in logged(changed, "heads")]
     for cached, live in zip(losses["cached"], losses["live"], strict=True):

@@ -1,22 +1,26 @@
 """Delimited text as rows of fields, each with its line.
 
 A field that begins with a quote ends at the next quote that is not doubled, in the same line or a later one.
-A sentence that merely begins with a quote looks the same, and would take the rows up to some later quote into
-it. So the lines of a row that goes over several are looked at by themselves, as if quotes meant nothing:
+A sentence that begins with a stray quote looks the same, and would swallow the rows up to some later quote.
+So where a row spans several lines, the fields of each line are also counted with quotes ignored:
 
-- The first and the last one, or, where tabs separate, one between them, have as many fields as the header (a
-  comma before a space is not counted, it is prose's): the quote is a stray one. Its line cannot be used;
-  reading goes on with the next line, so that no other row is lost.
+- If the first and the last line, or with tabs as delimiter one between them, have as many fields as the
+  header (a comma before a space counts as prose, not as a delimiter), the quote is a stray one. Its line is
+  unusable; reading goes on with the next line, so that no other row is lost.
 - Otherwise the row has line breaks in it, and is marked as `odd`; one that is badly quoted or has too many or
-  too few fields is unusable in each of its lines.
+  too few fields is unusable, and each of its lines is reported.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+from mtfast.data.files import decode_utf8
+from mtfast.data.rows import DataError, Record, Records, listed, repeated
 
 
 class UnclosedQuoteError(Exception):
-    """A quote in ``line`` begins a field and none ends it: it swallows every row that follows."""
+    """A quote in ``line`` begins a field that is never closed: it would swallow every row that follows."""
 
     def __init__(self, line: int) -> None:
         super().__init__(f"a quoted field begins in line {line} and is not closed")
@@ -25,10 +29,10 @@ class UnclosedQuoteError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """Where a row begins (lines count from 1), its fields, and why it cannot be used if it cannot.
+    """A row: the line it begins in (from 1), its fields, and the reason if it is unusable.
 
-    ``odd`` if a quoted field of it holds what ends a field or row in most files of the kind: a line break, or
-    a tab where tabs separate.
+    ``odd`` if a quoted field holds a line break or, in tab-separated text, a tab: legal, but rare enough to
+    be reported.
     """
 
     line: int
@@ -37,10 +41,47 @@ class Row:
     odd: bool = False
 
 
-def split_rows(text: str, delimiter: str) -> Iterator[Row]:
-    """The header and the rows of a text whose lines end with LF or CRLF; blank lines are left out.
+def read_delimited(path: Path, delimiter: str | None = None) -> Records:
+    """The rows of a file whose fields ``delimiter`` separates: by default a tab if the header has one, else a
+    comma. DataError for a file without a usable header, or with a quote that is not closed."""
+    text = decode_utf8(path)
+    if delimiter is None:
+        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+    try:
+        rows = list(split_rows(text, delimiter))
+    except UnclosedQuoteError as error:
+        raise DataError(
+            f"{path}:{error.line}: a quoted field begins here and is not closed; "
+            "a quote that belongs to the text is doubled, in a quoted field"
+        ) from None
+    if not rows:
+        raise DataError(f"{path}:1: no header row")
+    header = rows[0]
+    if header.problem is not None:
+        raise DataError(f"{path}:{header.line}: {header.problem}")
+    columns = header.fields
+    if any("\r" in name for name in columns):
+        raise DataError(
+            f"{path}:{header.line}: a carriage return in the header; lines should end with LF or CRLF"
+        )
+    if duplicated := repeated(name for name in columns if name):
+        raise DataError(f"{path}:{header.line}: column names appear twice: {listed(duplicated)}")
+    records = [
+        Record(str(path), row.line, {}, row.problem)
+        if row.problem is not None
+        else Record(str(path), row.line, dict(zip(columns, row.fields, strict=True)))
+        for row in rows[1:]
+    ]
+    odd = [row.line for row in rows[1:] if row.odd and row.problem is None]
+    what = "line breaks or tabs" if delimiter == "\t" else "line breaks"
+    notes = (f"{path.name}: {len(odd):,} rows with quoted {what}, in line {listed(odd)}",) if odd else ()
+    return Records(str(path), columns, records, notes)
 
-    Fields longer than the csv module takes and carriage returns within a line are read like any text.
+
+def split_rows(text: str, delimiter: str) -> Iterator[Row]:
+    """The header and the rows of a text whose lines end with LF or CRLF, without blank lines.
+
+    Unlike in the csv module, the length of a field has no limit and a carriage return within a line is text.
     Raises UnclosedQuoteError.
     """
     position, line, wanted = 0, 1, 0
@@ -71,12 +112,12 @@ def split_rows(text: str, delimiter: str) -> Iterator[Row]:
 
 
 def _is_stray(row: str, delimiter: str, wanted: int) -> bool:
-    """Whether lines of a row over several lines are rows by themselves, as the module's description says."""
+    """Whether a row over several lines comes from a stray quote: the module's docstring has the rule."""
 
     def is_row(line: str) -> bool:
         return 1 + line.count(delimiter) - (line.count(", ") if delimiter == "," else 0) == wanted
 
-    if wanted < 2:  # every line would be one
+    if wanted < 2:  # any line has one field
         return False
     first, *between, last = row.split("\n")
     return (is_row(first) and is_row(last)) or (delimiter == "\t" and any(map(is_row, between)))
@@ -85,9 +126,9 @@ def _is_stray(row: str, delimiter: str, wanted: int) -> bool:
 def _fields(
     text: str, begin: int, line: int, delimiter: str, wanted: int
 ) -> tuple[list[str], int, str | None]:
-    """The fields of the row at ``begin``, where its last line ends, and what is wrong with its quotes.
+    """The fields of the row at ``begin``, the end of its last line, and the fault in its quoting, if any.
 
-    A row that has gone over its first line and has more fields than ``wanted`` is not read on.
+    Stops early in a row that spans lines and has more fields than ``wanted``.
     """
     end = first_end = _line_end(text, begin)
     if text.find('"', begin, end) < 0:
@@ -119,13 +160,13 @@ def _fields(
 
 
 def _closing_quote(text: str, begin: int) -> int:
-    """Where the next quote is that is not doubled, or -1."""
-    while (place := text.find('"', begin)) >= 0 and text.startswith('"', place + 1):
-        begin = place + 2
-    return place
+    """Index of the next quote that is not doubled, or -1."""
+    while (index := text.find('"', begin)) >= 0 and text.startswith('"', index + 1):
+        begin = index + 2
+    return index
 
 
 def _line_end(text: str, begin: int) -> int:
-    """Where the next line feed is, or the end of the text."""
-    place = text.find("\n", begin)
-    return len(text) if place < 0 else place
+    """Index of the next line feed, or of the end of the text."""
+    index = text.find("\n", begin)
+    return len(text) if index < 0 else index

@@ -1,32 +1,12 @@
-"""Reading one file into records: delimited text, JSON lines, Parquet; and the tables of data sets."""
+"""JSON lines, Parquet files and the tables of data sets as records, and the text of files."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from mtfast.data.delimited import UnclosedQuoteError, split_rows
-from mtfast.data.rows import DataError, MissingDataError, Record, Records, listed, repeated
+from mtfast.data.rows import DataError, Record, Records, listed, repeated
 
-FILE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-
-
-def read_file(path: Path, delimiter: str | None = None) -> Records:
-    """Reads one Parquet, CSV/TSV or JSON-lines file; the suffix decides which.
-
-    ``delimiter`` is for delimited text; None means a tab if the header has one, else a comma.
-    Raises DataError if the file is missing, of another kind, not UTF-8, or not readable as what it claims.
-    """
-    if not path.is_file():
-        raise MissingDataError(f"{path}: no such file")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    if suffix in (".csv", ".tsv"):
-        return _read_delimited(path, "\t" if suffix == ".tsv" else delimiter)
-    if suffix in (".jsonl", ".json"):
-        return _read_json_lines(path)
-    raise DataError(f"{path}: unknown kind of file; known are {', '.join(FILE_SUFFIXES)}")
 
 
 def decode_utf8(path: Path) -> str:
@@ -44,43 +24,8 @@ def decode_utf8(path: Path) -> str:
         ) from None
 
 
-def _read_delimited(path: Path, delimiter: str | None) -> Records:
-    text = decode_utf8(path)
-    if delimiter is None:
-        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    try:
-        rows = list(split_rows(text, delimiter))
-    except UnclosedQuoteError as error:
-        raise DataError(
-            f"{path}:{error.line}: a quoted field begins here and is not closed; "
-            "a quote that belongs to the text is doubled, in a quoted field"
-        ) from None
-    if not rows:
-        raise DataError(f"{path}:1: no header row")
-    header = rows[0]
-    if header.problem is not None:
-        raise DataError(f"{path}:{header.line}: {header.problem}")
-    columns = header.fields
-    if any("\r" in name for name in columns):
-        raise DataError(
-            f"{path}:{header.line}: a carriage return in the header; lines should end with LF or CRLF"
-        )
-    if duplicated := repeated(name for name in columns if name):
-        raise DataError(f"{path}:{header.line}: column names appear twice: {listed(duplicated)}")
-    records = [
-        Record(str(path), row.line, {}, row.problem)
-        if row.problem is not None
-        else Record(str(path), row.line, dict(zip(columns, row.fields, strict=True)))
-        for row in rows[1:]
-    ]
-    odd = [row.line for row in rows[1:] if row.odd and row.problem is None]
-    what = "line breaks or tabs" if delimiter == "\t" else "line breaks"
-    notes = (f"{path.name}: {len(odd):,} rows with quoted {what}, in line {listed(odd)}",) if odd else ()
-    return Records(str(path), columns, records, notes)
-
-
 class _RepeatedKeyError(Exception):
-    """An object that gives one key two values."""
+    """A JSON object with a key that appears twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,7 +36,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _read_json_lines(path: Path) -> Records:
+def read_json_lines(path: Path) -> Records:
+    """One object on each line; DataError for a file that is something else."""
     text = decode_utf8(path)
     _refuse_one_json_value(path, text)
     rows: list[Record] = []
@@ -106,7 +52,7 @@ def _read_json_lines(path: Path) -> Records:
 
 
 def _json_object(text: str) -> tuple[dict[str, Any], str | None]:
-    """The values of an object, or what is wrong with it."""
+    """The values of an object, or why there are none."""
     try:
         values = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -150,7 +96,8 @@ def _object_goes_on(text: str, begin: int) -> bool:
     return True
 
 
-def _read_parquet(path: Path) -> Records:
+def read_parquet(path: Path) -> Records:
+    """DataError for a file that Arrow cannot read."""
     import pyarrow.parquet
 
     try:
@@ -176,12 +123,12 @@ def from_table(origin: str, table: Any) -> Records:
 
 def _values(origin: str, name: str, column: Any) -> list[Any]:
     try:
-        column.validate(full=True)  # offsets of a damaged file lead anywhere
+        column.validate(full=True)  # offsets of a damaged file may be out of bounds
     except Exception as error:
         raise DataError(f"{origin}: {name} cannot be read: {error}") from error
     try:
         return column.to_pylist()
-    except Exception:  # a date beyond year 9999, say: found again below
+    except Exception:  # a date beyond year 9999, say; find its row
         for number, value in enumerate(column, start=1):
             try:
                 value.as_py()

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mtfast.data.files import FILE_SUFFIXES, from_table, read_file
+from mtfast.data.delimited import read_delimited
+from mtfast.data.files import from_table, read_json_lines, read_parquet
 from mtfast.data.rows import DataError, MissingDataError, Records, listed
 
-_NOT_DATA = (".", "dataset_info")  # hidden files, and what `datasets` writes beside its data
+FILE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+_NOT_DATA = (".", "dataset_info")  # hidden files, and the metadata that `datasets` writes beside its data
 SPLIT_NAMES = {
     "train": ("train",),
     "dev": ("dev", "validation", "valid", "val"),
@@ -17,16 +19,21 @@ SPLIT_NAMES = {
 }
 
 
-def read_split(source: str | Path, split: str) -> Records:
-    """Reads one split ("train", "dev" or "test") of a source.
+def names_of_split(split: str) -> tuple[str, ...]:
+    """The names that a split may have in a source, the preferred one first."""
+    return SPLIT_NAMES.get(split, (split,))
 
-    A source is one file (whatever the split) or, with ``{split}`` in its name, one for each; a directory with
+
+def read_split(source: str | Path, split: str) -> Records:
+    """Reads one split of a source: "train", "dev", "test", or another name that the source has.
+
+    A source is one file (for any split) or, with ``{split}`` in its name, one for each; a directory with
     `save_to_disk` output, or with files ``<split>*.<suffix>`` in it, its ``data`` folder or else its only
     folder; or the name of a Hugging Face data set, ``owner/name`` or ``owner/name:config``. The dev split may
     also be called validation, valid or val.
     """
     kind, path = _kind(source)
-    names = SPLIT_NAMES[split]
+    names = names_of_split(split)
     if kind == "file" or kind == "files":
         found = _files_by_name(kind, path, split)
         if found:
@@ -44,11 +51,11 @@ def read_split(source: str | Path, split: str) -> Records:
             f"{source}: no {split} split; wanted {' or '.join(names)}, found {', '.join(map(str, available))}"
         )
     records = _from_data_set(source, found_splits[0], available[found_splits[0]])
-    return replace(records, notes=_left_alone(found_splits[1:]))
+    return replace(records, notes=_not_read(found_splits[1:]))
 
 
 def files_of(source: str | Path, split: str) -> list[Path]:
-    """The files that `read_split` reads for a split; none for a data set, or where there is none."""
+    """The files that `read_split` reads for a split; empty for a data set and for a missing split."""
     kind, path = _kind(source)
     return _chosen(_files_by_name(kind, path, split))[0] if kind in ("file", "files") else []
 
@@ -56,11 +63,14 @@ def files_of(source: str | Path, split: str) -> list[Path]:
 def read_files(origin: str, files: list[Path], others: list[Path], delimiter: str | None = None) -> Records:
     """The rows of ``files``, which must be of one kind and have the same columns.
 
-    ``others`` might have been meant too; that they were not read is noted, as is which files were joined.
+    ``others`` are files of the same split under its other names. The notes list them as not read, and list
+    the files that were joined.
     """
     if len({file.suffix.lower() for file in files}) > 1:
         names = listed([file.name for file in files])
-        raise DataError(f"{origin}: files of several kinds, {names}; keep one kind, lest rows are read twice")
+        raise DataError(
+            f"{origin}: files of several kinds, {names}; keep one kind, so that no row is read twice"
+        )
     _refuse_twice(origin, files)
     parts = [read_file(file, delimiter) for file in files]
     for part in parts[1:]:
@@ -71,9 +81,27 @@ def read_files(origin: str, files: list[Path], others: list[Path], delimiter: st
     notes = [note for part in parts for note in part.notes]
     if len(parts) > 1:
         notes.append(f"{len(parts)} files joined: {_names(files)}")
-    notes += _left_alone([file.name for file in others])
+    notes += _not_read([file.name for file in others])
     rows = [row for part in parts for row in part.rows]
     return Records(parts[0].origin if len(parts) == 1 else origin, parts[0].columns, rows, tuple(notes))
+
+
+def read_file(path: Path, delimiter: str | None = None) -> Records:
+    """Reads one Parquet, CSV/TSV or JSON-lines file; the suffix decides which.
+
+    ``delimiter`` is for delimited text; None means a tab if the header has one, else a comma.
+    Raises DataError if the file is missing, of an unknown kind, not UTF-8, or not valid for its kind.
+    """
+    if not path.is_file():
+        raise MissingDataError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return read_parquet(path)
+    if suffix in (".csv", ".tsv"):
+        return read_delimited(path, "\t" if suffix == ".tsv" else delimiter)
+    if suffix in (".jsonl", ".json"):
+        return read_json_lines(path)
+    raise DataError(f"{path}: unknown kind of file; known are {', '.join(FILE_SUFFIXES)}")
 
 
 def read_every_split(source: str | Path) -> list[Records]:
@@ -109,7 +137,7 @@ def is_one_data_set(source: str | Path) -> bool:
 
 
 def _kind(source: str | Path) -> tuple[Literal["file", "files", "saved", "hub"], Path]:
-    """What a source is, and its path (meaningless for a data set of the hub)."""
+    """The kind of a source, and its path (meaningless for a data set of the hub)."""
     path = Path(source).expanduser()
     if path.is_dir():
         saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
@@ -119,8 +147,8 @@ def _kind(source: str | Path) -> tuple[Literal["file", "files", "saved", "hub"],
 
 
 def _data_files(directory: Path) -> list[Path]:
-    """Those in the directory and its `data` folder; else those in its only folder that has some, which in a
-    snapshot of the hub is called like the data set's configuration."""
+    """The data files in the directory and its `data` folder; else those in its only folder that has any: in a
+    snapshot of the hub, the one named after the data set's configuration."""
 
     def among(folder: Path) -> list[Path]:
         return [
@@ -142,14 +170,14 @@ def _listing(directory: Path) -> str:
 
 
 def _files_by_name(kind: str, path: Path, split: str) -> dict[str, list[Path]]:
-    """The files of a split under each of its names that has some, the name to be preferred first."""
+    """The files of a split by each of its names that has any, the preferred one first."""
     found = {}
-    for name in SPLIT_NAMES[split]:
+    for name in names_of_split(split):
         if kind == "file":
             file = Path(str(path).replace("{split}", name))
             files = [file] if file.is_file() else []
         else:
-            pattern = re.compile(rf"{name}([-._ \d]|$)")
+            pattern = re.compile(rf"{re.escape(name.lower())}([-._ \d]|$)")
             files = [file for file in _data_files(path) if pattern.match(file.stem.lower())]
         if files:
             found[name] = files
@@ -162,7 +190,7 @@ def _chosen(found: dict[str, list[Path]]) -> tuple[list[Path], list[Path]]:
     return chosen, [file for files in found.values() for file in files if file not in chosen]
 
 
-def _left_alone(names: list[Any]) -> tuple[str, ...]:
+def _not_read(names: list[Any]) -> tuple[str, ...]:
     return (f"also there, but not read: {listed(names)}",) if names else ()
 
 
@@ -174,18 +202,18 @@ def _names(files: list[Path]) -> str:
 
 def _refuse_twice(origin: str, files: list[Path]) -> None:
     """Raises DataError where rows would be read twice: from links to one file, or copies of several kinds."""
-    by_place: dict[tuple[int, int], Path] = {}
+    by_inode: dict[tuple[int, int], Path] = {}
     by_stem: dict[Path, Path] = {}
     for file in files:
         stat = file.stat()
-        other = by_place.setdefault((stat.st_dev, stat.st_ino), file)
+        other = by_inode.setdefault((stat.st_dev, stat.st_ino), file)
         if other is not file:
             raise DataError(f"{origin}: {other.name} and {file.name} are one file; keep one of the names")
         other = by_stem.setdefault(file.with_suffix(""), file)
         if other is not file and other.suffix != file.suffix:
             raise DataError(
                 f"{origin}: {other.name} and {file.name} differ in kind only; "
-                "keep one, lest rows are read twice"
+                "keep one, so that no row is read twice"
             )
 
 
@@ -200,7 +228,7 @@ def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str 
             if kind == "saved"
             else datasets.load_dataset(name, config or None)
         )
-    except Exception as error:  # the loaders raise many kinds, and all mean the same to the caller
+    except Exception as error:  # the loaders raise many kinds
         what = (
             "not a readable saved data set"
             if kind == "saved"

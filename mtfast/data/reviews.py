@@ -3,7 +3,7 @@
 import itertools
 import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ import torch
 
 from mtfast.data.cache import Arrays, Notes, cache_key, cached
 from mtfast.data.records import read_every_split
-from mtfast.data.rows import DataError, UnusableRowError
-from mtfast.data.tasks import RowAccount, SkippedRow
-from mtfast.data.tokenized import check_max_length, from_arrays, to_arrays
+from mtfast.data.rows import DataError, RowAccount, SkippedRow, UnusableRowError, evenly
 from mtfast.data.tokens import (
-    Pieces,
+    Sequences,
     SpecialTokens,
-    Tokenized,
     assemble_pairs,
+    check_max_length,
     offsets_of,
     tokenize_texts,
 )
@@ -34,12 +32,12 @@ _LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 class ReviewTable:
     """The usable reviews of a source, cleaned of `<br />` tags, in input order.
 
-    ``places`` has the file and the line (or row number) of each.
+    lines: the file and the line (or row number) of each.
     """
 
     source: str
     texts: list[str]
-    places: list[tuple[str, int]]
+    lines: list[tuple[str, int]]
     account: RowAccount
 
     def __len__(self) -> int:
@@ -48,9 +46,12 @@ class ReviewTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewAccount(RowAccount):
-    """What became of the reviews, besides the account of their rows: how many samples were made of them;
-    reviews of a single sentence, whose B always is from another review; sentences cut into runs because two
-    of their length do not fit."""
+    """The account of the reviews' rows, and of the samples made of them.
+
+    samples: their number.
+    single_sentence_reviews: reviews of one sentence, whose B always is from another review.
+    long_sentences: sentences cut into runs because two of their length do not fit in a sample.
+    """
 
     samples: int
     single_sentence_reviews: int
@@ -66,7 +67,7 @@ class ReviewAccount(RowAccount):
 
 
 @dataclass(frozen=True)
-class ReviewSamples(Tokenized):
+class ReviewSamples:
     """Pre-training samples `[CLS] A [SEP] B [SEP]`; sample i is sequence i.
 
     nsp_labels: int64 [samples], 0 where B follows A, 1 where it is from another review.
@@ -74,6 +75,7 @@ class ReviewSamples(Tokenized):
     reviews: int64 [samples], the review (index in its table) that A is from.
     """
 
+    sequences: Sequences
     nsp_labels: np.ndarray
     candidates: np.ndarray
     reviews: np.ndarray
@@ -103,12 +105,12 @@ def read_reviews(source: str | Path, limit: int | None = None, *, strict: bool =
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
     texts: list[str] = []
-    places: list[tuple[str, int]] = []
+    lines: list[tuple[str, int]] = []
     skipped: list[SkippedRow] = []
     parts = read_every_split(source)
     rows = [(row, part.require(_TEXT_COLUMNS)) for part in parts for row in part.rows]
     if limit is not None and limit < len(rows):
-        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+        rows = evenly(rows, limit)
     for row, column in rows:
         try:
             if not (text := _LINE_BREAK.sub("\n", row.text(column)).strip()):
@@ -117,13 +119,13 @@ def read_reviews(source: str | Path, limit: int | None = None, *, strict: bool =
             skipped.append(SkippedRow(row.file, row.line, str(problem)))
             continue
         texts.append(text)
-        places.append((row.file, row.line))
+        lines.append((row.file, row.line))
     _refuse_if_strict(skipped, strict)
     notes = tuple(note for part in parts for note in part.notes)
     account = RowAccount(len(rows), len(texts), skipped, notes)
     if not texts:
         raise DataError(f"{source}: no usable review; {account.summary(at_most=3)}")
-    return ReviewTable(str(source), texts, places, account)
+    return ReviewTable(str(source), texts, lines, account)
 
 
 def _refuse_if_strict(skipped: list[SkippedRow], strict: bool) -> None:
@@ -153,7 +155,7 @@ def build_samples(
     special = SpecialTokens.of(tokenizer)
 
     def build() -> tuple[Arrays, Notes]:
-        return _build(reviews, tokenizer, max_length, seed, special)
+        return _build(reviews, tokenizer, max_length, seed)
 
     if cache_dir is None:
         arrays, notes = build()
@@ -161,8 +163,8 @@ def build_samples(
         settings = {"max_length": max_length, "seed": seed, "special": asdict(special)}
         key = cache_key(tokenizer, [reviews.texts], settings)
         arrays, notes = cached(Path(cache_dir), "reviews", key, build)
-    places = [reviews.places[int(row)] for row in notes["without_pieces"]]
-    without_pieces = [SkippedRow(file, line, "no word pieces in it") for file, line in places]
+    lines = [reviews.lines[int(row)] for row in notes["without_pieces"]]
+    without_pieces = [SkippedRow(file, line, "no word pieces in it") for file, line in lines]
     _refuse_if_strict(without_pieces, strict)
     skipped = [*reviews.account.skipped, *without_pieces]
     account = ReviewAccount(
@@ -175,9 +177,7 @@ def build_samples(
         long_sentences=notes["long_sentences"],
     )
     return ReviewSamples(
-        sequences=from_arrays(arrays, notes),
-        max_length=max_length,
-        special=special,
+        sequences=Sequences.of_arrays(arrays, notes, special, max_length),
         nsp_labels=arrays["nsp_labels"],
         candidates=arrays["candidates"],
         reviews=arrays["reviews"],
@@ -187,17 +187,16 @@ def build_samples(
 
 @dataclass(frozen=True)
 class _Sentences:
-    """Sentence i is tokens[offsets[i] : offsets[i + 1]] and belongs to review[i]; none is empty."""
+    """Sentences as word pieces, none of them empty; the review of each; how many long ones were cut."""
 
-    tokens: np.ndarray
-    offsets: np.ndarray
+    pieces: Sequences
     review: np.ndarray
     long: int
 
 
 @dataclass(frozen=True)
 class _Runs:
-    """Samples to be: A is sentences begin to split, B is split to end (empty in a run of one sentence)."""
+    """Runs of sentences: A is begin to split, B is split to end (empty in a run of one sentence)."""
 
     begin: np.ndarray
     split: np.ndarray
@@ -205,9 +204,7 @@ class _Runs:
     review: np.ndarray
 
 
-def _build(
-    reviews: ReviewTable, tokenizer: Any, max_length: int, seed: int, special: SpecialTokens
-) -> tuple[Arrays, Notes]:
+def _build(reviews: ReviewTable, tokenizer: Any, max_length: int, seed: int) -> tuple[Arrays, Notes]:
     random = np.random.default_rng([seed, zlib.crc32(b"next sentence")])
     room = max_length - 3
     sentences = _sentences(reviews.texts, tokenizer, room // 2)
@@ -218,11 +215,12 @@ def _build(
             f"{reviews.source}: {len(owners)} usable review; next-sentence prediction takes B from another "
             "review and needs at least 2"
         )
-    a = _pieces(sentences, runs.begin, runs.split)
+    pieces = sentences.pieces
     b_begin, b_end, labels = _second_segments(runs, random)
-    sequences = assemble_pairs(a, _pieces(sentences, b_begin, b_end), max_length, special)
-    maskable = ~np.isin(sequences.tokens, special.all)
-    arrays, notes = to_arrays(sequences)
+    a, b = pieces.runs(runs.begin, runs.split), pieces.runs(b_begin, b_end)
+    sequences = assemble_pairs(a, b, max_length)
+    maskable = ~np.isin(sequences.tokens, sequences.special.all)
+    arrays, notes = sequences.arrays()
     arrays["nsp_labels"] = labels
     arrays["candidates"] = np.add.reduceat(maskable.astype(np.int64), sequences.offsets[:-1])
     arrays["reviews"] = runs.review
@@ -238,18 +236,17 @@ def _sentences(texts: list[str], tokenizer: Any, longest: int) -> _Sentences:
     split = [sentencex.segment("en", text) for text in texts]
     review = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])
     pieces = tokenize_texts(tokenizer, [sentence for sentences in split for sentence in sentences])
-    parts = -(-pieces.counts // longest)  # 0 for a sentence without word pieces
+    parts = -(-pieces.lengths // longest)  # 0 for a sentence without word pieces
     part = np.arange(parts.sum()) - np.repeat(offsets_of(parts)[:-1], parts)
-    counts, of = np.repeat(pieces.counts, parts), np.repeat(parts, parts)
+    counts, of = np.repeat(pieces.lengths, parts), np.repeat(parts, parts)
     lengths = (part + 1) * counts // of - part * counts // of
-    return _Sentences(
-        pieces.tokens, offsets_of(lengths), np.repeat(review, parts), int(np.count_nonzero(parts > 1))
-    )
+    cut = replace(pieces, offsets=offsets_of(lengths), segment_b_start=lengths.astype(np.int32))
+    return _Sentences(cut, np.repeat(review, parts), int(np.count_nonzero(parts > 1)))
 
 
 def _runs(sentences: _Sentences, room: int, random: np.random.Generator) -> _Runs:
-    """Consecutive sentences of one review that fit in ``room``, two or more wherever that can be had."""
-    lengths = np.diff(sentences.offsets).tolist()
+    """Consecutive sentences of one review that fit in ``room``, two or more wherever possible."""
+    lengths = sentences.pieces.lengths.tolist()
     edges = [*np.flatnonzero(np.diff(sentences.review, prepend=-1)).tolist(), len(lengths)]
     begins: list[int] = []
     for first, last in itertools.pairwise(edges):
@@ -277,8 +274,8 @@ def _second_segments(runs: _Runs, random: np.random.Generator) -> tuple[np.ndarr
     wanted = max(len(single) // 2 - np.count_nonzero(single), 0)
     chosen = random.permutation(pairs)[:wanted]
 
-    # In order of (shuffled) reviews, the sample as many places on as the largest review has samples is of
-    # another review: the chosen ones take each other's B along that shift, and none is lost.
+    # Sorted by (shuffled) review, two samples that are `largest` apart, the most samples of one review, are
+    # from different reviews: the chosen ones exchange their B's along that shift, and none is lost.
     shuffled = random.permutation(runs.review.max() + 1)
     chosen = chosen[np.lexsort((chosen, shuffled[runs.review[chosen]]))]
     largest = int(np.bincount(runs.review[chosen]).max(initial=0))
@@ -291,7 +288,7 @@ def _second_segments(runs: _Runs, random: np.random.Generator) -> tuple[np.ndarr
         chosen = donors
     b_begin[chosen], b_end[chosen] = runs.split[donors], runs.end[donors]
 
-    # The others copy: from any sample outside the review's own, which stand together.
+    # The others copy from any sample but those of their own review, which are consecutive.
     low = np.searchsorted(runs.review, runs.review[copied], "left")
     high = np.searchsorted(runs.review, runs.review[copied], "right")
     donor = (random.random(len(copied)) * (len(single) - (high - low))).astype(np.int64)
@@ -301,9 +298,3 @@ def _second_segments(runs: _Runs, random: np.random.Generator) -> tuple[np.ndarr
     labels = np.zeros(len(single), np.int64)
     labels[chosen] = labels[copied] = 1
     return b_begin, b_end, labels
-
-
-def _pieces(sentences: _Sentences, begin: np.ndarray, end: np.ndarray) -> Pieces:
-    """The word pieces of sentences begin to end, as one run each."""
-    starts = sentences.offsets[begin]
-    return Pieces(sentences.tokens, starts, sentences.offsets[end] - starts)

@@ -1,21 +1,33 @@
-"""What every reader gives: columns and rows with the place each came from, and why a row cannot be used.
+"""What every reader returns: columns and rows, each with its file and line; and the account of skipped rows.
 
-Nothing here knows what a task is: every row keeps its line (text files) or row number (Parquet, Hugging Face
-data sets), so that whoever rejects a row can say where it is.
+Readers know nothing of tasks: a row keeps its line (text files) or row number (Parquet, Hugging Face data
+sets), so that a message about it can name both.
 """
 
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 
 
 class DataError(ValueError):
-    """Data that cannot be used. The message names the file and, where there is one, the line."""
+    """Data that cannot be used. The message names the file and, where there is one, the line.
+
+    `field` is the dotted name of the configuration's field at fault, where it may be one.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it is sent between ranks
+        return type(self), (str(self), self.field)
 
 
 class MissingDataError(DataError):
@@ -23,7 +35,7 @@ class MissingDataError(DataError):
 
 
 class UnusableRowError(Exception):
-    """Why a row is left out; whoever goes through rows catches it and keeps the account."""
+    """Why a row is skipped; who iterates over the rows catches it and lists the row in the account."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +64,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Records:
-    """A file or split as columns and rows; ``origin`` is what messages call it.
+    """A file or split as columns and rows.
 
-    ``notes`` tell what one should know of how it was read.
+    origin: its name in messages.
+    notes: remarks for the account on how it was read.
     """
 
     origin: str
@@ -63,18 +76,57 @@ class Records:
     notes: tuple[str, ...] = ()
 
     def find(self, names: tuple[str, ...]) -> str | None:
-        """The column that goes by the first of ``names`` there is, whatever its case and spaces, or None."""
-        by_lower = {column.strip().lower(): column for column in self.columns}
-        return next((by_lower[name] for name in names if name in by_lower), None)
+        """The column of the first of ``names`` that the table has, or None.
 
-    def require(self, names: tuple[str, ...]) -> str:
-        """As `find`, but DataError names the file, the column wanted and the columns found."""
+        A column with exactly that name comes before one that differs in case or surrounding spaces.
+        """
+        by_lower = {column.strip().lower(): column for column in self.columns}
+        found = (name if name in self.columns else by_lower.get(name.strip().lower()) for name in names)
+        return next((column for column in found if column is not None), None)
+
+    def require(self, names: tuple[str, ...], field: str | None = None) -> str:
+        """As `find`, but DataError names the file, the column wanted and the columns found.
+
+        ``field`` is the configuration's field that names the column.
+        """
         column = self.find(names)
         if column is None:
             others = f" (or {', '.join(names[1:])})" if names[1:] else ""
             found = ", ".join(repr(name) for name in self.columns) or "none"
-            raise DataError(f"{self.origin}: no column {names[0]!r}{others}; columns found: {found}")
+            raise DataError(f"{self.origin}: no column {names[0]!r}{others}; columns found: {found}", field)
         return column
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A row that could not be used: where it is (line, or row number for Parquet and data sets) and why."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class RowAccount:
+    """How many rows were read and used, every skipped row, and the reader's notes."""
+
+    read: int
+    used: int
+    skipped: list[SkippedRow] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+    def summary(self, *facts: str, at_most: int = 10) -> str:
+        """One line with the counts and ``facts``, then one for each note and each skipped row, up to
+        ``at_most`` of these."""
+        counts = f"{self.read:,} rows read, {self.used:,} used, {len(self.skipped):,} skipped"
+        lines = [", ".join([counts, *facts]), *(f"  {note}" for note in self.notes)]
+        lines += [f"  {row}" for row in self.skipped[:at_most]]
+        if len(self.skipped) > at_most:
+            lines.append(f"  and {len(self.skipped) - at_most:,} more")
+        return "\n".join(lines)
 
 
 def shown(value: Any) -> str:
@@ -97,6 +149,11 @@ def listed(names: Sequence[Any], at_most: int = 10) -> str:
     return ", ".join(map(str, names[:at_most])) + more
 
 
+def evenly(rows: Sequence[T], count: int) -> list[T]:
+    """``count`` of the rows, evenly spaced, since many data sets come sorted by label."""
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 def repeated(names: Iterable[str]) -> list[str]:
-    """Those of the names that appear more than once, sorted."""
+    """The names that appear more than once, sorted."""
     return sorted(name for name, count in Counter(names).items() if count > 1)

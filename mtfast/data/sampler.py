@@ -1,7 +1,7 @@
-"""Which examples make up each optimizer step, and which rank and micro-batch takes which of them.
+"""The examples of each optimizer step, and their division among ranks and micro-batches.
 
 The steps of an epoch depend on the seed and the data alone. The number of ranks and of accumulated
-micro-batches only decides how a step is dealt out, so 1 rank and 8 ranks see the same global batches.
+micro-batches only decides how a step is divided, so 1 rank and 8 ranks see the same global batches.
 """
 
 import itertools
@@ -21,6 +21,34 @@ except ImportError as error:
     ) from error
 
 Sampler = Literal["proportional", "temperature", "round_robin"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is divided: this process is ``rank`` of ``world_size``, and each rank runs its part of a
+    step in ``accumulation`` micro-batches.
+
+    Raises ValueError for a rank outside [0, world_size), and for a world_size or accumulation below 1.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or self.accumulation < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank {self.rank} of world_size {self.world_size} with accumulation {self.accumulation}: "
+                "world_size and accumulation must be at least 1 and rank below world_size"
+            )
+
+    @property
+    def shares(self) -> int:
+        """Micro-batches of a step, over all ranks."""
+        return self.world_size * self.accumulation
+
+
+ALONE = Layout()
 
 
 @dataclass(frozen=True)
@@ -50,9 +78,7 @@ def plan_epoch(
     temperature: float = 2.0,
     seed: int,
     epoch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    accumulation: int = 1,
+    layout: Layout = ALONE,
 ) -> list[StepPlan]:
     """This rank's part of every optimizer step of an epoch.
 
@@ -60,13 +86,13 @@ def plan_epoch(
     most; the examples of all tasks are spread evenly over ceil(examples / batch_size) steps.
     "proportional" uses every example once, with the same mix of tasks in every step. "temperature" draws
     task k in proportion to size_k ** (1 / temperature), "round_robin" every task equally often; both take as
-    many examples in all, going through a shuffled task again when it runs out and going on in the next
-    epoch where they stopped.
-    Each step is dealt to world_size * accumulation micro-batches with token totals that differ by at most
-    its longest example; none is empty unless the step has fewer examples than there are micro-batches.
-    Raises ValueError if batch_size is not divisible by world_size * accumulation.
+    many examples in all, shuffle a task again when it is used up, and continue in the next epoch where they
+    stopped.
+    Each step is divided among the layout's micro-batches with token totals that differ by at most its longest
+    example; none is empty unless the step has fewer examples than micro-batches.
+    Raises ValueError if batch_size is not divisible by the number of micro-batches.
     """
-    _check(batch_size, rank, world_size, accumulation, lengths)
+    _check(batch_size, layout, lengths)
     names = list(lengths)
     sizes = np.array([len(lengths[name]) for name in names])
     quota = _quota(sizes, sampler, temperature)
@@ -76,7 +102,7 @@ def plan_epoch(
         _stream(len(lengths[name]), int(count), name, seed, epoch)
         for name, count in zip(names, quota, strict=True)
     ]
-    # Example i of n of a task is due at (i + 1/2) / n of the epoch: every stretch has the same mix.
+    # Example i of n of a task is due at (i + 1/2) / n of the epoch: every step has the same mix of tasks.
     due = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in quota])
     task = np.repeat(np.arange(len(names)), quota)
     name_rank = np.argsort(np.argsort(names))
@@ -89,10 +115,10 @@ def plan_epoch(
     step = np.repeat(np.arange(steps), np.diff(step_offsets))
     counts = np.zeros((steps, len(names)), np.int64)
     np.add.at(counts, (step, task), 1)
-    groups = iter(_deal(tokens, step_offsets, rank, world_size, accumulation, task, len(names)))
+    groups = iter(_divide(tokens, step_offsets, layout, task, len(names)))
     return [
         StepPlan(
-            [{name: example[next(groups)] for name in names} for _ in range(accumulation)],
+            [{name: example[next(groups)] for name in names} for _ in range(layout.accumulation)],
             dict(zip(names, counts[s].tolist(), strict=True)),
         )
         for s in range(steps)
@@ -106,26 +132,24 @@ def plan_reviews(
     batch_size: int,
     seed: int,
     epoch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    accumulation: int = 1,
+    layout: Layout = ALONE,
 ) -> list[ReviewStepPlan]:
     """This rank's part of every pre-training step of an epoch; every sample is used exactly once.
 
     lengths: tokens of each sample, masked: tokens that will be chosen in it (both int64 [samples]). Steps,
     balance and errors are those of `plan_epoch`.
     """
-    _check(batch_size, rank, world_size, accumulation, {"reviews": lengths})
+    _check(batch_size, layout, {"reviews": lengths})
     if len(lengths) == 0:
         raise ValueError("lengths holds no sample")
     order = _stream(len(lengths), len(lengths), "reviews", seed, epoch)
     step_offsets = _step_offsets(len(order), batch_size)
     task = np.zeros(len(order), np.int64)
-    groups = iter(_deal(lengths[order], step_offsets, rank, world_size, accumulation, task, 1))
+    groups = iter(_divide(lengths[order], step_offsets, layout, task, 1))
     step_masked = np.add.reduceat(masked[order], step_offsets[:-1])
     return [
         ReviewStepPlan(
-            [order[next(groups)] for _ in range(accumulation)],
+            [order[next(groups)] for _ in range(layout.accumulation)],
             int(step_offsets[s + 1] - step_offsets[s]),
             int(step_masked[s]),
         )
@@ -134,17 +158,18 @@ def plan_reviews(
 
 
 def plan_evaluation(
-    lengths: Mapping[str, np.ndarray], *, tokens_per_batch: int, rank: int = 0, world_size: int = 1
+    lengths: Mapping[str, np.ndarray], *, tokens_per_batch: int, layout: Layout = ALONE
 ) -> list[dict[str, np.ndarray]]:
-    """This rank's evaluation batches: examples of all tasks by falling length, each exactly once.
+    """This rank's evaluation batches: examples of all tasks by descending length, each exactly once.
 
     A batch holds at most ``tokens_per_batch`` tokens (or one longer example). Every rank gets the same
-    number of batches, the last ones empty where they do not come out even, because under ZeRO-3 all ranks
-    must run forward equally often.
+    number of batches, some of them empty if necessary, because under ZeRO-3 all ranks must run forward
+    equally often.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch must be at least 1, found {tokens_per_batch}")
-    _check(world_size, rank, world_size, 1, lengths)
+    if not lengths:
+        raise ValueError("lengths is empty: there is no task to plan")
     names = list(lengths)
     task = np.repeat(np.arange(len(names)), [len(lengths[name]) for name in names])
     example = np.concatenate([np.arange(len(lengths[name])) for name in names])
@@ -156,23 +181,16 @@ def plan_evaluation(
         before = ends[cuts[-1] - 1] if cuts[-1] else 0
         cuts.append(max(int(np.searchsorted(ends, before + tokens_per_batch, "right")), cuts[-1] + 1))
     batches = [order[begin:end] for begin, end in itertools.pairwise(cuts)]
-    mine = batches[rank::world_size]
-    mine += [order[:0]] * (math.ceil(len(batches) / world_size) - len(mine))
+    mine = batches[layout.rank :: layout.world_size]
+    mine += [order[:0]] * (math.ceil(len(batches) / layout.world_size) - len(mine))
     return [{name: example[rows[task[rows] == index]] for index, name in enumerate(names)} for rows in mine]
 
 
-def _check(
-    batch_size: int, rank: int, world_size: int, accumulation: int, lengths: Mapping[str, np.ndarray]
-) -> None:
-    if world_size < 1 or accumulation < 1 or not 0 <= rank < world_size:
+def _check(batch_size: int, layout: Layout, lengths: Mapping[str, np.ndarray]) -> None:
+    if batch_size < 1 or batch_size % layout.shares:
         raise ValueError(
-            f"rank {rank} of world_size {world_size} with accumulation {accumulation}: world_size and "
-            "accumulation must be at least 1 and rank below world_size"
-        )
-    if batch_size < 1 or batch_size % (world_size * accumulation):
-        raise ValueError(
-            f"batch_size {batch_size} is not divisible by world_size {world_size} * accumulation "
-            f"{accumulation} = {world_size * accumulation}"
+            f"batch_size {batch_size} is not divisible by world_size {layout.world_size} * accumulation "
+            f"{layout.accumulation} = {layout.shares}"
         )
     if not lengths:
         raise ValueError("lengths is empty: there is no task to plan")
@@ -211,23 +229,18 @@ def _stream(size: int, count: int, name: str, seed: int, epoch: int) -> np.ndarr
 
 
 def _step_offsets(examples: int, batch_size: int) -> np.ndarray:
-    """Where each step begins: ceil(examples / batch_size) steps whose sizes differ by at most one."""
+    """Offsets of ceil(examples / batch_size) steps whose sizes differ by at most one."""
     steps = -(-examples // batch_size)
     return np.arange(steps + 1) * examples // steps
 
 
-def _deal(
-    tokens: np.ndarray,
-    step_offsets: np.ndarray,
-    rank: int,
-    world_size: int,
-    accumulation: int,
-    task: np.ndarray,
-    tasks: int,
+def _divide(
+    tokens: np.ndarray, step_offsets: np.ndarray, layout: Layout, task: np.ndarray, tasks: int
 ) -> list[np.ndarray]:
-    """Places in the epoch's order for each (step, micro-batch of this rank, task), in that order."""
-    bins = balance(np.ascontiguousarray(tokens, np.int64), step_offsets, world_size * accumulation)
-    mine = np.flatnonzero(bins // accumulation == rank)
+    """Indices in the epoch's order for each (step, micro-batch of this rank, task), in that order."""
+    bins = balance(np.ascontiguousarray(tokens, np.int64), step_offsets, layout.shares)
+    accumulation = layout.accumulation
+    mine = np.flatnonzero(bins // accumulation == layout.rank)
     step = np.searchsorted(step_offsets, mine, "right") - 1
     group = (step * accumulation + bins[mine] % accumulation) * tasks + task[mine]
     order = np.argsort(group, kind="stable")

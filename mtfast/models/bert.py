@@ -5,6 +5,7 @@ computes what `transformers.BertModel` computes for each sentence alone. Query, 
 projection; `mtfast.models.checkpoint` converts the weights from and to Hugging Face's names.
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,9 +78,9 @@ class PackedEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         # The sums of the two small tables are few: one lookup and one pass over the tokens instead of two.
-        places = (self.token_type[:, None] + self.position).flatten(0, 1)
+        sums = (self.token_type[:, None] + self.position).flatten(0, 1)
         x = F.embedding(input_ids, self.word, self.padding_idx)
-        x = x + F.embedding(token_type_ids * self.position.size(0) + position_ids, places)
+        x = x + F.embedding(token_type_ids * self.position.size(0) + position_ids, sums)
         return dropout(self.norm(x), self.dropout_p, self.training)
 
 
@@ -105,7 +106,7 @@ class PackedAttention(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
+        self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
         self.qkv = QkvProjection(config.hidden_size)
@@ -123,11 +124,11 @@ class PackedAttention(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         q, kv = self.qkv(x, cls_rows)
         if kv is None:
-            qkv = q.view(-1, 3, self.heads, self.head_dim)
+            qkv = q.view(-1, 3, self.num_heads, self.head_dim)
             context = packed_attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p)
         else:
-            k, v = kv.view(-1, 2, self.heads, self.head_dim).unbind(1)
-            q = q.view(-1, self.heads, self.head_dim)
+            k, v = kv.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
+            q = q.view(-1, self.num_heads, self.head_dim)
             context = packed_attention_cls(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p)
         assert isinstance(context, Tensor)  # a pair only where the log-sum-exp is asked for
         context = context.flatten(1)
@@ -240,13 +241,18 @@ class PackedBert(nn.Module):
         return layer(*arguments)
 
 
+def mean_seqlen(lengths: np.ndarray) -> float:
+    """Length of the sequence that the average token is in: sum of squared lengths [n] / sum of lengths."""
+    lengths = lengths.astype(np.float64)
+    return float((lengths**2).sum() / lengths.sum())
+
+
 def flops_per_token(config: BertConfig, mean_seqlen: float, *, training: bool = True) -> float:
     """Floating-point operations per real token of the encoder's matrix products, for MFU.
 
     Per layer and token the forward costs 2 * (4 hidden^2 + 2 hidden * intermediate) for the projections and
-    4 * hidden * mean_seqlen for the two products of attention, where mean_seqlen is the sequence length that
-    the average token sees (sum of squared lengths / sum of lengths). The backward costs twice the forward.
-    Heads, embeddings and what the [CLS]-only last layer saves are not in it.
+    4 * hidden * mean_seqlen for the two products of attention (see the function of that name). The backward
+    costs twice the forward. Heads, embeddings and what the [CLS]-only last layer saves are not in it.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = 2 * (4 * hidden**2 + 2 * hidden * inner) + 4 * hidden * mean_seqlen

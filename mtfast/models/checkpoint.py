@@ -2,7 +2,7 @@
 
 A saved directory holds `model.safetensors` and `config.json` as `BertModel.from_pretrained` and
 `BertForPreTraining.from_pretrained` read them, the tokenizer's files, and, for a model with task heads,
-`heads.safetensors` and `mtfast.json` with the heads' configuration.
+`heads.safetensors` and `mtfast.json` with what the tasks and their heads are.
 """
 
 import copy
@@ -20,8 +20,11 @@ from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
 from mtfast.models.bert import PackedBert, check_config
 from mtfast.models.files import CheckpointError, read_json, read_tensors, replacing, restore, save_tensors
-from mtfast.models.multitask import HeadsConfig, MultiTaskHeads, MultiTaskModel, PretrainModel
+from mtfast.models.format_1 import read_format_1
+from mtfast.models.multitask import MultiTaskHeads, MultiTaskModel, sharing
 from mtfast.models.names import from_hf_state_dict, hf_state_dict
+from mtfast.models.pretraining import PretrainModel
+from mtfast.tasks import MlpConfig, Task
 
 __all__ = [
     "CheckpointError",
@@ -29,8 +32,8 @@ __all__ = [
     "from_hf_state_dict",
     "hf_state_dict",
     "load_bert_config",
-    "load_heads_config",
     "load_pretrained",
+    "load_tasks",
     "load_tokenizer",
     "save_heads",
     "save_pretrained",
@@ -38,8 +41,10 @@ __all__ = [
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HEADS_FILE = "heads.safetensors"
-_HEADS_CONFIG_FILE = "mtfast.json"
-_FORMAT = 1
+_TASKS_FILE = "mtfast.json"
+_FORMAT = 2
+# Fields of a Task that say nothing of the model.
+_OF_DATA = ("aliases", "source", "splits", "max_rows", "weight")
 _SUPPORTED = "mtfast reads BERT encoders (model_type 'bert') with absolute positions"
 
 
@@ -67,13 +72,16 @@ class LoadReport:
             short = (".".join(part[: 3 if part[0] == "encoder" else 2]) for part in split)
             return ", ".join(dict.fromkeys(short))
 
+        heads = [name for name in self.ignored if name.startswith("heads.")]
+        others = [name for name in self.ignored if name not in heads]
+
         text = f"loaded {self.source}"
         if self.initialised:
             text += f"; freshly initialised: {parts(self.initialised)}"
         if self.carried:
             text += f"; kept for saving: {parts(self.carried)}"
         if self.ignored:
-            text += f"; ignored: {', '.join(self.ignored)}"
+            text += f"; ignored: {', '.join(filter(None, (parts(heads), *others)))}"
         return text
 
 
@@ -137,18 +145,27 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def load_heads_config(name_or_path: str | os.PathLike[str]) -> HeadsConfig | None:
-    """The configuration of the task heads saved with a checkpoint; None where it has none."""
-    file = _file(*_locate(name_or_path), _HEADS_CONFIG_FILE)
+def load_tasks(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Task], MlpConfig] | None:
+    """The tasks whose heads were saved with a checkpoint, and what their MLPs are like; None if it has none.
+
+    Raises:
+        CheckpointError: the file that says so cannot be read, or is of another version.
+    """
+    file = _file(*_locate(name_or_path), _TASKS_FILE)
     if file is None:
         return None
     fields = read_json(file, dict)
     if fields.get("format") != _FORMAT:
         raise CheckpointError(f"{file} has format {fields.get('format')!r}; this mtfast reads {_FORMAT}")
     try:
-        return HeadsConfig(**fields["heads"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} does not describe task heads: {error}") from error
+        tasks = {name: Task(**_tuples(declared)) for name, declared in fields["tasks"].items()}
+        return tasks, MlpConfig(**fields["mlp"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} does not describe tasks and their heads: {error}") from error
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def load_pretrained(
@@ -157,11 +174,11 @@ def load_pretrained(
     """Copies a checkpoint's weights into `model`, in the model's dtype and on its device.
 
     The encoder must be in the checkpoint, whole; pre-training and task heads that it lacks keep their fresh
-    values and are reported. Task heads are loaded where the checkpoint has them.
+    values and are reported, as are heads of tasks that the model does not have.
 
     Raises:
         CheckpointError: another architecture, a missing or torn file, a tensor that is missing, differently
-            shaped or not finite, or task heads configured otherwise than the model's; the message names it.
+            shaped or not finite, or a task's head of another form than the model's; the message names it.
     """
     prefix = (
         "encoder." if isinstance(model, PackedBert) else "heads." if isinstance(model, MultiTaskHeads) else ""
@@ -178,7 +195,9 @@ def load_pretrained(
             raise CheckpointError(f"{name_or_path}: {error}") from error
     heads = model if isinstance(model, MultiTaskHeads) else getattr(model, "heads", None)
     if heads is not None:
-        found |= _read_heads(name_or_path, heads.config)
+        of_heads = _read_heads(name_or_path, heads)
+        found |= {name: tensor for name, tensor in of_heads.items() if name in wanted}
+        ignored += [name for name in of_heads if name not in wanted]
     missing = [name for name in wanted if name not in found and name != "mlm.decoder_weight"]
     lacking = [name for name in missing if name.startswith("encoder.")]
     if lacking:
@@ -210,7 +229,8 @@ def save_pretrained(
     config: BertConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
-    heads: HeadsConfig | None = None,
+    tasks: Mapping[str, Task] | None = None,
+    mlp: MlpConfig | None = None,
     carried: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint that Hugging Face's BertModel and BertForPreTraining open.
@@ -222,17 +242,18 @@ def save_pretrained(
         state_dict: of a PackedBert, PretrainModel or MultiTaskModel, on any device.
         config: the encoder's.
         tokenizer: saved beside the weights, or None.
-        heads: configuration of the `heads.*` in state_dict; needed where it has any.
+        tasks, mlp: what the `heads.*` in state_dict are the heads of, as `MultiTaskHeads` takes them; needed
+            where it has any.
         carried: `LoadReport.carried` of the checkpoint the weights came from.
 
     Raises:
-        ValueError: state_dict has task heads and `heads` is None, or the reverse.
+        ValueError: state_dict has task heads and `tasks` or `mlp` is None, or the reverse.
     """
     if "embeddings.word" in state_dict:  # a bare PackedBert
         state_dict = {f"encoder.{name}": tensor for name, tensor in state_dict.items()}
     task_heads = {name: x for name, x in state_dict.items() if name.startswith("heads.")}
-    if bool(task_heads) != (heads is not None):
-        raise ValueError("heads must be given exactly when state_dict holds task heads (heads.*)")
+    if not bool(task_heads) == (tasks is not None) == (mlp is not None):
+        raise ValueError("tasks and mlp must be given exactly when state_dict holds task heads (heads.*)")
     tensors = hf_state_dict({**(carried or {}), **state_dict})
     config = copy.deepcopy(config)
     prefixed = any(name.startswith("bert.") for name in tensors)
@@ -243,25 +264,34 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save_pretrained(incoming)
         save_tensors(incoming / _WEIGHTS[0], tensors)
-        if heads is not None:
-            _write_heads(incoming, task_heads, heads)
+        if tasks is not None and mlp is not None:
+            _write_heads(incoming, task_heads, tasks, mlp)
 
 
 def save_heads(
-    directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: HeadsConfig
+    directory: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor],
+    tasks: Mapping[str, Task],
+    mlp: MlpConfig,
 ) -> None:
     """Writes the state dict of a MultiTaskHeads alone, for `load_pretrained` into one.
 
     The directory appears whole or not at all; one that was there is replaced.
     """
     with replacing(directory) as incoming:
-        _write_heads(incoming, {f"heads.{name}": tensor for name, tensor in state_dict.items()}, config)
+        _write_heads(incoming, {f"heads.{name}": tensor for name, tensor in state_dict.items()}, tasks, mlp)
 
 
-def _write_heads(directory: Path, tensors: Mapping[str, Tensor], config: HeadsConfig) -> None:
+def _write_heads(
+    directory: Path, tensors: Mapping[str, Tensor], tasks: Mapping[str, Task], mlp: MlpConfig
+) -> None:
     save_tensors(directory / _HEADS_FILE, tensors)
-    text = json.dumps({"format": _FORMAT, "heads": asdict(config)}, indent=2)
-    (directory / _HEADS_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    described = {
+        name: {field: value for field, value in asdict(task).items() if field not in _OF_DATA}
+        for name, task in tasks.items()
+    }
+    text = json.dumps({"format": _FORMAT, "tasks": described, "mlp": asdict(mlp)}, indent=2)
+    (directory / _TASKS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _locate(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
@@ -322,17 +352,47 @@ def _read_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
     raise CheckpointError(f"{name_or_path} has neither {' nor '.join(_WEIGHTS)}, whole or in shards")
 
 
-def _read_heads(name_or_path: str | os.PathLike[str], config: HeadsConfig) -> dict[str, Tensor]:
-    saved = load_heads_config(name_or_path)
-    if saved is None:
+def _read_heads(name_or_path: str | os.PathLike[str], heads: MultiTaskHeads) -> dict[str, Tensor]:
+    """The tensors of the task heads that a checkpoint has, by their names in `MultiTaskModel`."""
+    described = _file(*_locate(name_or_path), _TASKS_FILE)
+    if described is None:
         return {}
-    for field in ("sentiment", "pair_input", "inner", "activation"):
-        if getattr(saved, field) != getattr(config, field):
-            raise CheckpointError(
-                f"the task heads of {name_or_path} have {field} = {getattr(saved, field)!r}, "
-                f"this run asks for {field} = {getattr(config, field)!r}"
-            )
+    fields = read_json(described, dict)
+    saved = None if fields.get("format") == 1 else load_tasks(name_or_path)
     file = _file(*_locate(name_or_path), _HEADS_FILE)
     if file is None:
-        raise CheckpointError(f"{name_or_path} has {_HEADS_CONFIG_FILE} but no {_HEADS_FILE}")
-    return read_tensors(file)
+        raise CheckpointError(f"{name_or_path} has {_TASKS_FILE} but no {_HEADS_FILE}")
+    if saved is None:
+        difference, tensors = read_format_1(fields, read_tensors(file), heads.tasks, heads.mlp)
+    else:
+        difference, tensors = _difference(*saved, heads), read_tensors(file)
+    if difference is not None:
+        what, there, here = difference
+        raise CheckpointError(
+            f"the task heads of {name_or_path} have {what} = {there!r}, this run asks for {what} = {here!r}"
+        )
+    return tensors
+
+
+def _difference(
+    tasks: Mapping[str, Task], mlp: MlpConfig, heads: MultiTaskHeads
+) -> tuple[str, Any, Any] | None:
+    """The first thing in which heads of one name differ: what it is, there and here."""
+    theirs = sharing(tasks)
+    for head, names in sharing(heads.tasks).items():
+        if head not in theirs:
+            continue
+        if theirs[head] != names:
+            return f"tasks of {head}", ", ".join(theirs[head]), ", ".join(names)
+        for name in names:
+            for field in ("kind", "outputs", "head", "pair_input"):
+                there, here = getattr(tasks[name], field), getattr(heads.tasks[name], field)
+                if there != here:
+                    return f"{name}.{field}", there, here
+            there, here = tasks[name].classes, heads.tasks[name].classes
+            if there != here and isinstance(there, tuple) and isinstance(here, tuple):
+                return f"{name}.classes", there, here
+        for field in ("width", "activation") if heads.tasks[names[0]].has_mlp else ():
+            if getattr(mlp, field) != getattr(heads.mlp, field):
+                return f"mlp.{field}", getattr(mlp, field), getattr(heads.mlp, field)
+    return None

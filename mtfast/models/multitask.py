@@ -1,72 +1,190 @@
-"""The two models that are trained: BERT with its pre-training heads, and BERT with three tasks' heads."""
+"""BERT with the heads of several tasks: linear, LSTM and MLP heads, and the model that runs all of them.
+
+Every head returns float32 logits whatever the model's dtype, so that losses are computed in float32.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
+from transformers.activations import ACT2FN
 
-from mtfast.models.bert import PackedBert, first_rows
-from mtfast.models.heads import (
-    JointPairHead,
-    LstmSentimentHead,
-    MlmHead,
-    NspHead,
-    PairHead,
-    SentimentHead,
-)
-from mtfast.ops.concat_mlp import ACTIVATIONS
+from mtfast.kinds import task_losses
+from mtfast.models.bert import PackedBert, first_rows, init_weights
+from mtfast.models.dropout import dropout
+from mtfast.ops import ConcatMLP
+from mtfast.ops.concat_mlp import ACTIVATIONS, MAX_OUTPUTS
+from mtfast.tasks import MlpConfig, Task
 
-SENTIMENT_HEADS = ("linear", "lstm")
-PAIR_INPUTS = ("separate", "joint")
+INIT_STD = 0.02
 
 
-@dataclass(frozen=True)
-class HeadsConfig:
-    """What the task heads look like.
+class LinearHead(nn.Module):
+    """A linear layer on [CLS]."""
 
-    sentiment: "linear", a softmax classifier on [CLS], or "lstm", a bidirectional LSTM beside it.
-    pair_input: "separate", two sentences encoded apart, or "joint", both in one sequence.
-    inner: width of the pair head's hidden layer.
-    activation: of that layer, "relu", "gelu" or "tanh".
-    dropout_p: of the sentiment head's input and the pair head's hidden layer.
+    def __init__(self, hidden: int, outputs: int, dropout_p: float) -> None:
+        super().__init__()
+        self.dropout_p = dropout_p
+        self.classifier = nn.Linear(hidden, outputs)
+        init_weights(self, INIT_STD)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        """[CLS] states [n, hidden] -> [n, outputs]."""
+        return self.classifier(dropout(cls, self.dropout_p, self.training)).float()
+
+
+class LstmHead(nn.Module):
+    """Bidirectional LSTM over a sequence's states without [CLS]; the two final states and [CLS] -> outputs.
+
+    Each direction has hidden / 2 units, so that [CLS] and what the LSTM adds are of one width.
     """
 
-    sentiment: str = "linear"
-    pair_input: str = "separate"
-    inner: int = 768
-    activation: str = "relu"
-    dropout_p: float = 0.1
+    def __init__(self, hidden: int, outputs: int, dropout_p: float) -> None:
+        super().__init__()
+        self.dropout_p = dropout_p
+        self.lstm = nn.LSTM(hidden, hidden // 2, bidirectional=True)
+        self.classifier = nn.Linear(hidden + 2 * (hidden // 2), outputs)
+        init_weights(self, INIT_STD)
 
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("sentiment", SENTIMENT_HEADS),
-            ("pair_input", PAIR_INPUTS),
-            ("activation", ACTIVATIONS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
-        if self.inner < 1:
-            raise ValueError(f"inner must be at least 1, found {self.inner}")
-        if not 0.0 <= self.dropout_p < 1.0:
-            raise ValueError(f"dropout_p must be in [0, 1), found {self.dropout_p}")
+    def forward(self, cls: Tensor, tokens: Tensor, bounds: Tensor) -> Tensor:
+        """[n, outputs].
+
+        Args:
+            cls: [CLS] states [n, hidden].
+            tokens: states [tokens, hidden] that hold the n sequences.
+            bounds: int64 [n, 2] on the host, begin and end of each sequence in `tokens`, [CLS] left out.
+
+        Raises:
+            ValueError: bounds has another shape, is not on the host, or holds an empty sequence.
+        """
+        n = cls.size(0)
+        if bounds.shape != (n, 2) or bounds.device.type != "cpu":
+            raise ValueError(
+                f"bounds must be [{n}, 2] on the host, found {list(bounds.shape)} on {bounds.device}"
+            )
+        if n == 0:  # a step without a sequence must still give every weight its (zero) gradient
+            states = self._final_states(
+                tokens.new_zeros(1, tokens.size(1)), torch.tensor([[0, 1]], device="cpu")
+            )[:0]
+        else:
+            states = self._final_states(tokens, bounds)
+        features = torch.cat([cls, states], dim=1)
+        return self.classifier(dropout(features, self.dropout_p, self.training)).float()
+
+    def _final_states(self, tokens: Tensor, bounds: Tensor) -> Tensor:
+        """The last state of each direction, side by side: [n, 2 * (hidden // 2)]."""
+        lengths = bounds[:, 1] - bounds[:, 0]
+        if int(lengths.min()) < 1:
+            raise ValueError(f"bounds gives sequence {int(lengths.argmin())} no token besides [CLS]")
+        lengths, order = lengths.sort(descending=True, stable=True)
+        # The LSTM's layout is time-major: all first tokens, longest sequence first, then all second ones.
+        time = torch.arange(int(lengths[0]), device="cpu")[:, None]
+        inside = time < lengths
+        rows = (bounds[order, 0] + time)[inside]
+        moved = [x.to(tokens.device, non_blocking=True) for x in (rows, order, order.argsort())]
+        packed = nn.utils.rnn.PackedSequence(tokens.index_select(0, moved[0]), inside.sum(1), *moved[1:])
+        _, (final, _) = self.lstm(packed)
+        return torch.cat([final[0], final[1]], dim=1)
+
+
+class JointPairMlp(nn.Module):
+    """An MLP on the one [CLS] of pairs that are encoded as a single sequence."""
+
+    def __init__(self, hidden: int, width: int, outputs: int, activation: str, dropout_p: float) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")
+        self.dense = nn.Linear(hidden, width)
+        self.activation = ACT2FN[activation]
+        self.dropout_p = dropout_p
+        self.out_proj = nn.Linear(width, outputs)
+        init_weights(self, INIT_STD)
+
+    def forward(self, cls: Tensor, rows: Tensor) -> Tensor:
+        """[CLS] states [rows, hidden], rows int [n] -> [n, outputs]."""
+        return self._outputs(cls.index_select(0, rows))
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        x = self.activation(self.dense(x))
+        return self.out_proj(dropout(x, self.dropout_p, self.training)).float()
+
+
+class WidePairMlp(JointPairMlp):
+    """`PairMlp` with any number of outputs, in plain PyTorch."""
+
+    def __init__(self, hidden: int, width: int, outputs: int, activation: str, dropout_p: float) -> None:
+        super().__init__(2 * hidden, width, outputs, activation, dropout_p)
+
+    def forward(self, cls: Tensor, rows: Tensor) -> Tensor:
+        """[CLS] states [rows, hidden], rows int [n, 2] of them -> [n, outputs]."""
+        return self._outputs(cls.index_select(0, rows.flatten()).view(rows.size(0), 2 * cls.size(1)))
+
+
+class PairMlp(nn.Module):
+    """An MLP on the [CLS] states of two separately encoded texts, side by side, with few outputs."""
+
+    def __init__(self, hidden: int, width: int, outputs: int, activation: str, dropout_p: float) -> None:
+        super().__init__()
+        self.mlp = ConcatMLP(hidden, width, outputs, activation, dropout_p)
+        init_weights(self, INIT_STD)
+
+    def forward(self, cls: Tensor, rows: Tensor) -> Tensor:
+        """[CLS] states [rows, hidden], rows int [n, 2] of them -> [n, outputs]."""
+        first, second = rows.t().contiguous().unbind(0)
+        return self.mlp(cls, cls, first, second).float()
+
+
+def token_tasks(tasks: Mapping[str, Task]) -> tuple[str, ...]:
+    """The tasks whose heads read the states of all tokens, not of [CLS] alone."""
+    return tuple(name for name, task in tasks.items() if task.head == "lstm")
+
+
+def sharing(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
+    """The tasks of each head: `task-NAME` is the linear or LSTM head of one task, `mlp-NAME` the MLP of those
+    that name it. Heads are in the order of their first tasks, tasks in that of `tasks`."""
+    heads: dict[str, list[str]] = {}
+    for name, task in tasks.items():
+        heads.setdefault(f"mlp-{task.head}" if task.has_mlp else f"task-{name}", []).append(name)
+    return heads
 
 
 class MultiTaskHeads(nn.Module):
-    """The heads of the three tasks on [CLS] states, from the encoder or from a table of cached ones."""
+    """The heads of all tasks on [CLS] states, from the encoder or from a table of cached ones.
 
-    def __init__(self, hidden: int, config: HeadsConfig) -> None:
+    Its submodules are the heads by the names that `sharing` gives them. An MLP's outputs are those of one of
+    its tasks after another's.
+
+    Args:
+        hidden: of the encoder.
+        tasks: by name, at least one.
+        mlp: width and activation of every MLP's hidden layer.
+        dropout_p: of the linear and LSTM heads' input and the MLPs' hidden layer.
+
+    Raises:
+        ValueError: mlp or dropout_p is out of range; the message names it.
+    """
+
+    def __init__(self, hidden: int, tasks: Mapping[str, Task], mlp: MlpConfig, dropout_p: float) -> None:
         super().__init__()
-        self.config = config
-        self.sentiment: nn.Module
-        self.pair: nn.Module
-        if config.sentiment == "lstm":
-            self.sentiment = LstmSentimentHead(hidden, config.dropout_p)
-        else:
-            self.sentiment = SentimentHead(hidden, config.dropout_p)
-        pair_head = JointPairHead if config.pair_input == "joint" else PairHead
-        self.pair = pair_head(hidden, config.inner, config.activation, config.dropout_p)
+        if mlp.width < 1:
+            raise ValueError(f"width must be at least 1, found {mlp.width}")
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be in [0, 1), found {dropout_p}")
+        self.tasks, self.mlp = dict(tasks), mlp
+        for head, names in sharing(self.tasks).items():
+            first = self.tasks[names[0]]
+            outputs = sum(self.tasks[name].outputs for name in names)
+            if first.has_mlp:
+                apart = WidePairMlp if outputs > MAX_OUTPUTS else PairMlp
+                kind = JointPairMlp if first.pair_input == "joint" else apart
+                self.add_module(head, kind(hidden, mlp.width, outputs, mlp.activation, dropout_p))
+            else:
+                single = LstmHead if first.head == "lstm" else LinearHead
+                self.add_module(head, single(hidden, outputs, dropout_p))
 
     def forward(
         self,
@@ -74,7 +192,7 @@ class MultiTaskHeads(nn.Module):
         sequences: Mapping[str, Tensor],
         *,
         tokens: Tensor | None = None,
-        token_bounds: Tensor | None = None,
+        token_bounds: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Every head's output for the rows named, float32.
 
@@ -82,47 +200,55 @@ class MultiTaskHeads(nn.Module):
 
         Args:
             cls: [rows, hidden], the [CLS] states of a packed batch's sequences, or a table of cached ones.
-            sequences: rows of `cls` per task, int64: "sst" [n]; "quora" and "sts" [n, 2], or [n] with joint
-                pairs. A task that is left out has no rows.
-            tokens: [tokens, hidden] states that hold the "sst" sentences; for the LSTM head alone.
-            token_bounds: int64 [n, 2] on the host: begin and end of each "sst" sentence in `tokens`, without
-                [CLS]; for the LSTM head alone.
+            sequences: rows of `cls` per task, int64 [n], or [n, 2] for separately encoded pairs. A task that
+                is left out has no rows.
+            tokens: [tokens, hidden] states that hold the sequences of `token_tasks`; for LSTM heads alone.
+            token_bounds: of those tasks, int64 [n, 2] on the host: begin and end of each sequence in
+                `tokens`, without [CLS].
 
         Returns:
-            {"sst": logits [n, 5], "quora": logit [n], "sts": score [n]}.
+            By task: logits [n, classes], a logit [n] (binary) or a score [n] (regression).
 
         Raises:
-            ValueError: rows of another shape than the config's pair_input asks for, or missing token states.
+            ValueError: rows of another shape than the task's, or missing token states.
         """
-        sst = self._rows(sequences, "sst", cls.device)
-        quora = self._rows(sequences, "quora", cls.device)
-        sts = self._rows(sequences, "sts", cls.device)
-        sst_cls = cls.index_select(0, sst)
-        if self.config.sentiment == "lstm":
-            if tokens is None or token_bounds is None:
-                raise ValueError("the lstm sentiment head needs tokens and token_bounds")
-            sentiment = self.sentiment(sst_cls, tokens, token_bounds)
-        else:
-            sentiment = self.sentiment(sst_cls)
-        pairs = torch.cat([quora, sts])
-        if self.config.pair_input == "joint":
-            pair = self.pair(cls.index_select(0, pairs))
-        else:
-            pair = self.pair(cls, pairs)
-        split = quora.size(0)
-        return {"sst": sentiment, "quora": pair[:split, 0], "sts": pair[split:, 1]}
+        rows = {name: self._rows(sequences, name, cls.device) for name in self.tasks}
+        outputs: dict[str, Tensor] = {}
+        for head, names in sharing(self.tasks).items():
+            module = self.get_submodule(head)
+            if isinstance(module, LinearHead):
+                found = module(cls.index_select(0, rows[names[0]]))
+            elif isinstance(module, LstmHead):
+                mine, bounds = rows[names[0]], (token_bounds or {}).get(names[0])
+                if bounds is None and not len(mine):
+                    bounds = torch.empty((0, 2), dtype=torch.int64, device="cpu")
+                if tokens is None or bounds is None:
+                    raise ValueError(f"the lstm head of {names[0]} needs tokens and token_bounds")
+                found = module(cls.index_select(0, mine), tokens, bounds)
+            else:
+                found = module(cls, torch.cat([rows[name] for name in names]))
+            self._share_out(found, names, rows, outputs)
+        return {name: outputs[name] for name in self.tasks}
 
-    def _rows(self, sequences: Mapping[str, Tensor], task: str, device: torch.device) -> Tensor:
-        paired = task != "sst" and self.config.pair_input == "separate"
-        rows = sequences.get(task)
+    def _share_out(
+        self, found: Tensor, names: list[str], rows: Mapping[str, Tensor], outputs: dict[str, Tensor]
+    ) -> None:
+        """Each task's rows and columns of what one head gave."""
+        row = column = 0
+        for name in names:
+            task = self.tasks[name]
+            mine = found[row : row + rows[name].size(0), column : column + task.outputs]
+            outputs[name] = mine if task.kind == "classification" else mine[:, 0]
+            row, column = row + rows[name].size(0), column + task.outputs
+
+    def _rows(self, sequences: Mapping[str, Tensor], name: str, device: torch.device) -> Tensor:
+        paired = self.tasks[name].sequences_per_example == 2
+        rows = sequences.get(name)
         if rows is None:
             return torch.empty((0, 2) if paired else (0,), dtype=torch.int64, device=device)
         if rows.dim() != (2 if paired else 1) or (paired and rows.size(1) != 2):
             wanted = "[n, 2]" if paired else "[n]"
-            raise ValueError(
-                f"sequences[{task!r}] must be {wanted} with pair_input {self.config.pair_input!r}, "
-                f"found {list(rows.shape)}"
-            )
+            raise ValueError(f"sequences[{name!r}] must be {wanted}, found {list(rows.shape)}")
         return rows
 
 
@@ -142,68 +268,30 @@ class MultiTaskModel(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         sequences: Mapping[str, Tensor],
-        token_bounds: Tensor | None = None,
+        token_bounds: Mapping[str, Tensor] | None = None,
+        rows: Mapping[str, Any] | None = None,
+        shares: int = 1,
     ) -> dict[str, Tensor]:
-        """`MultiTaskHeads.forward` on the encoder's output; `sequences` counts the batch's sequences.
+        """`MultiTaskHeads.forward` on the encoder's output; with `rows`, the tasks' losses of that.
 
-        The linear sentiment head reads [CLS] alone, so the last layer computes nothing else. For the LSTM
-        head token_bounds (int64 [n, 2] on the host, places in the packed batch without [CLS]) spares a copy
-        of cu_seqlens to the host.
-        """
-        inputs = (input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen)
-        if self.heads.config.sentiment == "linear":
-            return self.heads(self.encoder(*inputs, cls_only=True), sequences)
-        if token_bounds is None:
-            begins = cu_seqlens.cpu().long()
-            rows = sequences["sst"].cpu() if "sst" in sequences else begins[:0]
-            token_bounds = torch.stack([begins[rows] + 1, begins[rows + 1]], dim=1)
-        tokens = self.encoder(*inputs)
-        cls = tokens.index_select(0, first_rows(cu_seqlens, tokens.size(0)))
-        return self.heads(cls, sequences, tokens=tokens, token_bounds=token_bounds)
-
-
-class PretrainModel(nn.Module):
-    """Encoder with BERT's two pre-training heads."""
-
-    def __init__(self, encoder: PackedBert, mlm: MlmHead, nsp: NspHead) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.mlm = mlm
-        self.nsp = nsp
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        masked_rows: Tensor,
-        samples: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of the masked words and of the next-sentence question.
+        Linear heads and MLPs read [CLS] alone, so without an LSTM head the last layer computes nothing else.
 
         Args:
-            masked_rows: int64 [m], the chosen tokens' places in the packed batch. The vocabulary product, and
-                the last layer's output and MLP, run for these and the [CLS] rows alone.
-            samples: answer the next-sentence question for the first `samples` sequences (default: all),
-                leaving out a filler sequence behind them.
-
-        Returns:
-            (mlm_logits [m, vocab], nsp_logits [samples, 2]), float32.
+            sequences, token_bounds: as there; they count the batch's sequences and its tokens.
+            rows, shares: what `task_losses` takes.
         """
-        cls_rows = first_rows(cu_seqlens, input_ids.size(0))[:samples]
-        rows = torch.cat([cls_rows.to(masked_rows.dtype), masked_rows])
-        x = self.encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen, rows=rows)
-        return self.mlm(x[cls_rows.size(0) :]), self.nsp(x[: cls_rows.size(0)])
+        inputs = (input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        if token_tasks(self.heads.tasks):
+            tokens = self.encoder(*inputs)
+            cls = tokens.index_select(0, first_rows(cu_seqlens, tokens.size(0)))
+            outputs = self.heads(cls, sequences, tokens=tokens, token_bounds=token_bounds)
+        else:
+            outputs = self.heads(self.encoder(*inputs, cls_only=True), sequences)
+        return outputs if rows is None else task_losses(self.heads.tasks, outputs, rows, shares)
 
 
-def build_multitask_model(config: BertConfig, heads: HeadsConfig) -> MultiTaskModel:
-    """A freshly initialised encoder with the task heads."""
-    return MultiTaskModel(PackedBert(config), MultiTaskHeads(config.hidden_size, heads))
-
-
-def build_pretrain_model(config: BertConfig) -> PretrainModel:
-    """A freshly initialised encoder with the pre-training heads, the decoder tied to its word embeddings."""
-    encoder = PackedBert(config)
-    return PretrainModel(encoder, MlmHead(config, encoder.embeddings.word), NspHead(config))
+def build_multitask_model(
+    config: BertConfig, tasks: Mapping[str, Task], mlp: MlpConfig, dropout_p: float
+) -> MultiTaskModel:
+    """A freshly initialised encoder with the tasks' heads."""
+    return MultiTaskModel(PackedBert(config), MultiTaskHeads(config.hidden_size, tasks, mlp, dropout_p))

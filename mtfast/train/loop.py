@@ -5,31 +5,22 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mtfast.config import STAGES, StageConfig, StageName
 from mtfast.models.checkpoint import CheckpointError
-
-from . import ranks
-from .config import STAGES, RunConfig, StageConfig, StageName
-from .engine import Engine
-from .progress import StageProgress, peak_flops, say
-from .rundir import RunDirectory
-from .state import POINTER
-
-# Dev metrics whose best epoch is kept as a checkpoint of its own.
-CRITERIA = {
-    "mean": "mean",
-    "sst": "sst_accuracy",
-    "quora": "quora_accuracy",
-    "sts": "sts_pearson",
-}
+from mtfast.train.engine import ranks
+from mtfast.train.engine.engine import Engine
+from mtfast.train.engine.state import POINTER
+from mtfast.train.run.directory import RunDirectory
+from mtfast.train.run.progress import StageProgress, peak_flops, say
+from mtfast.train.seeds import seed_for
 
 
 class NonFinite(RuntimeError):
@@ -47,20 +38,31 @@ class Trained:
     skipped: bool
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass takes, and how much of the training data it holds (on this rank)."""
+class Batch(Protocol):
+    """A micro-batch as the loop sees it: how much of the data one forward pass of this rank takes."""
 
-    data: Any
-    examples: int
-    tokens: int
+    @property
+    def size(self) -> int:
+        """Examples."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of theirs."""
 
 
 class Stage(ABC):
-    """A stage as the loop sees it."""
+    """A stage as the loop sees it.
+
+    name: of the stage. settings: what the loop does with it. seed: of the run.
+    loss_names: of its losses. criteria: dev metrics whose best epoch is kept, by the name of the checkpoint.
+    engine: the model that is trained. flops_per_token: of a step, 0 where no encoder runs in it.
+    """
 
     name: StageName
+    settings: StageConfig
+    seed: int
     loss_names: tuple[str, ...]
+    criteria: Mapping[str, str]
     engine: Engine
     flops_per_token: float
 
@@ -69,21 +71,21 @@ class Stage(ABC):
         """The epoch's optimizer steps, in order, as this rank sees them; equally many in every epoch."""
 
     @abstractmethod
-    def micro_batches(self, steps: list[Any], epoch: int) -> Iterator[list[MicroBatch]]:
+    def micro_batches(self, steps: list[Any], epoch: int) -> Iterator[Sequence[Batch]]:
         """Each step's micro-batches, ready on this rank's device."""
 
     @abstractmethod
-    def losses(self, data: Any) -> dict[str, Tensor]:
+    def losses(self, batch: Any) -> dict[str, Tensor]:
         """Forward pass: the scalar losses by name, scaled as `task_losses` says."""
 
     @abstractmethod
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The scalar to minimise."""
 
-    def step(self, data: Any) -> Tensor:
+    def step(self, batch: Any) -> Tensor:
         """Train on one micro-batch; its losses, [len(loss_names)] on the device. The next call may write over
         them."""
-        losses = self.losses(data)
+        losses = self.losses(batch)
         self.engine.step(self.total(losses))
         return torch.stack([losses[name].detach() for name in self.loss_names])
 
@@ -128,20 +130,18 @@ def learning_rate_at(stage: StageConfig, step: int, total_steps: int) -> float:
     return stage.learning_rate
 
 
-def seed_for(*parts: int) -> int:
-    """One 63-bit seed from several integers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def train_stage(stage: Stage, run: RunDirectory, log_every: int) -> dict[str, Any]:
+    """Train one stage to its end, from its newest saved state if there is one, and return its result.
 
-
-def run_stage(stage: Stage, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-    """Train one stage to its end, from its newest saved state if there is one, and return its result."""
-    return _Loop(stage, config, run).run()
+    The losses are read from the device every `log_every` steps.
+    """
+    return _Loop(stage, run, log_every).run()
 
 
 class _Loop:
-    def __init__(self, stage: Stage, config: RunConfig, run: RunDirectory) -> None:
-        self.stage, self.config, self.run_directory = stage, config, run
-        self.settings = config.stage(stage.name)
+    def __init__(self, stage: Stage, run: RunDirectory, log_every: int) -> None:
+        self.stage, self.run_directory, self.log_every = stage, run, log_every
+        self.settings = stage.settings
         self.directory = run.stage(stage.name)
         self.state_directory = self.directory / "state"
         client = stage.engine.load(self.state_directory)
@@ -171,7 +171,7 @@ class _Loop:
                 f"{stage.name}: weights are not finite before step {at.step + 1} is made, {bad} first; "
                 + (f"remove {self.state_directory}" if at.step else "start from another checkpoint")
             )
-        tensor_cores = stage.engine.device.type == "cuda" and self.config.engine.precision == "bf16"
+        tensor_cores = stage.engine.device.type == "cuda" and stage.engine.precision == "bf16"
         peak = peak_flops(torch.cuda.get_device_name()) if tensor_cores else None
         with StageProgress(stage.name, self.total_steps, at.step, stage.flops_per_token, peak) as progress:
             self.progress = progress
@@ -186,7 +186,7 @@ class _Loop:
         steps = stage.plan(at.epoch)[at.step_in_epoch :][: self.total_steps - at.step]
         for micro_batches in stage.micro_batches(steps, at.epoch):
             self._step(micro_batches)
-            if at.step % self.config.log_every == 0 or at.skipped_in_a_row > self.allowed_in_a_row:
+            if at.step % self.log_every == 0 or at.skipped_in_a_row > self.allowed_in_a_row:
                 self._flush()
             every = self.settings.checkpoint_every
             if every and at.step % every == 0 and at.step_in_epoch < self.steps_per_epoch:
@@ -198,7 +198,7 @@ class _Loop:
         self._evaluate()
         self._save_state()
 
-    def _step(self, micro_batches: list[MicroBatch]) -> None:
+    def _step(self, micro_batches: Sequence[Batch]) -> None:
         at, stage = self.at, self.stage
         rate = learning_rate_at(self.settings, at.step, self.total_steps)
         stage.engine.set_learning_rate(rate)
@@ -208,9 +208,9 @@ class _Loop:
         for index, batch in enumerate(micro_batches):
             # Every draw of a forward pass follows from where it stands, so a continued run repeats it.
             number = STAGES.index(stage.name)
-            torch.manual_seed(seed_for(self.config.seed, number, at.step, index, ranks.rank()))
-            values = values + stage.step(batch.data) / len(micro_batches)
-            examples, tokens = examples + batch.examples, tokens + batch.tokens
+            torch.manual_seed(seed_for(stage.seed, number, at.step, index, ranks.rank()))
+            values = values + stage.step(batch) / len(micro_batches)
+            examples, tokens = examples + batch.size, tokens + batch.tokens
         at.step, at.step_in_epoch = at.step + 1, at.step_in_epoch + 1
         skipped = stage.engine.skipped > skipped_before
         at.skipped += skipped
@@ -256,10 +256,10 @@ class _Loop:
     def _record(self, trained: Trained, losses: dict[str, float]) -> dict[str, Any]:
         """The step's line of metrics.jsonl. Raises NonFinite for the losses of a step that was made."""
         at, stage, step = self.at, self.stage, trained.step
-        place = {"stage": stage.name, "step": step, "epoch": (step - 1) // self.steps_per_epoch}
+        where = {"stage": stage.name, "step": step, "epoch": (step - 1) // self.steps_per_epoch}
         if trained.skipped and self.allowed_in_a_row:
             finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
-            return {"kind": "skipped", **place, "losses": finite}
+            return {"kind": "skipped", **where, "losses": finite}
         for name, value in losses.items():
             if not math.isfinite(value):
                 raise NonFinite(
@@ -270,7 +270,7 @@ class _Loop:
             at.first_loss = loss
         at.last_loss = loss
         rate = learning_rate_at(self.settings, step - 1, self.total_steps)
-        return {"kind": "step", **place, "loss": loss, "losses": losses, "learning_rate": rate}
+        return {"kind": "step", **where, "loss": loss, "losses": losses, "learning_rate": rate}
 
     def _tell_skipped(self, steps: list[int]) -> None:
         """Say which steps' updates were left out, and stop where that is not allowed or happens too often."""
@@ -337,7 +337,7 @@ class _Loop:
         at = self.at
         risen = [
             name
-            for name, metric in CRITERIA.items()
+            for name, metric in self.stage.criteria.items()
             if name not in at.best or metrics[metric] > at.best[name]["value"]
         ]
         at.epochs_without_gain = 0 if "mean" in risen else at.epochs_without_gain + 1
@@ -345,7 +345,11 @@ class _Loop:
             return
         state = self.stage.engine.state_dict()
         for name in risen:
-            at.best[name] = {"value": metrics[CRITERIA[name]], "epoch": at.epoch, "metrics": metrics}
+            at.best[name] = {
+                "value": metrics[self.stage.criteria[name]],
+                "epoch": at.epoch,
+                "metrics": metrics,
+            }
             ranks.on_main(self.stage.save, self.directory / f"best-{name}", state)
 
     def _out_of_patience(self) -> bool:

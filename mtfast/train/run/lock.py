@@ -12,8 +12,8 @@ from pathlib import Path
 
 import filelock
 
-from .config import ConfigError
-from .files import write_json
+from mtfast.config import ConfigError
+from mtfast.files import write_json
 
 LOCK = "run.lock"
 HOLDER = "run.lock.json"

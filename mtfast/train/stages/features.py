@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from mtfast.data.packing import pack_tasks
-from mtfast.data.sampler import plan_evaluation
-from mtfast.data.tokenized import TokenizedTask
+from mtfast.data.sampler import Layout, plan_evaluation
+from mtfast.data.tokens import TokenizedTask
+from mtfast.files import naming
 from mtfast.models.bert import PackedBert, first_rows
-
-from . import ranks
-from .files import naming
-from .inputs import EVALUATION_TOKENS
+from mtfast.train.engine import ranks
+from mtfast.train.inputs import EVALUATION_TOKENS
 
 SHARED_ROWS = 65536
 
@@ -28,24 +27,23 @@ class Features:
     """States of some examples, as `MultiTaskHeads` takes them.
 
     cls: [rows, hidden]. sequences: rows of each task's examples in `cls`, int64 [n], or [n, 2] for pairs.
-    tokens: [tokens, hidden] or None. token_bounds: int64 [n, 2] on the host, begin and end in `tokens`.
+    tokens: [tokens, hidden] or None. token_bounds: int64 [n, 2] by task, on the host, of rows of `tokens`.
     """
 
     cls: Tensor
     sequences: dict[str, Tensor]
     tokens: Tensor | None
-    token_bounds: Tensor | None
+    token_bounds: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """[CLS] states of every sequence of every task, and all token states of one task.
+    """[CLS] states of every sequence of every task, and all token states of some tasks.
 
     cls: [sequences of all tasks, hidden], task after task in input order.
     first_row: the first row of each task in `cls`. per_example: sequences of one example of each task.
-    tokens: [tokens, hidden], the states of `token_task`'s sequences back to back, or None.
-    offsets: int64 [sequences + 1], where each of them begins in `tokens`, on the host.
-    token_task: the task whose token states are kept, or None.
+    tokens: [tokens, hidden], the states of those tasks' sequences back to back, or None.
+    offsets: int64 [sequences + 1] by such a task, where its sequences begin in `tokens`, on the host.
     device: where the heads are. `cls` and `tokens` are there too, or in a file mapped into host memory.
     """
 
@@ -53,8 +51,7 @@ class FeatureTable:
     first_row: dict[str, int]
     per_example: dict[str, int]
     tokens: Tensor | None
-    offsets: Tensor | None
-    token_task: str | None
+    offsets: dict[str, Tensor]
     device: torch.device
 
     @property
@@ -68,35 +65,40 @@ class FeatureTable:
         first = self.first_row[task] + examples * per
         return first if per == 1 else first[:, None] + torch.arange(per, device=examples.device)
 
-    def select(self, examples: Mapping[str, Tensor], token_bounds: Tensor | None = None) -> Features:
+    def select(self, examples: Mapping[str, Tensor], token_bounds: dict[str, Tensor]) -> Features:
         """The states of these examples (int64 [n] by task, where the table is).
 
         A resident table is handed on whole; of one on the host the rows that are needed are copied.
 
         Args:
-            token_bounds: `bounds` of the token task's examples, where tokens are kept.
+            token_bounds: `bounds` of these examples.
         """
         rows = {task: self.rows(task, index) for task, index in examples.items()}
         if self.resident:
             return Features(self.cls, rows, self.tokens, token_bounds)
         wanted = torch.cat([index.reshape(-1) for index in rows.values()])
-        places = torch.arange(len(wanted), device=self.device).split([x.numel() for x in rows.values()])
+        copied = torch.arange(len(wanted), device=self.device).split([x.numel() for x in rows.values()])
         sequences = {
-            task: place.view(index.shape) for (task, index), place in zip(rows.items(), places, strict=True)
+            task: row.view(index.shape) for (task, index), row in zip(rows.items(), copied, strict=True)
         }
         tokens = None
-        if self.tokens is not None and token_bounds is not None:
-            lengths = token_bounds[:, 1] - token_bounds[:, 0]
+        if self.tokens is not None:
+            bounds = torch.cat(list(token_bounds.values()))
+            lengths = bounds[:, 1] - bounds[:, 0]
             ends = lengths.cumsum(0)
-            tokens = self.tokens[_ranges(token_bounds[:, 0], lengths)].to(self.device)
-            token_bounds = torch.stack([ends - lengths, ends], dim=1)
+            tokens = self.tokens[_ranges(bounds[:, 0], lengths)].to(self.device)
+            parts = torch.stack([ends - lengths, ends], dim=1).split([len(x) for x in token_bounds.values()])
+            token_bounds = dict(zip(token_bounds, parts, strict=True))
         return Features(self.cls[wanted].to(self.device), sequences, tokens, token_bounds)
 
-    def bounds(self, examples: Tensor) -> Tensor:
-        """Begin and end of these examples in `tokens` without [CLS]: int64 [n, 2] on the host."""
-        assert self.offsets is not None
-        examples = examples.cpu()
-        return torch.stack([self.offsets[examples] + 1, self.offsets[examples + 1]], dim=1)
+    def bounds(self, examples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Begin and end of these examples in `tokens` without [CLS], int64 [n, 2] on the host, for the tasks
+        whose tokens are kept."""
+        bounds = {}
+        for task, offsets in self.offsets.items():
+            index = examples[task].cpu()
+            bounds[task] = torch.stack([offsets[index] + 1, offsets[index + 1]], dim=1)
+        return bounds
 
 
 def encode(
@@ -104,43 +106,40 @@ def encode(
     tables: Mapping[str, TokenizedTask],
     device: torch.device,
     directory: Path,
-    token_task: str | None = None,
+    token_tasks: Sequence[str] = (),
 ) -> FeatureTable:
     """Encode every sequence once, in evaluation mode, sharded over the ranks and then shared.
 
     Args:
         directory: where the table goes as a file when it is too large for half the device's memory.
-        token_task: a single-sentence task whose token states are kept too.
+        token_tasks: tasks with one sequence to an example whose token states are kept too.
     """
     first_row, size = {}, 0
     for task, table in tables.items():
         first_row[task] = size
         size += len(table.sequences)
-    per_example = {task: table.sequences_per_example for task, table in tables.items()}
+    per_example = {task: table.task.sequences_per_example for task, table in tables.items()}
     dtype, hidden = next(encoder.parameters()).dtype, encoder.config.hidden_size
-    offsets = None if token_task is None else torch.tensor(tables[token_task].offsets, device="cpu")
-    heights = {"cls": size} | ({} if offsets is None else {"tokens": int(offsets[-1])})
+    offsets, kept = {}, 0
+    for task in token_tasks:
+        offsets[task] = torch.tensor(kept + tables[task].sequences.offsets, device="cpu")
+        kept = int(offsets[task][-1])
+    heights = {"cls": size} | ({"tokens": kept} if token_tasks else {})
     storage = _allocate(heights, hidden, dtype, device, directory)
     cls, tokens = storage["cls"], storage.get("tokens")
-    features = FeatureTable(cls, first_row, per_example, tokens, offsets, token_task, device)
+    features = FeatureTable(cls, first_row, per_example, tokens, offsets, device)
     lengths = {task: table.lengths for task, table in tables.items()}
-    plan = plan_evaluation(
-        lengths, tokens_per_batch=EVALUATION_TOKENS, rank=ranks.rank(), world_size=ranks.world_size()
-    )
-    for examples in plan:
+    layout = Layout(ranks.rank(), ranks.world_size())
+    for examples in plan_evaluation(lengths, tokens_per_batch=EVALUATION_TOKENS, layout=layout):
         batch = pack_tasks(tables, examples, {task: 0 for task in tables}).to(device)
         with torch.no_grad():
-            states = encoder(**batch.encoder_inputs(), cls_only=token_task is None)
-        heads = (
-            states
-            if token_task is None
-            else states.index_select(0, first_rows(batch.cu_seqlens, len(states)))
-        )
+            states = encoder(**batch.encoder_inputs(), cls_only=not token_tasks)
+        first = states.index_select(0, first_rows(batch.cu_seqlens, len(states))) if token_tasks else states
         for task, rows in batch.tasks.items():
-            places = features.rows(task, torch.from_numpy(examples[task])).reshape(-1).to(cls.device)
-            cls[places] = heads[rows.sequences.reshape(-1)].to(cls.device)
-            if task == token_task:
-                _copy_tokens(features, batch.cu_seqlens, rows.sequences, examples[task], states)
+            target = features.rows(task, torch.from_numpy(examples[task])).reshape(-1).to(cls.device)
+            cls[target] = first[rows.sequences.reshape(-1)].to(cls.device)
+            if tokens is not None and task in offsets:
+                _copy_tokens(tokens, offsets[task], batch.cu_seqlens, rows.sequences, examples[task], states)
     # A row that another rank encoded is zero here, so the sum over the ranks is the table.
     for table_part in storage.values():
         for block in table_part.split(SHARED_ROWS) if ranks.world_size() > 1 else ():
@@ -186,12 +185,16 @@ def _ranges(begins: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _copy_tokens(
-    table: FeatureTable, cu_seqlens: Tensor, sequences: Tensor, examples: np.ndarray, states: Tensor
+    tokens: Tensor,
+    offsets: Tensor,
+    cu_seqlens: Tensor,
+    sequences: Tensor,
+    examples: np.ndarray,
+    states: Tensor,
 ) -> None:
-    assert table.tokens is not None and table.offsets is not None
+    """Copies the states of a task's sequences in a batch to where its examples have theirs in `tokens`."""
     index = torch.from_numpy(examples)
-    begins = table.offsets[index]
-    lengths = table.offsets[index + 1] - begins
-    source = _ranges(cu_seqlens.long()[sequences], lengths.to(states.device))
-    target = _ranges(begins, lengths).to(table.tokens.device)
-    table.tokens[target] = states[source].to(table.tokens.device)
+    begins = offsets[index]
+    lengths = offsets[index + 1] - begins
+    packed = _ranges(cu_seqlens.long()[sequences], lengths.to(states.device))
+    tokens[_ranges(begins, lengths).to(tokens.device)] = states[packed].to(tokens.device)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from .config import ConfigError
+from mtfast.config import ConfigError
 
 
 class LaunchError(ConfigError):

@@ -1,8 +1,8 @@
-"""What a run's process dies of is told once, with rank and host, and all processes leave alike.
+"""An error of a run's process is printed once, with rank and host, and all processes end with one status.
 
 One that fails alone, over a file that only its host lacks, leaves the others in a collective which ends with
 "connection closed", if at all. So each asks the process group's store, before it speaks, who failed first and
-whether that has been told.
+whether that has been printed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from . import ranks
-from .config import ConfigError
+from mtfast.config import ConfigError
 
-FAILED, TOLD, LEFT = "mtfast/failed", "mtfast/told", "mtfast/left"
+from . import ranks
+
+FAILED, PRINTED, LEFT = "mtfast/failed", "mtfast/printed", "mtfast/left"
 PATIENCE_SECONDS = 3.0
 
 
 def leave(error: Exception, reason: str, code: int, *, expected: bool) -> NoReturn:
-    """End this process over `error`, with status `code`, once a reason has been told: its own or that of
+    """End this process over `error`, with status `code`, once a reason has been printed: its own or that of
     another process which failed too.
 
     Args:
@@ -31,18 +32,18 @@ def leave(error: Exception, reason: str, code: int, *, expected: bool) -> NoRetu
     """
     store = _store()
     failed = _failed(error, expected, store)
-    told_here = reason if ranks.is_main() else f"{ranks.whereabouts()}: {reason}"
+    text = reason if ranks.is_main() else f"{ranks.whereabouts()}: {reason}"
     if store is None:
         if ranks.is_main() or failed != 0:
-            print(told_here, file=sys.stderr)
+            print(text, file=sys.stderr)
         raise SystemExit(code)
     me = str(ranks.rank())
     try:
         first = failed in (None, ranks.rank()) and store.compare_set(FAILED, "", me) == me.encode()
         if not (ranks.is_main() and (first or failed == 0)):
-            _wait(lambda: store.check([TOLD]), PATIENCE_SECONDS if first else 2 * PATIENCE_SECONDS)
-        if store.compare_set(TOLD, "", me) == me.encode():
-            print(told_here, file=sys.stderr)
+            _wait(lambda: store.check([PRINTED]), PATIENCE_SECONDS if first else 2 * PATIENCE_SECONDS)
+        if store.compare_set(PRINTED, "", me) == me.encode():
+            print(text, file=sys.stderr)
         if ranks.is_main():  # with which the store ends: what waits for it is let go first
             if dist.get_backend() == "gloo":
                 dist.destroy_process_group()

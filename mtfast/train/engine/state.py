@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from mtfast.config import ConfigError
+from mtfast.files import read_json, write_json
 from mtfast.models.checkpoint import CheckpointError
-
-from .config import ConfigError
-from .files import read_json, write_json
 
 POINTER = "latest.json"
 # How torch's writer of archives complains where a write came short.

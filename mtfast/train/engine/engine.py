@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtfast.config import ConfigError, EngineConfig, StageConfig
+
 from . import ranks, state
-from .config import ConfigError, EngineConfig, StageConfig
 from .deepspeed_config import deepspeed_config
 
 
@@ -54,7 +55,7 @@ def _deepspeed() -> Any:
 
 
 class Engine:
-    """A model under DeepSpeed with its optimizer.
+    """A model under DeepSpeed, `model`, with its optimizer.
 
     The float32 weights that the optimizer works on start from the model's own float32 weights, not from
     their bf16 rounding, so a stage takes over exactly what the one before it left.
@@ -78,13 +79,15 @@ class Engine:
                 f"the weights outside the step; use {stage_name}.non_finite stop"
             )
         self._bf16 = self._settings["bf16"]["enabled"]
+        self.precision = config.precision
         self.capturable = self._is_capturable(config, stage)
         exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         optimizer = _optimizer(model, config, stage, self.capturable)
         self._engine, _, _, _ = _deepspeed().initialize(
             model=model, optimizer=optimizer, config=self._settings
         )
-        self._model = model
+        self.model = self._engine  # what is called
+        self._module = model
         self._parameters = dict(model.named_parameters())
         self._learning_rate = torch.zeros((), device=self.device) if self.capturable else None
         if self._bf16:
@@ -109,8 +112,8 @@ class Engine:
     def _skip_non_finite(self) -> None:
         """Leave out updates whose gradients are not finite, on every rank alike; DeepSpeed counts them.
 
-        ZeRO 3 does so by itself, ZeRO 1 and 2 when told to. Without ZeRO it leaves that to the optimizer, and
-        every rank has the same gradients.
+        ZeRO 3 does so by itself, ZeRO 1 and 2 where it is set. Without ZeRO it leaves that to the optimizer,
+        and every rank has the same gradients.
         """
         optimizer = self._engine.optimizer
         if self._zero_stage > 0:
@@ -130,15 +133,12 @@ class Engine:
     @property
     def skipped(self) -> int:
         """Updates left out so far because their gradients were not finite, the same on every rank. DeepSpeed
-        leaves such out under ZeRO 3, and in float32 where it clips, also where it was not told to."""
+        leaves such out under ZeRO 3, and in float32 where it clips, also where it is not set."""
         return self._engine.skipped_steps
 
     @property
     def device(self) -> torch.device:
         return self._engine.device
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
@@ -183,10 +183,10 @@ class Engine:
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight in float32 on the host. All ranks must call it; each gets the whole."""
         masters = self._masters()
-        names = {name: p for name, p in self._model.named_parameters(remove_duplicate=False)}
+        names = {name: p for name, p in self._module.named_parameters(remove_duplicate=False)}
         by_id = {id(self._parameters[name]): tensor for name, tensor in masters}
         state = {name: by_id[id(parameter)] for name, parameter in names.items()}
-        return state | {name: buffer.detach().cpu() for name, buffer in self._model.named_buffers()}
+        return state | {name: buffer.detach().cpu() for name, buffer in self._module.named_buffers()}
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -228,9 +228,9 @@ class Engine:
         try:
             self._engine.save_checkpoint(str(directory), tag=tag, client_state=client, save_latest=False)
         except (OSError, RuntimeError) as error:  # torch's writer of archives raises RuntimeError
-            told = state.unwritable(directory, error)
+            failure = state.unwritable(directory, error)
             shutil.rmtree(directory / tag, ignore_errors=True)
-            raise told from error
+            raise failure from error
         ranks.barrier()
         ranks.on_main(state.point_at, directory, tag, self._facts)
 
@@ -265,7 +265,7 @@ class Engine:
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of the whole parameter, also where ZeRO 3 left this rank an empty husk of it."""
+    """Shape of the whole parameter, also where ZeRO 3 keeps it elsewhere and this rank has an empty one."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

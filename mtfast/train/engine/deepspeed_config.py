@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, EngineConfig, StageConfig
+from mtfast.config import ConfigError, EngineConfig, StageConfig
 
 AUTO = "auto"
 

@@ -13,13 +13,24 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
+from mtfast.tasks import MlpConfig, Task, fault_of, fault_of_mlps
+
 StageName = Literal["pretrain", "heads", "finetune"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
-TASK_NAMES = ("sst", "quora", "sts")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the field and what would be right."""
+    """A configuration that cannot be run; the message names the field and what would be right.
+
+    `field` is the dotted name of the field at fault, where there is one.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it is sent between ranks
+        return type(self), (str(self), self.field)
 
 
 @dataclass(frozen=True)
@@ -30,41 +41,25 @@ class ModelConfig:
     """Read only the architecture and the tokenizer of the checkpoint and start from random weights."""
     dropout_p: float = 0.1
     """Dropout probability everywhere: embeddings, attention, hidden layers and heads."""
-    sentiment_head: Literal["linear", "lstm"] = "linear"
-    """Classifier on [CLS], or a bidirectional LSTM over the last layer's tokens joined with [CLS]."""
-    pair_input: Literal["separate", "joint"] = "separate"
-    """Encode a pair's sentences separately (the paper), or as one sequence `[CLS] a [SEP] b [SEP]`."""
-    pair_inner: int = 768
-    """Width of the MLP layer that paraphrase and similarity share."""
-    pair_activation: Literal["relu", "gelu", "tanh"] = "relu"
-    """Activation of that layer."""
+    mlp: MlpConfig = field(default_factory=MlpConfig)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     tasks: str = "data/cs224n"
-    """Directory with the CS 224N files of all three tasks."""
-    sst: str | None = None
-    """Another source for sentiment: directory, Hugging Face data set, or files with {split} in their name."""
-    quora: str | None = None
-    """Another source for paraphrase detection."""
-    sts: str | None = None
-    """Another source for semantic similarity."""
+    """Directory with the CS 224N files, for the tasks that name no source of their own."""
     reviews: str = "stanfordnlp/imdb"
     """Movie reviews for further pre-training: a Hugging Face data set, a directory or one file."""
     max_reviews: int | None = None
     """Use only this many reviews."""
     max_length: int = 128
-    """Longest sequence of the three tasks in word pieces; longer ones are cut and counted."""
+    """Longest sequence of the tasks in word pieces; longer ones are cut and counted."""
     review_max_length: int = 512
     """Longest pre-training sample in word pieces."""
     strict: Annotated[bool, tyro.conf.arg(aliases=["--strict"])] = False
     """Stop at the first row that cannot be used instead of counting and naming it."""
     cache_dir: str | None = None
     """Where tokenized data is kept; by default `cache/` in the directory of the run or the experiment."""
-
-    def source(self, task: str) -> str:
-        return getattr(self, task) or self.tasks
 
 
 @dataclass(frozen=True)
@@ -132,31 +127,19 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    sst: float = 1.0
-    """Weight of the sentiment loss in the sum."""
-    quora: float = 1.0
-    """Weight of the paraphrase loss in the sum."""
-    sts: float = 1.0
-    """Weight of the similarity loss in the sum."""
-
-
-@dataclass(frozen=True)
 class TaskStageConfig(StageConfig):
     epochs: int = 48
-    """Passes over the training data of the three tasks."""
+    """Passes over the training data of all tasks."""
     sampler: Literal["proportional", "temperature", "round_robin"] = "proportional"
     """How tasks share a step: by size (every example once), by size^(1/temperature), or equally."""
     temperature: float = 2.0
     """Temperature of the `temperature` sampler."""
-    loss_weights: LossWeights = field(default_factory=LossWeights)
-    """Weight of each task's loss."""
     patience: int | None = None
     """Stop when the mean dev metric has not risen for this many epochs."""
 
 
 @dataclass(frozen=True)
-class HeadsStageConfig(TaskStageConfig):
+class HeadsConfig(TaskStageConfig):
     batch_size: int = 2048
     """Examples per optimizer step, over all ranks and accumulation steps."""
     learning_rate: float = 1e-3
@@ -169,19 +152,19 @@ class HeadsStageConfig(TaskStageConfig):
 class RunConfig:
     run_dir: str = "runs/run"
     """Everything the run writes goes here; the same command continues an interrupted run."""
-    experiment: Literal["none", "exp1", "exp2"] = "none"
-    """Run the paper's comparison: exp1 without and with pre-training, exp2 linear and LSTM sentiment head."""
     stages: tuple[StageName, ...] = STAGES
     """Stages that `run` goes through: some of the three, in this order."""
     seed: int = 0
     """Seed of data order, masking, initial weights and dropout."""
     log_every: int = 10
     """Steps between two reads of the losses from the device."""
+    tasks: dict[str, Task] = field(default_factory=dict)
+    """The tasks that heads and encoder are trained on, by name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    heads: HeadsStageConfig = field(default_factory=HeadsStageConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
     finetune: TaskStageConfig = field(default_factory=TaskStageConfig)
 
     @property
@@ -205,8 +188,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+def to_yaml(configuration: dict[str, Any]) -> str:
+    """`to_dict`'s result as a configuration file."""
+    return yaml.safe_dump(configuration, sort_keys=False)
 
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -223,7 +207,7 @@ _RULES: dict[str, Rule] = {
     "seed": _at_least(0),
     "log_every": _at_least(1),
     "model.dropout_p": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
-    "model.pair_inner": _at_least(1),
+    "model.mlp.width": _at_least(1),
     "data.max_reviews": _at_least(1),
     "data.max_length": _at_least(8),
     "data.review_max_length": _at_least(8),
@@ -243,9 +227,6 @@ _STAGE_RULES: dict[str, Rule] = {
     "checkpoint_every": _at_least(0),
     "max_steps": _at_least(1),
     "temperature": _at_least(1),
-    "loss_weights.sst": _NOT_NEGATIVE,
-    "loss_weights.quora": _NOT_NEGATIVE,
-    "loss_weights.sts": _NOT_NEGATIVE,
     "patience": _at_least(1),
 }
 
@@ -255,7 +236,8 @@ def validate(config: RunConfig) -> None:
     if not config.stages or list(config.stages) != [name for name in STAGES if name in config.stages]:
         raise ConfigError(
             f"stages is {' '.join(config.stages) or 'empty'}; it must name some of {' '.join(STAGES)}, "
-            "each once and in this order"
+            "each once and in this order",
+            "stages",
         )
     rules = _RULES | {f"{name}.{field}": rule for name in STAGES for field, rule in _STAGE_RULES.items()}
     for path, (rule, holds) in rules.items():
@@ -263,4 +245,11 @@ def validate(config: RunConfig) -> None:
         for part in path.split("."):
             value = getattr(value, part, None)  # not every stage has every field
         if value is not None and not holds(value):
-            raise ConfigError(f"{path} is {value}; it must {rule}")
+            raise ConfigError(f"{path} is {value}; it must {rule}", path)
+    if not config.tasks:
+        raise ConfigError("tasks is empty; declare at least one task", "tasks")
+    for name, task in config.tasks.items():
+        if found := fault_of(name, task):
+            raise ConfigError(f"tasks.{name}{found.text}", f"tasks.{name}.{found.field}".rstrip("."))
+    if found := fault_of_mlps(config.tasks):
+        raise ConfigError(found.text, found.field)

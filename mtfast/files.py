@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError
+from mtfast.config import ConfigError
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from . import ranks
-from .config import STAGES, ConfigError, RunConfig, to_dict, to_yaml
-from .files import naming, read_json, write_json, write_text
+from mtfast.config import STAGES, ConfigError, to_yaml
+from mtfast.files import naming, read_json, write_json, write_text
+from mtfast.train.engine import ranks
+
 from .lock import HOLDER, hold
 
 CONFIG = "config.yaml"
@@ -30,26 +31,33 @@ class RunDirectory:
     directory for all their hosts.
     """
 
-    def __init__(self, config: RunConfig, *, create: bool = True) -> None:
-        self.path = config.path
-        ranks.agree("the configuration", to_yaml(config))
-        ranks.on_main(self._claim, config, create)
+    def __init__(self, path: Path, configuration: dict[str, Any], *, create: bool = True) -> None:
+        """configuration: of the run, as plain values; what `config.yaml` holds."""
+        self.path = path
+        ranks.agree("the configuration", configuration)
+        ranks.on_main(self._claim, configuration, create)
         self._check_shared()
 
-    def _claim(self, config: RunConfig, create: bool) -> None:
-        self._is_ours(config, create)  # a directory that is refused is left as it is, without a lock
+    def _claim(self, configuration: dict[str, Any], create: bool) -> None:
+        self._is_ours(configuration, create)  # a directory that is refused is left as it is, without a lock
         hold(self.path)
-        if not self._is_ours(config, create):  # another process may have come before the lock
-            write_text(self.path / CONFIG, to_yaml(config))
+        if not self._is_ours(configuration, create):  # another process may have come before the lock
+            write_text(self.path / CONFIG, to_yaml(configuration))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
 
-    def _is_ours(self, config: RunConfig, create: bool) -> bool:
+    def _is_ours(self, configuration: dict[str, Any], create: bool) -> bool:
         """Whether the run has begun here; raises ConfigError where another has or, unless `create`, none."""
         owned = self.path / CONFIG
         if owned.exists():
-            differences = list(_differences(_read_yaml(owned), to_dict(config)))
+            theirs = _read_yaml(owned)
+            differences = list(_differences(theirs, configuration))
             if not differences:
                 return True
+            if "tasks" not in theirs:
+                raise ConfigError(
+                    f"{self.path} belongs to a run of an earlier mtfast, which did not declare its tasks; "
+                    "go on with that version, or choose another --run-dir"
+                )
             if any((self.path / name).exists() for name in (METRICS, *STAGES)):
                 raise ConfigError(
                     f"{self.path} belongs to a run with another configuration:\n  "
@@ -199,6 +207,9 @@ def _differences(owner: Any, config: Any, prefix: str = "") -> Iterator[str]:
             continue  # the same directory may be reached by another path
         was, now = owner.get(key), config.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
+            if name == "tasks" and set(was) == set(now) and list(was) != list(now):
+                # Parameters and outputs follow their order.
+                yield f"tasks: {', '.join(was)} there, {', '.join(now)} here"
             yield from _differences(was, now, f"{name}.")
         elif was != now:
             yield f"{name}: {was!r} there, {now!r} here"

@@ -1,0 +1,133 @@
+"""What the commands do for one run: prepare the data, train a stage, evaluate, predict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mtfast import __version__
+from mtfast.config import STAGES, ConfigError, DataConfig, EngineConfig, RunConfig, StageName, to_dict
+from mtfast.machine import device_name, version_of
+from mtfast.predict import Predictor
+from mtfast.tasks import Split
+from mtfast.train.engine import ranks
+from mtfast.train.engine.deepspeed_config import deepspeed_config
+from mtfast.train.engine.engine import start
+from mtfast.train.inputs import Inputs
+from mtfast.train.loop import Stage, train_stage
+from mtfast.train.run.directory import RunDirectory
+from mtfast.train.run.progress import say
+from mtfast.train.run.weights import Weights, best_weights, check_fit, find_weights
+from mtfast.train.stages.finetune import Finetune
+from mtfast.train.stages.heads import Heads
+from mtfast.train.stages.pretrain import Pretrain
+
+TRAINING_SPLITS: tuple[Split, ...] = ("train", "dev")
+
+
+class OpenRun(NamedTuple):
+    """A run that this process works on: its directory, its newest weights and its data."""
+
+    directory: RunDirectory
+    weights: Weights
+    inputs: Inputs
+
+
+def prepare(config: RunConfig) -> None:
+    """Read, account for and tokenize all data of the run into its cache."""
+    run = _open(config, config.stages)
+    for split in TRAINING_SPLITS:
+        run.inputs.load(split)
+    if "pretrain" in config.stages:
+        run.inputs.load_reviews(config.seed)
+
+
+def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> None:
+    """Run one stage, from where the run stands; a finished one is left as it is.
+
+    Args:
+        same_as: directory of a run in which this stage, once finished, is what it would be here: then it is
+            taken over instead.
+    """
+    run = _open(config, (name,))
+    directory = run.directory
+    if directory.result(name) is not None:
+        say(f"{name}: already finished in {directory.stage(name)}")
+        return
+    for later in STAGES[STAGES.index(name) + 1 :]:
+        if directory.has_begun(later):
+            raise ConfigError(f"{directory.path}: {later} has begun without {name}; choose another --run-dir")
+    _record(directory, config.model.checkpoint, config.engine)
+    if same_as is not None and directory.take_over(name, same_as):
+        say(f"{name}: taken over from {same_as}, where it is the same")
+        return
+    stage = _build(config, run, name)
+    train_stage(stage, directory, config.log_every)
+    stage.engine.close()
+
+
+def evaluate(config: RunConfig) -> dict[str, float]:
+    """Dev metrics of the run's best weights, printed and written to summary.json."""
+    return _predictor(config).evaluate()
+
+
+def predict(config: RunConfig) -> list[Path]:
+    """Write the prediction files of every split that the data has, in input order."""
+    return _predictor(config).write_predictions()
+
+
+def _open(config: RunConfig, stages: tuple[StageName, ...]) -> OpenRun:
+    """Join the process group and open the run. Raises for what keeps `stages` from running."""
+    start()
+    ranks.agree("the version of mtfast or torch", (__version__, torch.__version__))
+    for name in stages:
+        deepspeed_config(config.engine, config.stage(name), name, ranks.world_size())
+    directory = RunDirectory(config.path, to_dict(config))
+    weights = find_weights(config.model, directory, config.seed)
+    joint = any(task.pair_input == "joint" for task in config.tasks.values())
+    check_fit(weights, config.model.checkpoint, config.data, pretrain="pretrain" in stages, joint=joint)
+    return OpenRun(directory, weights, Inputs(config.tasks, _data(config), weights.tokenizer, directory))
+
+
+def _data(config: RunConfig) -> DataConfig:
+    """The data's part, with its cache below the run's directory unless it is elsewhere."""
+    cache = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else config.path / "cache"
+    return replace(config.data, cache_dir=str(cache))
+
+
+def _predictor(config: RunConfig) -> Predictor:
+    device = start()
+    run = RunDirectory(config.path, to_dict(config), create=False)
+    weights = best_weights(config.model, run, config.seed)
+    inputs = Inputs(config.tasks, _data(config), weights.tokenizer, run)
+    return Predictor(inputs, weights, config.engine, device)
+
+
+def _build(config: RunConfig, run: OpenRun, name: StageName) -> Stage:
+    engine, seed = config.engine, config.seed
+    if name == "pretrain":
+        return Pretrain(run.inputs.load_reviews(seed), run.weights, config.pretrain, engine, seed)
+    if name == "finetune":
+        return Finetune(run.inputs.load, run.weights, config.finetune, engine, seed)
+    state = run.directory.stage(name) / "state"
+    return Heads(run.inputs.load, run.weights, config.heads, engine, seed, state)
+
+
+def _record(run: RunDirectory, checkpoint: str, engine: EngineConfig) -> None:
+    run.summarize(
+        checkpoint=checkpoint,
+        environment={
+            "mtfast": __version__,
+            "torch": torch.__version__,
+            "deepspeed": version_of("deepspeed"),
+            "transformers": version_of("transformers"),
+            "device": device_name(),
+            "ranks": ranks.world_size(),
+            "threads": torch.get_num_threads(),
+            "precision": engine.precision,
+            "zero_stage": engine.zero_stage,
+        },
+    )

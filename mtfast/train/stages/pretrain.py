@@ -1,0 +1,114 @@
+"""Stage 1: further pre-training on movie reviews with BERT's two objectives, masked words and next sentence.
+
+Devlin et al. 2019, BERT: Pre-training of Deep Bidirectional Transformers, https://arxiv.org/abs/1810.04805
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtfast.config import EngineConfig, PretrainConfig
+from mtfast.data.packing import ReviewBatch, pack_reviews, prefetch
+from mtfast.data.reviews import ReviewSamples
+from mtfast.data.sampler import Layout, ReviewStepPlan, plan_reviews
+from mtfast.models.bert import flops_per_token, mean_seqlen
+from mtfast.models.checkpoint import save_pretrained
+from mtfast.ops import mask_tokens
+from mtfast.train.engine import ranks
+from mtfast.train.engine.engine import Engine
+from mtfast.train.loop import Stage
+from mtfast.train.run.weights import Weights, build_pretrain
+from mtfast.train.seeds import seed_for
+
+
+class Pretrain(Stage):
+    """Whole BERT with its MLM and NSP heads on packed segment pairs."""
+
+    name = "pretrain"
+    loss_names = ("mlm", "nsp")
+    criteria: Mapping[str, str] = {}
+    settings: PretrainConfig
+
+    def __init__(
+        self,
+        samples: ReviewSamples,
+        weights: Weights,
+        settings: PretrainConfig,
+        engine: EngineConfig,
+        seed: int,
+    ) -> None:
+        self.samples, self.weights, self.settings, self.seed = samples, weights, settings, seed
+        self.layout = Layout(ranks.rank(), ranks.world_size(), settings.accumulation)
+        self.masked = samples.masked_counts(settings.mlm_probability)
+        model, self.carried = build_pretrain(weights)
+        model.encoder.activation_checkpointing = engine.activation_checkpointing
+        self.engine = Engine(model, engine, settings, self.name)
+        self.flops_per_token = flops_per_token(weights.config, mean_seqlen(samples.lengths))
+
+    def plan(self, epoch: int) -> list[ReviewStepPlan]:
+        return plan_reviews(
+            self.samples.lengths,
+            self.masked,
+            batch_size=self.settings.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            layout=self.layout,
+        )
+
+    def micro_batches(self, steps: list[ReviewStepPlan], epoch: int) -> Iterator[list[ReviewBatch]]:
+        # Static masking is one draw per token for the whole run, dynamic one for each epoch.
+        seed = seed_for(self.seed, epoch + 1 if self.settings.masking == "dynamic" else 0)
+        return prefetch(
+            [self._micro_batch(step, part, seed) for part in step.micro_batches] for step in steps
+        )
+
+    def _micro_batch(self, step: ReviewStepPlan, rows: np.ndarray, mask_seed: int) -> ReviewBatch:
+        packed = pack_reviews(
+            self.samples,
+            rows,
+            mlm_probability=self.settings.mlm_probability,
+            step_masked=step.step_masked,
+            step_samples=step.step_samples,
+            mask_seed=mask_seed,
+            bucket_tokens=self.settings.bucket_tokens,
+        )
+        return packed.sent_to(self.engine.device)
+
+    def losses(self, batch: ReviewBatch) -> dict[str, Tensor]:
+        masked = mask_tokens(
+            batch.input_ids,
+            special_ids=self.samples.sequences.special.all,
+            mask_token_id=self.weights.tokenizer.mask_token_id,
+            vocab_size=self.weights.config.vocab_size,
+            seed=batch.mask_seed,
+            positions=batch.positions,
+            cu_seqlens=batch.cu_seqlens,
+            mlm_probability=self.settings.mlm_probability,
+            strategy="exact",
+        )
+        # "exact" chooses a number of tokens that the host knows, so finding them needs no synchronisation.
+        chosen = torch.nonzero_static(masked.labels != -100, size=batch.masked).squeeze(1)
+        inputs = batch.encoder_inputs() | {"input_ids": masked.input_ids}
+        mlm, nsp = self.engine.model(**inputs, masked_rows=chosen, samples=len(batch.nsp_labels))
+        targets = masked.labels[chosen].long()
+        return {
+            "mlm": F.cross_entropy(mlm, targets, reduction="sum")
+            * (self.layout.shares / max(batch.step_masked, 1)),
+            "nsp": F.cross_entropy(nsp, batch.nsp_labels, reduction="sum")
+            * (self.layout.shares / batch.step_samples),
+        }
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        return losses["mlm"] + losses["nsp"]
+
+    def evaluate(self) -> None:
+        return None
+
+    def save(self, directory: Path, state: dict[str, Tensor]) -> None:
+        save_pretrained(directory, state, self.weights.config, self.weights.tokenizer, carried=self.carried)
