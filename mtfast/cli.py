@@ -171,7 +171,7 @@ def _main(argv: list[str] | None) -> None:
     try:
         validate(config)
         if "--print-config" in rest:
-            _print(to_yaml(to_dict(config)))
+            _print(to_yaml({"recipe": file.recipe, **to_dict(config)}))
             return
         read = (config.model.checkpoint, config.data.tasks, config.data.reviews)
         if name != "report" and any(path.startswith(DEMO_CORPUS) for path in read):

@@ -40,9 +40,9 @@ class ConfigFile:
 def read_config_file(path: Path, recipes: Mapping[str, Callable[[], RunConfig]]) -> ConfigFile:
     """The configuration in a file.
 
-    `recipe` names one of `recipes`; what else the file sets takes the place of the recipe's values. `tasks`
-    names all tasks of the run: one that gives its kind is declared anew, another is the recipe's of that name
-    with what differs. A run's `config.yaml` is such a file.
+    `recipe` names one of `recipes`, by default the paper's; what else the file sets takes the place of its
+    values. `tasks` names all tasks of the run: one that gives its kind is declared anew, another is the
+    recipe's of that name with what differs. A run's `config.yaml` is such a file.
 
     Raises:
         ConfigError: it cannot be read, or cannot be meant; the message has the line, and what would be right.

@@ -52,14 +52,14 @@ _SUPPORTED = "mtfast reads BERT encoders (model_type 'bert') with absolute posit
 class LoadReport:
     """What `load_pretrained` did.
 
-    source: the name or path given.
+    checkpoint: the name or path given.
     initialised: parameters of the model that the checkpoint lacks; they keep their fresh values.
     carried: tensors of the checkpoint (pooler, pre-training heads) that this model has no place for, under
         mtfast's names; `save_pretrained` writes them back.
     ignored: names in the checkpoint that mtfast has no use for.
     """
 
-    source: str
+    checkpoint: str
     initialised: tuple[str, ...]
     carried: dict[str, Tensor]
     ignored: tuple[str, ...]
@@ -75,7 +75,7 @@ class LoadReport:
         heads = [name for name in self.ignored if name.startswith("heads.")]
         others = [name for name in self.ignored if name not in heads]
 
-        text = f"loaded {self.source}"
+        text = f"loaded {self.checkpoint}"
         if self.initialised:
             text += f"; freshly initialised: {parts(self.initialised)}"
         if self.carried:
