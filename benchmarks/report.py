@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
+from mtfast.tasks import METRICS_OF
 
 README = RESULTS.parents[1] / "README.md"
 SECTION = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> int:
 def render(text: str, results: Path = RESULTS) -> str:
     """`text` with every section between `<!-- results: NAME WORDS -->` and `<!-- end -->` made anew.
 
-    Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs.
+    Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs, all
+    or those named.
     """
     rows = [row for path in sorted(results.glob("*-????-??-??.csv")) for row in _read(path)]
     runs = {
@@ -45,7 +47,7 @@ def render(text: str, results: Path = RESULTS) -> str:
     def section(match: re.Match[str]) -> str:
         name, words = match["name"], set(match["words"].split())
         if name == "runs":
-            body = _runs_table(runs)
+            body = _runs_table({run: runs[run] for run in runs if not words or run in words})
         else:
             wanted = [r for r in rows if r["benchmark"] == name and words <= set(r["case"].split())]
             body = _benchmark_table(wanted)
@@ -107,21 +109,35 @@ def _runs_table(runs: dict[str, Any]) -> str:
     if not runs:
         return "not measured"
     stages = ("pretrain", "heads", "finetune")
-    keys = ("sst_accuracy", "quora_accuracy", "sts_pearson")  # other tasks' metrics are in the runs' files
-    columns = ("run", "SST", "Quora", "STS", *(f"{stage} s" for stage in stages), "device", "commit")
+    scores = {name: _scores(run) for name, run in runs.items()}
+    titles = list(dict.fromkeys(title for found in scores.values() for title in found))
+    columns = ("run", *titles, *(f"{stage} s" for stage in stages), "device", "commit")
     body = []
     for name, run in runs.items():
-        dev, device = run["dev"], run["environment"]
+        device = run["environment"]
         body.append(
             (
                 name,
-                *(f"{dev[key]:.3f}" if key in dev else "-" for key in keys),
+                *(f"{scores[name][title]:.3f}" if title in scores[name] else "-" for title in titles),
                 *(f"{run['stages'][s]['seconds']:.0f}" if s in run["stages"] else "-" for s in stages),
                 f"{device['device']}, {device['threads']} thread{'s' * (device['threads'] != 1)}",
                 run["commit"],
             )
         )
     return _markdown(columns, body)
+
+
+def _scores(run: dict[str, Any]) -> dict[str, float]:
+    """The dev metric that counts of each task, by what the task is called."""
+    tasks = run["config"].get("tasks")
+    if tasks is None:  # recorded before tasks were declared
+        keys = {"SST": "sst_accuracy", "Quora": "quora_accuracy", "STS": "sts_pearson"}
+    else:
+        keys = {
+            task.get("title") or name: f"{name}_{task.get('metric') or METRICS_OF[task['kind']][0]}"
+            for name, task in tasks.items()
+        }
+    return {title: run["dev"][key] for title, key in keys.items()}
 
 
 def _time(microseconds: float) -> str:

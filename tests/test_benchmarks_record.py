@@ -51,6 +51,7 @@ def run_dir(tmp_path):
         "tasks": {
             "sst": {"kind": "classification", "source": "/home/somebody/data/sst", "weight": 0.5},
             "quora": {"kind": "binary", "source": None, "pair_input": "joint"},
+            "sts": {"kind": "regression", "source": None, "title": "STS"},
         },
         "model": {"checkpoint": "/home/somebody/checkpoints/bert-small", "dropout_p": 0.1},
         "heads": {"epochs": 48},
@@ -60,7 +61,7 @@ def run_dir(tmp_path):
     }
     summary = {"environment": made_by, "stages": {"heads": stage, "finetune": stage}, "dev": dev}
     (directory / "summary.json").write_text(json.dumps(summary))
-    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    (directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     os.utime(directory / "config.yaml", (1_100_000_000, 1_100_000_000))
     return directory
 
@@ -88,21 +89,30 @@ def test_a_run_is_recorded_with_its_commit_and_without_paths(repository, run_dir
     assert result["config"]["tasks"] == {
         "sst": {"kind": "classification", "source": "data/sst", "weight": 0.5},
         "quora": {"kind": "binary", "source": None, "pair_input": "joint"},
+        "sts": {"kind": "regression", "source": None, "title": "STS"},
     }
     table = report.render("<!-- results: runs -->\n<!-- end -->", tmp_path)
+    assert "| run | sst | quora | STS | pretrain s |" in table
     assert "| run-small | 0.400 | 0.700 | 0.600 | - | 10 | 10 |" in table
 
 
-def test_a_run_of_other_tasks_has_a_line_in_the_table(tmp_path):
-    result = {
-        "dev": {"imdb_accuracy": 0.9, "sts_pearson": 0.6},
-        "environment": {"device": "x", "threads": 1},
-        "stages": {},
-        "commit": "abc1234",
+def test_runs_of_other_tasks_and_of_before_tasks_were_declared_have_their_columns(tmp_path):
+    common = {"environment": {"device": "x", "threads": 1}, "stages": {}, "commit": "abc1234"}
+    tasks = {"imdb": {"kind": "binary", "metric": "f1"}, "sts": {"kind": "regression", "title": "STS"}}
+    dev = {"imdb_accuracy": 0.9, "imdb_f1": 0.8, "sts_pearson": 0.6}
+    runs = {
+        "run-other": {"dev": dev, "config": {"tasks": tasks}, **common},
+        "run-before": {"dev": {"sst_accuracy": 0.4, "quora_accuracy": 0.7, "sts_pearson": 0.5}, "config": {}}
+        | common,
     }
-    (tmp_path / "run-other.json").write_text(json.dumps(result))
+    for name, run in runs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
     table = report.render("<!-- results: runs -->\n<!-- end -->", tmp_path)
-    assert "| run-other | - | - | 0.600 | - | - | - | x, 1 thread | abc1234 |" in table
+    assert "| run | SST | Quora | STS | imdb | pretrain s |" in table
+    assert "| run-before | 0.400 | 0.700 | 0.500 | - | - | - | - | x, 1 thread | abc1234 |" in table
+    assert "| run-other | - | - | 0.600 | 0.800 | - | - | - | x, 1 thread | abc1234 |" in table
+    alone = report.render("<!-- results: runs run-other -->\n<!-- end -->", tmp_path)
+    assert "| run | imdb | STS | pretrain s |" in alone and "run-before" not in alone
 
 
 @cpu_only
