@@ -7,107 +7,29 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import tyro
 
 from mtfast.config import ConfigError, RunConfig, to_dict, to_yaml, validate
 from mtfast.config_file import ConfigFile, read_config_file
-from mtfast.recipes import DEMO_CORPUS, EXPERIMENTS, RECIPES, pretrain_alike, runs_of
+from mtfast.recipes import DEMO_CORPUS, RECIPES
 from mtfast.train.engine import ranks
 
 # Failures of the system that its user can do something about; any other keeps its traceback.
 FIXABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command: what `--help` says of it, and what it does for a recipe's configuration."""
-
-    summary: str
-    run: Callable[[str, RunConfig], Any]
-
-
-def _prepare(recipe: str, config: RunConfig) -> None:
-    from mtfast import commands
-
-    for run in runs_of(recipe, config).values():
-        commands.prepare(run)
-
-
-def _train(stage: Any) -> Callable[[str, RunConfig], None]:
-    def action(recipe: str, config: RunConfig) -> None:
-        runs = [run for run in runs_of(recipe, config).values() if stage in run.stages]
-        if not runs:
-            raise ConfigError(f"{stage} is not among the run's stages, {' '.join(config.stages)}", "stages")
-        for run in runs:
-            _train_run(run, stage, runs)
-
-    return action
-
-
-def _train_run(run: RunConfig, stage: Any, runs: list[RunConfig]) -> None:
-    """Train a stage of one of `runs`; those that differ after pre-training alone do that once."""
-    from mtfast import commands
-
-    first = next(other for other in runs if other == run or pretrain_alike(other, run))
-    commands.train(run, stage, first.path if stage == "pretrain" and first != run else None)
-
-
-def _evaluate(recipe: str, config: RunConfig) -> None:
-    from mtfast import commands
-
-    for run in runs_of(recipe, config).values():
-        commands.evaluate(run)
-
-
-def _predict(recipe: str, config: RunConfig) -> None:
-    from mtfast import commands
-
-    for run in runs_of(recipe, config).values():
-        commands.predict(run)
-
-
-def _report(recipe: str, config: RunConfig) -> None:
-    from mtfast import report
-    from mtfast.train.run.progress import say
-
-    runs = {name: run.path for name, run in runs_of(recipe, config).items() if run.path.is_dir()}
-    if not runs:
-        raise ConfigError(f"{config.path} holds no run to report on")
-    if not ranks.is_main():
-        return
-    for path in runs.values():
-        say(f"wrote {report.write_report(path)}")
-    if recipe in EXPERIMENTS:
-        say(f"wrote {report.write_comparison(runs, config.path, EXPERIMENTS[recipe])}")
-
-
-def _run(recipe: str, config: RunConfig) -> None:
-    from mtfast import commands
-
-    _prepare(recipe, config)
-    runs = list(runs_of(recipe, config).values())
-    for run in runs:
-        for stage in run.stages:
-            _train_run(run, stage, runs)
-        commands.evaluate(run)
-        commands.predict(run)
-    _report(recipe, config)
-
-
 COMMANDS = {
-    "prepare": Command("read, account for and tokenize the data", _prepare),
-    "pretrain": Command("stage 1: further pre-training on reviews", _train("pretrain")),
-    "heads": Command("stage 2: train the heads on the frozen encoder", _train("heads")),
-    "finetune": Command("stage 3: train everything on all tasks", _train("finetune")),
-    "evaluate": Command("dev metrics of the run's best weights", _evaluate),
-    "predict": Command("write the prediction files", _predict),
-    "run": Command("all stages, evaluation, predictions and the report", _run),
-    "report": Command("write report.md and report.html of a run", _report),
+    "prepare": "read, account for and tokenize the data",
+    "pretrain": "stage 1: further pre-training on reviews",
+    "heads": "stage 2: train the heads on the frozen encoder",
+    "finetune": "stage 3: train everything on all tasks",
+    "evaluate": "dev metrics of the run's best weights",
+    "predict": "write the prediction files",
+    "run": "all stages, evaluation, predictions and the report",
+    "report": "write report.md and report.html of a run",
 }
 
 
@@ -161,8 +83,7 @@ def _main(argv: list[str] | None) -> None:
         default=file.config,
         args=options,
         prog=f"mtfast {name} {rest[0]}",
-        description=f"{COMMANDS[name].summary}. {RECIPES[file.recipe].__doc__} "
-        "--print-config shows the result.",
+        description=f"{COMMANDS[name]}. {RECIPES[file.recipe].__doc__} --print-config shows the result.",
         console_outputs=ranks.is_main(),
     )
     from mtfast.train.engine.failure import leave
@@ -176,7 +97,9 @@ def _main(argv: list[str] | None) -> None:
         read = (config.model.checkpoint, config.data.tasks, config.data.reviews)
         if name != "report" and any(path.startswith(DEMO_CORPUS) for path in read):
             _write_demo_corpus()
-        COMMANDS[name].run(file.recipe, config)
+        from mtfast.commands import execute
+
+        execute(name, file.recipe, config)
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues the run", code=130)
     except errors as error:
@@ -240,7 +163,7 @@ def _without_launcher_flags(arguments: list[str]) -> list[str]:
 
 def _usage() -> str:
     lines = ["usage: mtfast COMMAND RECIPE [--dotted.option value ...]", "", "commands:"]
-    lines += [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
     lines += [
         f"  {'doctor':<10}what is installed, which implementation each op has, what is missing",
         "",

@@ -1,10 +1,11 @@
-"""What the commands do for one run: prepare the data, train a stage, evaluate, predict."""
+"""What the commands do: prepare the data, train a stage, evaluate, predict, report."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +13,8 @@ from mtfast import __version__
 from mtfast.config import STAGES, ConfigError, DataConfig, EngineConfig, RunConfig, StageName, to_dict
 from mtfast.machine import device_name, version_of
 from mtfast.predict import Predictor
+from mtfast.recipes import EXPERIMENTS, Experiment, pretrain_alike, runs_of
+from mtfast.report import write_comparison, write_report
 from mtfast.tasks import Split
 from mtfast.train.engine import ranks
 from mtfast.train.engine.deepspeed_config import deepspeed_config
@@ -34,6 +37,54 @@ class OpenRun(NamedTuple):
     directory: RunDirectory
     weights: Weights
     inputs: Inputs
+
+
+def execute(command: str, recipe: str, config: RunConfig) -> None:
+    """Carry out a command of the command line for every run of a recipe."""
+    runs = runs_of(recipe, config)
+    if command in STAGES:
+        having_it = [run for run in runs.values() if command in run.stages]
+        if not having_it:
+            raise ConfigError(f"{command} is not among the run's stages, {' '.join(config.stages)}", "stages")
+        for run in having_it:
+            _train_once(run, command, having_it)
+    elif command == "run":
+        for run in runs.values():
+            prepare(run)
+        for run in runs.values():
+            for stage in run.stages:
+                _train_once(run, stage, list(runs.values()))
+            evaluate(run)
+            predict(run)
+        _report(runs, config.path, EXPERIMENTS.get(recipe))
+    elif command == "report":
+        _report(runs, config.path, EXPERIMENTS.get(recipe))
+    else:
+        actions: dict[str, Callable[[RunConfig], Any]] = {
+            "prepare": prepare,
+            "evaluate": evaluate,
+            "predict": predict,
+        }
+        for run in runs.values():
+            actions[command](run)
+
+
+def _train_once(run: RunConfig, stage: StageName, runs: list[RunConfig]) -> None:
+    """Train a stage of one of `runs`; those that differ after pre-training alone do that once."""
+    first = next(other for other in runs if other == run or pretrain_alike(other, run))
+    train(run, stage, first.path if stage == "pretrain" and first != run else None)
+
+
+def _report(runs: Mapping[str, RunConfig], directory: Path, experiment: Experiment | None) -> None:
+    there = {name: run.path for name, run in runs.items() if run.path.is_dir()}
+    if not there:
+        raise ConfigError(f"{directory} holds no run to report on")
+    if not ranks.is_main():
+        return
+    for path in there.values():
+        say(f"wrote {write_report(path)}")
+    if experiment is not None:
+        say(f"wrote {write_comparison(there, directory, experiment)}")
 
 
 def prepare(config: RunConfig) -> None:

@@ -126,10 +126,8 @@ def write_report(run_dir: str | Path) -> Path:
     for stage, title in STAGES.items():
         losses = PRETRAINING if stage == "pretrain" else losses_of(run.tasks)
         if figure := plot_losses(losses, run.steps.get(stage, [])):
-            parts += [
-                f"### {title}: losses",
-                _save(figure, plots / f"losses_{stage}.png", f"{title}: losses"),
-            ]
+            caption = f"{title}: losses"
+            parts += [f"### {caption}", _save(figure, plots / f"losses_{stage}.png", caption)]
     if _are_the_papers(run.tasks):
         parts += ["## Beside the paper", _paper_table(run), PAPER_NOTE]
     if run.summary.get("data"):

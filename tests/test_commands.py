@@ -215,7 +215,7 @@ def test_report_of_an_experiment_of_which_one_run_is_there(tmp_path, capsys):
 
 def test_runs_that_differ_after_pre_training_share_it(config, capsys):
     short = replace(config.pretrain, max_steps=3)
-    cli.COMMANDS["pretrain"].run("exp2", replace(config, pretrain=short))
+    commands.execute("pretrain", "exp2", replace(config, pretrain=short))
     assert "pretrain: taken over from" in capsys.readouterr().out
     ours, theirs = (config.path / name for name in ("lstm-head", "linear-head"))
     for name in ("pretrain/result.json", "pretrain/last/model.safetensors", "metrics.jsonl"):

@@ -47,7 +47,7 @@ SCRIPT = """
 import os, sys
 import torch.distributed as dist
 from transformers import BertConfig
-from mtfast import cli
+from mtfast import cli, commands
 from dataclasses import replace
 from mtfast.config import DataConfig, RunConfig
 from mtfast.data.rows import DataError
@@ -69,13 +69,13 @@ BERT = BertConfig(
 SST, DATA = replace(PAPER_TASKS["sst"], source="data"), DataConfig(cache_dir="cache")
 
 def run(fails, code):
-    def command(recipe, config):
+    def command(name, recipe, config):
         dist.init_process_group("gloo")
         rank = ranks.rank()
         if eval(fails):
             exec(code, globals() | locals())
         ranks.barrier()
-    cli.COMMANDS["report"] = cli.Command("fails", command)
+    commands.execute = command
     cli.main(["report", "demo"])
 
 for port, death in zip(sys.argv[1].split(","), {deaths}):

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mtfast.config import STAGES, ConfigError, to_yaml
+from mtfast.config import STAGES, ConfigError
 from mtfast.files import naming, read_json, write_json, write_text
 from mtfast.train.engine import ranks
 
@@ -42,7 +42,7 @@ class RunDirectory:
         self._is_ours(configuration, create)  # a directory that is refused is left as it is, without a lock
         hold(self.path)
         if not self._is_ours(configuration, create):  # another process may have come before the lock
-            write_text(self.path / CONFIG, to_yaml(configuration))
+            write_text(self.path / CONFIG, yaml.safe_dump(configuration, sort_keys=False))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
 
     def _is_ours(self, configuration: dict[str, Any], create: bool) -> bool:
