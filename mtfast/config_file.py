@@ -73,7 +73,7 @@ class _Reader:
         if root is not None:
             self._note_lines(root, "")
         recipe = given.pop("recipe", DEFAULT_RECIPE)
-        if recipe not in self.recipes:
+        if not isinstance(recipe, str) or recipe not in self.recipes:
             self._refuse(
                 "recipe", f"there is no recipe {recipe!r}; the recipes are {', '.join(self.recipes)}"
             )
@@ -127,6 +127,10 @@ class _Reader:
                 if not isinstance(value, dict):
                     self._refuse(where, f"{where} is {value!r:.60}; it has fields, {_names(hints[name])}")
                 self._check_names(value, hints[name], f"{where}.")
+            elif isinstance(value, bool) and hints[name] is not bool:
+                wanted = getattr(hints[name], "__name__", hints[name])
+                read = f"{where} is {value}, as YAML reads yes, no, on and off"
+                self._refuse(where, f"{read}; wanted is {wanted}")
 
     def _refuse_value(self, error: pydantic.ValidationError) -> NoReturn:
         found = error.errors(include_url=False)[0]

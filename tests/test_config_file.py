@@ -85,6 +85,14 @@ WRONG = {
         "recipe: lokal\n",
         "my.yaml:1: there is no recipe 'lokal'; the recipes are demo, local, paper, exp1, exp2",
     ),
+    "a list of recipes": (
+        "recipe: [local, demo]\n",
+        "my.yaml:1: there is no recipe ['local', 'demo']; the recipes are demo, local, paper, exp1, exp2",
+    ),
+    "a number for yes": (
+        "recipe: local\nfinetune:\n  epochs: yes\n",
+        "my.yaml:3: finetune.epochs is True, as YAML reads yes, no, on and off; wanted is int",
+    ),
     "an unknown field of a task": (
         "tasks:\n  imdb:\n    kind: binary\n    text: text\n    lable: label\n",
         "my.yaml:5: there is no field tasks.imdb.lable; did you mean label?",
