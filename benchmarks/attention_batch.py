@@ -135,7 +135,7 @@ def refusal(
 ) -> str | None:
     """Why the peer cannot be compared, as a small batch shows; None if it computes what it should."""
     torch.manual_seed(0)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             batch = Batch.random(SMALL[shape], dtype, device, dropout_p)
@@ -145,8 +145,8 @@ def refusal(
             if dropout_p and torch.equal(peer.run(False)[0], kind(whole).run(False)[0]):
                 raise UnsuitableError("dropout changes nothing")
         except Exception as error:
-            # torch warns of each backend's reasons; those that it was told to leave out are disabled.
-            causes = [str(w.message).split(" (Triggered")[0] for w in told]
+            # torch warns of each backend's reasons; those that were switched off are disabled.
+            causes = [str(w.message).split(" (Triggered")[0] for w in caught]
             causes = [c for c in causes if "because" not in c and "disabled" not in c]
             return " ".join([_reason(error), *causes[:1]])
     return None

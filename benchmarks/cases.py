@@ -64,9 +64,9 @@ def op_parser(name: str, module_doc: str | None) -> argparse.ArgumentParser:
 def run_cases(cases: Sequence[Case], options: argparse.Namespace) -> int:
     """Measure the cases in their order; write and print each one's rows before the next. The exit status.
 
-    A case that fails is told and does not take the others with it; a wrong result is a failure too, but has
-    its row. When another case as long as the longest so far, by CLOCK, would not end within
-    `options.seconds`, those that are left are told and left out: no failure.
+    A case that fails is reported and does not take the others with it; a wrong result is a failure too, but
+    has its row. When another case as long as the longest so far, by CLOCK, would not end within
+    `options.seconds`, the rest is named and left out: no failure.
     """
     started = time.monotonic()
     longest = 0.0

@@ -3,7 +3,7 @@
     compute-sanitizer --tool racecheck python -m benchmarks kernels --shapes small
     ncu --csv --page raw python -m benchmarks kernels --shapes step
 
-benchmarks/tools.py has such commands with what they need to be told.
+benchmarks/tools.py has such commands with the options they need.
 """
 
 from __future__ import annotations

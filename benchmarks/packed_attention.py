@@ -115,7 +115,7 @@ def problems(
 
 
 def compare(problem: Problem, device: torch.device, bandwidth: float, budget_s: float) -> list[Row]:
-    """The rows of one case; why a peer is left out is told once."""
+    """The rows of one case; why a peer is left out is printed once."""
     batch = Batch.random(problem.lengths, problem.dtype, device, problem.dropout_p)
     with CLOCK.paused():
         wrong = wrong_result(problem.dtype, device)

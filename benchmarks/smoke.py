@@ -87,7 +87,7 @@ def run_here(op: str, names: list[str], device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU, whose errors are told here at the latest."""
+    """Wait for a GPU, whose errors are reported here at the latest."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 
 def compare(name: str, stage: Stage, options: argparse.Namespace, compiled: bool = False) -> list[Row]:
-    """The rows of a stage; a contender that fails is told and left out."""
+    """The rows of a stage; a contender that fails is reported and left out."""
     device = options.device
     examples = options.examples or stage.examples
     batches = [stage.batch(examples, seed, device) for seed in range(BATCHES)]

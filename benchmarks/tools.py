@@ -1,4 +1,4 @@
-"""Commands under NVIDIA's compute-sanitizer and ncu, with what those need to be told."""
+"""Commands under NVIDIA's compute-sanitizer and ncu, with the options those need."""
 
 from __future__ import annotations
 
