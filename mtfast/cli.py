@@ -12,8 +12,10 @@ from typing import NoReturn
 
 import tyro
 
-from mtfast.config import ConfigError, RunConfig, to_dict, to_yaml, validate
+from mtfast.config import ConfigError, RunConfig, to_dict, validate
 from mtfast.config_file import ConfigFile, read_config_file
+from mtfast.errors import FieldError
+from mtfast.files import to_yaml
 from mtfast.recipes import DEMO_CORPUS, RECIPES
 from mtfast.train.engine import ranks
 
@@ -103,7 +105,7 @@ def _main(argv: list[str] | None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues the run", code=130)
     except errors as error:
-        place = file.place_of(getattr(error, "field", None), config)
+        place = file.place_of(error.field, config) if isinstance(error, FieldError) else None
         leave(error, f"mtfast: {f'{place}: ' if place else ''}{error}", 2, expected=True)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FIXABLE:

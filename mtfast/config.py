@@ -11,26 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 
+from mtfast.errors import FieldError
 from mtfast.tasks import MlpConfig, Task, fault_of, fault_of_mlps
 
 StageName = Literal["pretrain", "heads", "finetune"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the field and what would be right.
-
-    `field` is the dotted name of the field at fault, where there is one.
-    """
-
-    def __init__(self, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.field = field
-
-    def __reduce__(self) -> tuple[Any, ...]:  # it is sent between ranks
-        return type(self), (str(self), self.field)
+class ConfigError(FieldError):
+    """A configuration that cannot be run; the message names the field and what would be right."""
 
 
 @dataclass(frozen=True)
@@ -186,11 +176,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def to_yaml(configuration: dict[str, Any]) -> str:
-    """`to_dict`'s result as a configuration file."""
-    return yaml.safe_dump(configuration, sort_keys=False)
 
 
 Rule = tuple[str, Callable[[Any], bool]]

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from mtfast import cli
-from mtfast.config import to_dict, to_yaml, validate
+from mtfast.config import to_dict, validate
 from mtfast.config_file import read_config_file
 from mtfast.data.demo import write_demo_corpus
+from mtfast.files import to_yaml
 from mtfast.recipes import PAPER_TASKS, RECIPES, demo, local
 from mtfast.tasks import Task
 

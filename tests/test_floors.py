@@ -12,6 +12,7 @@ ROOT = Path(mtfast.__file__).parent
 FLOORS = {
     "machine": 0,
     "toolkit": 0,
+    "errors": 0,
     "tasks": 0,
     "ops": 0,
     "config": 1,

@@ -20,7 +20,8 @@ from poison import Small
 from torch import nn
 
 import mtfast
-from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, to_dict, to_yaml
+from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, to_dict
+from mtfast.files import to_yaml
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.recipes import paper
 from mtfast.report import read_run

@@ -12,8 +12,9 @@ import yaml
 from directories import directory_of
 
 from mtfast import cli, commands
-from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, to_dict, to_yaml, validate
+from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, to_dict, validate
 from mtfast.data.rows import DataError
+from mtfast.files import to_yaml
 from mtfast.recipes import RECIPES, paper, runs_of
 from mtfast.train.engine.deepspeed_config import deepspeed_config
 from mtfast.train.loop import learning_rate_at

@@ -10,24 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from mtfast.errors import FieldError
+
 T = TypeVar("T")
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 
 
-class DataError(ValueError):
-    """Data that cannot be used. The message names the file and, where there is one, the line.
-
-    `field` is the dotted name of the configuration's field at fault, where it may be one.
-    """
-
-    def __init__(self, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.field = field
-
-    def __reduce__(self) -> tuple[Any, ...]:  # it is sent between ranks
-        return type(self), (str(self), self.field)
+class DataError(FieldError):
+    """Data that cannot be used. The message names the file and, where there is one, the line."""
 
 
 class MissingDataError(DataError):

@@ -193,6 +193,7 @@ def load_pretrained(
             found, ignored = from_hf_state_dict(tensors)
         except ValueError as error:
             raise CheckpointError(f"{name_or_path}: {error}") from error
+    unknown = len(ignored)
     heads = model if isinstance(model, MultiTaskHeads) else getattr(model, "heads", None)
     if heads is not None:
         of_heads = _read_heads(name_or_path, heads)
@@ -204,7 +205,7 @@ def load_pretrained(
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         raise CheckpointError(
             f"{name_or_path} lacks weights of the encoder: {', '.join(lacking[:3])}{more}; "
-            f"{len(ignored)} of its tensors have names that BERT does not"
+            f"{unknown} of its tensors have names that BERT does not"
         )
     for name, tensor in found.items():
         if name in wanted and tensor.shape != wanted[name].shape:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mtfast.config import STAGES, ConfigError
-from mtfast.files import naming, read_json, write_json, write_text
+from mtfast.files import naming, read_json, to_yaml, write_json, write_text
 from mtfast.train.engine import ranks
 
 from .lock import HOLDER, hold
@@ -42,7 +42,7 @@ class RunDirectory:
         self._is_ours(configuration, create)  # a directory that is refused is left as it is, without a lock
         hold(self.path)
         if not self._is_ours(configuration, create):  # another process may have come before the lock
-            write_text(self.path / CONFIG, yaml.safe_dump(configuration, sort_keys=False))
+            write_text(self.path / CONFIG, to_yaml(configuration))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
 
     def _is_ours(self, configuration: dict[str, Any], create: bool) -> bool:

@@ -1,0 +1,19 @@
+"""What errors over the configuration and over data have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FieldError(ValueError):
+    """An error that a field of the configuration may be at fault for.
+
+    field: its dotted name, where there is one.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it is sent between ranks
+        return type(self), (str(self), self.field)
