@@ -33,9 +33,9 @@ from benchmarks.stage_setup import (
 from mtfast.config import RunConfig
 from mtfast.data.packing import PackedBatch, pack_tasks
 from mtfast.data.sampler import plan_epoch
-from mtfast.train.engine.engine import start, stop
-from mtfast.train.run.weights import build_multitask
-from mtfast.train.stages.finetune import Finetune
+from mtfast.training.engine.engine import start, stop
+from mtfast.training.run.weights import build_multitask
+from mtfast.training.stages.finetune import Finetune
 
 WARM_UP = 2
 LOSS_TOLERANCE = 1e-4  # relative, float32, dropout off

@@ -36,9 +36,9 @@ from benchmarks.stage_setup import (
 from mtfast.config import RunConfig
 from mtfast.data.packing import PackedBatch
 from mtfast.data.sampler import StepPlan
-from mtfast.train.engine.engine import start, stop
-from mtfast.train.run.weights import Weights, build_multitask
-from mtfast.train.stages.heads import CachedBatch, Heads
+from mtfast.training.engine.engine import start, stop
+from mtfast.training.run.weights import Weights, build_multitask
+from mtfast.training.stages.heads import CachedBatch, Heads
 
 CACHED_EPOCHS = 3
 LOSS_TOLERANCE = 0.02  # relative, bf16, dropout off

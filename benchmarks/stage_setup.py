@@ -17,7 +17,7 @@ from mtfast.models.checkpoint import load_bert_config, load_tokenizer
 from mtfast.models.multitask import MultiTaskHeads
 from mtfast.recipes import PAPER_TASKS
 from mtfast.tasks import Split
-from mtfast.train.run.weights import Weights
+from mtfast.training.run.weights import Weights
 
 Tables = dict[str, TokenizedTask]
 

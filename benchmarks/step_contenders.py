@@ -36,7 +36,7 @@ from mtfast.models.names import hf_state_dict
 from mtfast.models.pretraining import PretrainModel, build_pretrain_model
 from mtfast.ops import mask_tokens
 from mtfast.tasks import MlpConfig
-from mtfast.train.engine.graphs import CudaRecorder, StepGraphs
+from mtfast.training.engine.graphs import CudaRecorder, StepGraphs
 
 DROPOUT_P = 0.1
 Losses = dict[str, Tensor]
@@ -84,7 +84,7 @@ class Contender(ABC):
 
 
 class PackedPretrain(Contender):
-    """mtfast's pre-training step, as mtfast/train/stages/pretrain.py has it."""
+    """mtfast's pre-training step, as mtfast/training/stages/pretrain.py has it."""
 
     def __init__(self, source: PretrainModel) -> None:
         super().__init__(copy.deepcopy(source))
@@ -152,7 +152,7 @@ class UnpaddedPretrain(PaddedPretrain):
 
 
 class PackedFinetune(Contender):
-    """mtfast's fine-tuning step, as mtfast/train/stages/finetune.py has it."""
+    """mtfast's fine-tuning step, as mtfast/training/stages/finetune.py has it."""
 
     def __init__(self, source: MultiTaskModel) -> None:
         super().__init__(copy.deepcopy(source))
@@ -197,7 +197,7 @@ class UnpaddedFinetune(PaddedFinetune):
 
 class CachedHeads(Contender):
     """Heads on cached features: float32 weights that compute under autocast, as in
-    mtfast/train/stages/heads.py."""
+    mtfast/training/stages/heads.py."""
 
     learning_rate = 1e-3
 

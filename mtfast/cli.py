@@ -17,7 +17,7 @@ from mtfast.config_file import ConfigFile, read_config_file
 from mtfast.errors import FieldError
 from mtfast.files import to_yaml
 from mtfast.recipes import DEMO_CORPUS, RECIPES
-from mtfast.train.engine import ranks
+from mtfast.training.engine import ranks
 
 # Failures of the system that its user can do something about; any other keeps its traceback.
 FIXABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
@@ -88,7 +88,7 @@ def _main(argv: list[str] | None) -> None:
         description=f"{COMMANDS[name]}. {RECIPES[file.recipe].__doc__} --print-config shows the result.",
         console_outputs=ranks.is_main(),
     )
-    from mtfast.train.engine.failure import leave
+    from mtfast.training.engine.failure import leave
 
     errors = _expected_errors()
     try:
@@ -134,7 +134,7 @@ def _configuration(name: str) -> ConfigFile:
 
 def _write_demo_corpus() -> None:
     from mtfast.data.demo import write_demo_corpus
-    from mtfast.train.engine.engine import start
+    from mtfast.training.engine.engine import start
 
     start()
     ranks.on_main(write_demo_corpus, DEMO_CORPUS)
@@ -143,7 +143,7 @@ def _write_demo_corpus() -> None:
 def _expected_errors() -> tuple[type[Exception], ...]:
     from mtfast.data.rows import DataError
     from mtfast.models.checkpoint import CheckpointError
-    from mtfast.train.loop import NonFinite
+    from mtfast.training.loop import NonFinite
 
     return ConfigError, DataError, CheckpointError, NonFinite
 

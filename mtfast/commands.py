@@ -16,17 +16,17 @@ from mtfast.predict import Predictor
 from mtfast.recipes import EXPERIMENTS, Experiment, pretrain_alike, runs_of
 from mtfast.report import write_comparison, write_report
 from mtfast.tasks import Split
-from mtfast.train.engine import ranks
-from mtfast.train.engine.deepspeed_config import deepspeed_config
-from mtfast.train.engine.engine import start
-from mtfast.train.inputs import Inputs
-from mtfast.train.loop import Stage, train_stage
-from mtfast.train.run.directory import RunDirectory
-from mtfast.train.run.progress import say
-from mtfast.train.run.weights import Weights, best_weights, check_fit, find_weights
-from mtfast.train.stages.finetune import Finetune
-from mtfast.train.stages.heads import Heads
-from mtfast.train.stages.pretrain import Pretrain
+from mtfast.training.engine import ranks
+from mtfast.training.engine.deepspeed_config import deepspeed_config
+from mtfast.training.engine.engine import start
+from mtfast.training.inputs import Inputs
+from mtfast.training.loop import Stage, train_stage
+from mtfast.training.run.directory import RunDirectory
+from mtfast.training.run.progress import say
+from mtfast.training.run.weights import Weights, best_weights, check_fit, find_weights
+from mtfast.training.stages.finetune import Finetune
+from mtfast.training.stages.heads import Heads
+from mtfast.training.stages.pretrain import Pretrain
 
 TRAINING_SPLITS: tuple[Split, ...] = ("train", "dev")
 

@@ -14,11 +14,11 @@ from mtfast.data.rows import MissingDataError
 from mtfast.data.tokens import TokenizedTask
 from mtfast.files import write_text
 from mtfast.tasks import Split
-from mtfast.train.engine import ranks
-from mtfast.train.inputs import Inputs
-from mtfast.train.run.progress import say
-from mtfast.train.run.weights import Weights, build_multitask
-from mtfast.train.stages.task_stage import dev_metrics, predict_packed
+from mtfast.training.engine import ranks
+from mtfast.training.inputs import Inputs
+from mtfast.training.run.progress import say
+from mtfast.training.run.weights import Weights, build_multitask
+from mtfast.training.stages.task_stage import dev_metrics, predict_packed
 
 SPLITS: tuple[Split, ...] = ("dev", "test")
 

@@ -1,7 +1,7 @@
 """The directory of a run, opened as the commands open it."""
 
 from mtfast.config import RunConfig, to_dict
-from mtfast.train.run.directory import RunDirectory
+from mtfast.training.run.directory import RunDirectory
 
 
 def directory_of(config: RunConfig, **options) -> RunDirectory:

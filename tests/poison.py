@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
-from mtfast.train.engine import engine as engine_module
-from mtfast.train.engine import ranks
-from mtfast.train.engine.engine import Engine
-from mtfast.train.loop import Stage
+from mtfast.training.engine import engine as engine_module
+from mtfast.training.engine import ranks
+from mtfast.training.engine.engine import Engine
+from mtfast.training.loop import Stage
 
 
 class Poison(torch.autograd.Function):

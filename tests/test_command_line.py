@@ -14,7 +14,7 @@ import pytest
 
 from mtfast import cli
 from mtfast.recipes import RECIPES, paper
-from mtfast.train.engine import ranks
+from mtfast.training.engine import ranks
 
 BIN = Path(sys.executable).parent
 FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")

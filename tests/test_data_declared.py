@@ -21,7 +21,7 @@ from mtfast.data.tables import read_task, task_files
 from mtfast.data.tokens import tokenize_task
 from mtfast.recipes import RECIPES
 from mtfast.tasks import Task
-from mtfast.train.inputs import load_task
+from mtfast.training.inputs import load_task
 
 IMDB = Task(kind="binary", text="text", label="label", splits={"dev": "test"})
 NAMES = ("entailment", "neutral", "contradiction")

@@ -14,7 +14,7 @@ from mtfast.data.demo import write_demo_corpus
 from mtfast.data.reviews import read_reviews
 from mtfast.data.rows import DataError
 from mtfast.recipes import PAPER_TASKS, RECIPES
-from mtfast.train.inputs import load_task
+from mtfast.training.inputs import load_task
 
 ROWS = {"sentence": ["a", "b"], "label": [4, 0]}
 CSV = "sentence,label\na,4\nb,0\n"

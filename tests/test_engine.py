@@ -17,15 +17,15 @@ from mtfast.config import EngineConfig, HeadsConfig, RunConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.recipes import demo
-from mtfast.train.engine import engine as engine_module
-from mtfast.train.engine.engine import Engine
-from mtfast.train.engine.graphs import StepGraphs
-from mtfast.train.inputs import Inputs
-from mtfast.train.loop import train_stage
-from mtfast.train.run.weights import find_weights
-from mtfast.train.stages import features as features_module
-from mtfast.train.stages.finetune import Finetune
-from mtfast.train.stages.heads import Heads
+from mtfast.training.engine import engine as engine_module
+from mtfast.training.engine.engine import Engine
+from mtfast.training.engine.graphs import StepGraphs
+from mtfast.training.inputs import Inputs
+from mtfast.training.loop import train_stage
+from mtfast.training.run.weights import find_weights
+from mtfast.training.stages import features as features_module
+from mtfast.training.stages.finetune import Finetune
+from mtfast.training.stages.heads import Heads
 
 SETTINGS = TaskStageConfig(batch_size=4, learning_rate=0.1, weight_decay=0.0)
 

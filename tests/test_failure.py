@@ -53,11 +53,11 @@ from mtfast.config import DataConfig, RunConfig
 from mtfast.data.rows import DataError
 from mtfast.recipes import PAPER_TASKS, paper
 from mtfast.tasks import MlpConfig
-from mtfast.train import loop
-from mtfast.train.engine import failure, ranks
-from mtfast.train.inputs import load_task
-from mtfast.train.run import directory
-from mtfast.train.run.weights import Weights, build_multitask
+from mtfast.training import loop
+from mtfast.training.engine import failure, ranks
+from mtfast.training.inputs import load_task
+from mtfast.training.run import directory
+from mtfast.training.run.weights import Weights, build_multitask
 from directories import directory_of
 from small_tokenizer import small_tokenizer
 

@@ -20,7 +20,7 @@ FLOORS = {
     "data": 1,
     "models": 2,
     "files": 2,
-    "train": 3,
+    "training": 3,
     "plots": 3,
     "config_file": 3,
     "recipes": 3,
@@ -32,7 +32,7 @@ FLOORS = {
 }
 FLOORS_OF_TRAINING = {"engine": 0, "seeds": 0, "run": 1, "inputs": 2, "loop": 2, "stages": 3}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or not path.stem.startswith("__"))
-TRAINING = sorted(path for path in (ROOT / "train").rglob("*.py") if path.name != "__init__.py")
+TRAINING = sorted(path for path in (ROOT / "training").rglob("*.py") if path.name != "__init__.py")
 
 
 def name_of(path: Path) -> str:
@@ -72,10 +72,10 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", TRAINING, ids=name_of)
 def test_imports_point_down_in_training(path):
-    assert_imports_point_down(path, FLOORS_OF_TRAINING, ("mtfast", "train"))
+    assert_imports_point_down(path, FLOORS_OF_TRAINING, ("mtfast", "training"))
 
 
-@pytest.mark.parametrize(("floors", "directory"), [(FLOORS, ROOT), (FLOORS_OF_TRAINING, ROOT / "train")])
+@pytest.mark.parametrize(("floors", "directory"), [(FLOORS, ROOT), (FLOORS_OF_TRAINING, ROOT / "training")])
 def test_every_room_has_its_floor(floors, directory):
     rooms = {path.stem for path in directory.glob("*.py") if not path.stem.startswith("__")}
     rooms |= {path.parent.name for path in directory.glob("*/__init__.py")}
@@ -89,7 +89,7 @@ def test_only_the_engine_imports_deepspeed():
         if any(name.split(".")[0] == "deepspeed" for name in imports_of(path))
         or 'import_module("deepspeed")' in path.read_text(encoding="utf-8")
     }
-    assert using == {"train/engine/engine.py"}
+    assert using == {"training/engine/engine.py"}
 
 
 def test_ops_import_torch_alone():

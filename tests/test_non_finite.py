@@ -19,9 +19,9 @@ from torch import Tensor
 import mtfast
 from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
 from mtfast.recipes import PAPER_TASKS
-from mtfast.train.engine import engine as engine_module
-from mtfast.train.loop import NonFinite, Stage, train_stage
-from mtfast.train.stages.task_stage import dev_metrics
+from mtfast.training.engine import engine as engine_module
+from mtfast.training.loop import NonFinite, Stage, train_stage
+from mtfast.training.stages.task_stage import dev_metrics
 
 KINDS = [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
 

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from mtfast.train.run import progress
-from mtfast.train.run.progress import StageProgress, peak_flops, say, say_once
+from mtfast.training.run import progress
+from mtfast.training.run.progress import StageProgress, peak_flops, say, say_once
 
 
 @pytest.fixture

@@ -25,15 +25,15 @@ from mtfast.files import to_yaml
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.recipes import paper
 from mtfast.report import read_run
-from mtfast.train.engine import engine as engine_module
-from mtfast.train.engine.engine import Engine
-from mtfast.train.loop import train_stage
-from mtfast.train.stages import features
+from mtfast.training.engine import engine as engine_module
+from mtfast.training.engine.engine import Engine
+from mtfast.training.loop import train_stage
+from mtfast.training.stages import features
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mtfast.train.run.lock import hold
+from mtfast.training.run.lock import hold
 hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

@@ -16,8 +16,8 @@ from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig,
 from mtfast.data.rows import DataError
 from mtfast.files import to_yaml
 from mtfast.recipes import RECIPES, paper, runs_of
-from mtfast.train.engine.deepspeed_config import deepspeed_config
-from mtfast.train.loop import learning_rate_at
+from mtfast.training.engine.deepspeed_config import deepspeed_config
+from mtfast.training.loop import learning_rate_at
 
 STAGE = TaskStageConfig(batch_size=160, learning_rate=1e-5)
 

@@ -23,14 +23,14 @@ from mtfast.config import (
 from mtfast.data.tables import read_task
 from mtfast.ops import mask_tokens
 from mtfast.tasks import MlpConfig
-from mtfast.train.engine import engine as engine_module
-from mtfast.train.inputs import Inputs, load_reviews
-from mtfast.train.loop import train_stage
-from mtfast.train.run.directory import RunDirectory
-from mtfast.train.run.weights import Weights, find_weights
-from mtfast.train.stages.finetune import Finetune
-from mtfast.train.stages.heads import Heads
-from mtfast.train.stages.pretrain import Pretrain
+from mtfast.training.engine import engine as engine_module
+from mtfast.training.inputs import Inputs, load_reviews
+from mtfast.training.loop import train_stage
+from mtfast.training.run.directory import RunDirectory
+from mtfast.training.run.weights import Weights, find_weights
+from mtfast.training.stages.finetune import Finetune
+from mtfast.training.stages.heads import Heads
+from mtfast.training.stages.pretrain import Pretrain
 
 ENGINE = EngineConfig(precision="fp32", zero_stage=0)
 

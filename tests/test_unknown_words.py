@@ -17,7 +17,7 @@ from mtfast.data.rows import DataError
 from mtfast.data.tokens import tokenize_task
 from mtfast.models.checkpoint import CheckpointError, load_bert_config, load_tokenizer
 from mtfast.recipes import PAPER_TASKS, RECIPES
-from mtfast.train.inputs import load_reviews, load_task
+from mtfast.training.inputs import load_reviews, load_task
 
 
 @pytest.fixture(scope="module")

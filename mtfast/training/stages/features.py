@@ -16,8 +16,8 @@ from mtfast.data.sampler import Layout, plan_evaluation
 from mtfast.data.tokens import TokenizedTask
 from mtfast.files import naming
 from mtfast.models.bert import PackedBert, first_rows
-from mtfast.train.engine import ranks
-from mtfast.train.inputs import EVALUATION_TOKENS
+from mtfast.training.engine import ranks
+from mtfast.training.inputs import EVALUATION_TOKENS
 
 SHARED_ROWS = 65536
 

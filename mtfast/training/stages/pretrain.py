@@ -20,11 +20,11 @@ from mtfast.data.sampler import Layout, ReviewStepPlan, plan_reviews
 from mtfast.models.bert import flops_per_token, mean_seqlen
 from mtfast.models.checkpoint import save_pretrained
 from mtfast.ops import mask_tokens
-from mtfast.train.engine import ranks
-from mtfast.train.engine.engine import Engine
-from mtfast.train.loop import Stage
-from mtfast.train.run.weights import Weights, build_pretrain
-from mtfast.train.seeds import seed_for
+from mtfast.training.engine import ranks
+from mtfast.training.engine.engine import Engine
+from mtfast.training.loop import Stage
+from mtfast.training.run.weights import Weights, build_pretrain
+from mtfast.training.seeds import seed_for
 
 
 class Pretrain(Stage):

@@ -18,9 +18,9 @@ from mtfast.data.rows import DataError, RowAccount
 from mtfast.data.tables import task_files
 from mtfast.data.tokens import Sequences, TokenizedTask, read_tokenized
 from mtfast.tasks import Split, Task
-from mtfast.train.engine import ranks
-from mtfast.train.run.directory import RunDirectory
-from mtfast.train.run.progress import say_once
+from mtfast.training.engine import ranks
+from mtfast.training.run.directory import RunDirectory
+from mtfast.training.run.progress import say_once
 
 EVALUATION_TOKENS = 16384
 UNKNOWN_SAID, UNKNOWN_REFUSED = 0.03, 0.8  # shares of the word pieces

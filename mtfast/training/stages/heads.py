@@ -22,10 +22,10 @@ from mtfast.data.sampler import StepPlan
 from mtfast.kinds import predictions_of, task_losses
 from mtfast.models.bert import PackedBert, first_rows, flops_per_token
 from mtfast.models.checkpoint import save_heads
-from mtfast.train.engine.engine import Engine
-from mtfast.train.engine.graphs import CudaRecorder, StepGraphs
-from mtfast.train.loop import Batch
-from mtfast.train.run.weights import Weights, build_multitask
+from mtfast.training.engine.engine import Engine
+from mtfast.training.engine.graphs import CudaRecorder, StepGraphs
+from mtfast.training.loop import Batch
+from mtfast.training.run.weights import Weights, build_multitask
 
 from .features import Features, encode
 from .task_stage import Load, TaskStage, predict_packed

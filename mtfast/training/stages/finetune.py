@@ -11,8 +11,8 @@ from mtfast.config import EngineConfig, TaskStageConfig
 from mtfast.data.packing import PackedBatch
 from mtfast.models.bert import flops_per_token
 from mtfast.models.checkpoint import save_pretrained
-from mtfast.train.engine.engine import Engine
-from mtfast.train.run.weights import Weights, build_multitask
+from mtfast.training.engine.engine import Engine
+from mtfast.training.run.weights import Weights, build_multitask
 
 from .task_stage import Load, TaskStage, predict_packed
 

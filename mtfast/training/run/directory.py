@@ -14,7 +14,7 @@ import yaml
 
 from mtfast.config import STAGES, ConfigError
 from mtfast.files import naming, read_json, to_yaml, write_json, write_text
-from mtfast.train.engine import ranks
+from mtfast.training.engine import ranks
 
 from .lock import HOLDER, hold
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mtfast.train.engine import ranks
+from mtfast.training.engine import ranks
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the data sheets.
 PEAK_FLOPS = {

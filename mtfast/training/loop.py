@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mtfast.config import STAGES, StageConfig, StageName
 from mtfast.models.checkpoint import CheckpointError
-from mtfast.train.engine import ranks
-from mtfast.train.engine.engine import Engine
-from mtfast.train.engine.state import POINTER
-from mtfast.train.run.directory import RunDirectory
-from mtfast.train.run.progress import StageProgress, peak_flops, say
-from mtfast.train.seeds import seed_for
+from mtfast.training.engine import ranks
+from mtfast.training.engine.engine import Engine
+from mtfast.training.engine.state import POINTER
+from mtfast.training.run.directory import RunDirectory
+from mtfast.training.run.progress import StageProgress, peak_flops, say
+from mtfast.training.seeds import seed_for
 
 
 class NonFinite(RuntimeError):

@@ -16,8 +16,8 @@ from mtfast.models.checkpoint import LoadReport, load_bert_config, load_pretrain
 from mtfast.models.multitask import MultiTaskModel, build_multitask_model
 from mtfast.models.pretraining import PretrainModel, build_pretrain_model
 from mtfast.tasks import MlpConfig, Task
-from mtfast.train.engine import ranks
-from mtfast.train.seeds import seed_for
+from mtfast.training.engine import ranks
+from mtfast.training.seeds import seed_for
 
 from .directory import RunDirectory
 from .progress import say_once

@@ -19,10 +19,10 @@ from mtfast.kinds import predictions_of, task_metrics
 from mtfast.models.bert import mean_seqlen
 from mtfast.models.multitask import token_tasks
 from mtfast.tasks import Split, Task
-from mtfast.train.engine import ranks
-from mtfast.train.inputs import EVALUATION_TOKENS
-from mtfast.train.loop import Batch, Stage
-from mtfast.train.run.progress import say
+from mtfast.training.engine import ranks
+from mtfast.training.inputs import EVALUATION_TOKENS
+from mtfast.training.loop import Batch, Stage
+from mtfast.training.run.progress import say
 
 Tables = dict[str, TokenizedTask]
 Load = Callable[[Split], Tables]
