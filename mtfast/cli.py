@@ -15,8 +15,10 @@ import tyro
 from mtfast.config import ConfigError, RunConfig, to_dict, validate
 from mtfast.config_file import ConfigFile, read_config_file
 from mtfast.errors import FieldError
+from mtfast.experiments import ALL_RECIPES
 from mtfast.files import to_yaml
-from mtfast.recipes import DEMO_CORPUS, RECIPES
+from mtfast.launcher import end_process
+from mtfast.recipes import DEMO_CORPUS
 from mtfast.training.engine import ranks
 
 # Failures of the system that its user can do something about; any other keeps its traceback.
@@ -46,7 +48,7 @@ def run_process() -> NoReturn:
         code = end.code or 0
     else:
         ranks.finish()
-    ranks.end_process(code)
+    end_process(code)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,7 +79,7 @@ def _main(argv: list[str] | None) -> None:
     if name not in COMMANDS:
         _fail(f"there is no command {name!r}\n\n{_usage()}")
     if not rest:
-        _fail(f"{name} needs a recipe, {', '.join(RECIPES)}, or a configuration file")
+        _fail(f"{name} needs a recipe, {', '.join(ALL_RECIPES)}, or a configuration file")
     file = _configuration(rest[0])
     options = [option for option in rest[1:] if option != "--print-config"]
     config = tyro.cli(
@@ -85,7 +87,7 @@ def _main(argv: list[str] | None) -> None:
         default=file.config,
         args=options,
         prog=f"mtfast {name} {rest[0]}",
-        description=f"{COMMANDS[name]}. {RECIPES[file.recipe].__doc__} --print-config shows the result.",
+        description=f"{COMMANDS[name]}. {ALL_RECIPES[file.recipe].__doc__} --print-config shows the result.",
         console_outputs=ranks.is_main(),
     )
     from mtfast.training.engine.failure import leave
@@ -118,16 +120,16 @@ def _main(argv: list[str] | None) -> None:
 
 def _configuration(name: str) -> ConfigFile:
     """The configuration of a recipe, or the one in a file."""
-    if name in RECIPES:
-        return ConfigFile(Path(name), name, RECIPES[name]())
+    if name in ALL_RECIPES:
+        return ConfigFile(Path(name), name, ALL_RECIPES[name]())
     path = Path(name).expanduser()
     if not path.is_file() and path.suffix not in (".yaml", ".yml"):
         _fail(
-            f"there is no recipe {name!r}, and no such file; the recipes are {', '.join(RECIPES)}, "
+            f"there is no recipe {name!r}, and no such file; the recipes are {', '.join(ALL_RECIPES)}, "
             "and a file is YAML with a recipe's name and what differs"
         )
     try:
-        return read_config_file(path, RECIPES)
+        return read_config_file(path, ALL_RECIPES)
     except ConfigError as error:
         _fail(str(error))
 
@@ -171,7 +173,7 @@ def _usage() -> str:
         "",
         "recipes:",
     ]
-    lines += [f"  {name:<10}{recipe.__doc__}" for name, recipe in RECIPES.items()]
+    lines += [f"  {name:<10}{recipe.__doc__}" for name, recipe in ALL_RECIPES.items()]
     lines += [
         "",
         "A YAML file with a recipe's name and what differs, tasks of your own say, stands for a recipe.",

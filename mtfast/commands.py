@@ -11,9 +11,9 @@ import torch
 
 from mtfast import __version__
 from mtfast.config import STAGES, ConfigError, DataConfig, EngineConfig, RunConfig, StageName, to_dict
+from mtfast.experiments import EXPERIMENTS, Experiment, pretrain_alike, runs_of
 from mtfast.machine import device_name, version_of
 from mtfast.predict import Predictor
-from mtfast.recipes import EXPERIMENTS, Experiment, pretrain_alike, runs_of
 from mtfast.report import write_comparison, write_report
 from mtfast.tasks import Split
 from mtfast.training.engine import ranks

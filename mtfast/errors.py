@@ -1,11 +1,15 @@
-"""What errors over the configuration and over data have in common."""
+"""What errors for people have in common: a message that says what was wrong, where, and what is right."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-class FieldError(ValueError):
+class Error(Exception):
+    """What mtfast raises over a configuration, data, a checkpoint or a run; its message is for people."""
+
+
+class FieldError(Error, ValueError):
     """An error that a field of the configuration may be at fault for.
 
     field: its dotted name, where there is one.

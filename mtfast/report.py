@@ -18,9 +18,10 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from mtfast.config_file import read_config_file
+from mtfast.experiments import PAPER_FIGURES, Experiment
 from mtfast.files import read_json, write_text
 from mtfast.plots import PRETRAINING, is_number, losses_of, metrics_of, plot_dev_metrics, plot_losses
-from mtfast.recipes import PAPER_FIGURES, PAPER_TASKS, RECIPES, Experiment
+from mtfast.recipes import PAPER_TASKS, RECIPES
 from mtfast.tasks import METRICS_OF, Task
 
 STAGES = {"pretrain": "Pre-training", "heads": "Head training", "finetune": "Fine-tuning"}

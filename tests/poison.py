@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
+from mtfast.launcher import end_process
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
@@ -130,4 +131,4 @@ if __name__ == "__main__":
     # The rank without such gradients tells of the weights too.
     assert trained("bf16", 1, [1, 2], {2: math.nan})[1:] == (0, "0.weight")
     ranks.finish()
-    ranks.end_process(0)
+    end_process(0)

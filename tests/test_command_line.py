@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mtfast import cli
-from mtfast.recipes import RECIPES, paper
+from mtfast.experiments import ALL_RECIPES
+from mtfast.recipes import paper
 from mtfast.training.engine import ranks
 
 BIN = Path(sys.executable).parent
@@ -125,7 +126,7 @@ def test_other_ranks_say_nothing(monkeypatch, capsys):
 def test_help_without_a_recipe_lists_commands_and_recipes(arguments, capsys):
     cli.main(arguments)
     text = capsys.readouterr().out
-    for name in (*cli.COMMANDS, "doctor", *RECIPES):
+    for name in (*cli.COMMANDS, "doctor", *ALL_RECIPES):
         assert re.search(rf"^  {name} +\w", text, re.MULTILINE)
 
 

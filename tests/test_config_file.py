@@ -10,8 +10,9 @@ from mtfast import cli
 from mtfast.config import to_dict, validate
 from mtfast.config_file import read_config_file
 from mtfast.data.demo import write_demo_corpus
+from mtfast.experiments import ALL_RECIPES
 from mtfast.files import to_yaml
-from mtfast.recipes import PAPER_TASKS, RECIPES, demo, local
+from mtfast.recipes import PAPER_TASKS, demo, local
 from mtfast.tasks import Task
 
 IMDB = "imdb: {kind: binary, text: text, label: label, source: data/imdb, splits: {dev: test}, head: linear}"
@@ -41,7 +42,7 @@ tasks:
   sts: {{weight: 0.25}}
   sst:
 """
-    read = read_config_file(written(tmp_path, text), RECIPES)
+    read = read_config_file(written(tmp_path, text), ALL_RECIPES)
     recipe = local()
     assert read.recipe == "local"
     imdb = Task(
@@ -60,14 +61,14 @@ tasks:
 
 def test_a_task_that_gives_its_kind_takes_nothing_from_the_recipe(tmp_path):
     path = written(tmp_path, "tasks: {sst: {kind: binary, text: review, label: good}}")
-    assert read_config_file(path, RECIPES).config.tasks == {"sst": Task("binary", "review", "good")}
+    assert read_config_file(path, ALL_RECIPES).config.tasks == {"sst": Task("binary", "review", "good")}
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", list(ALL_RECIPES))
 def test_the_file_that_a_run_writes_is_one(tmp_path, name):
-    config = RECIPES[name]()
+    config = ALL_RECIPES[name]()
     path = written(tmp_path, to_yaml(to_dict(config)))
-    assert read_config_file(path, RECIPES).config == config
+    assert read_config_file(path, ALL_RECIPES).config == config
 
 
 def test_the_command_line_overrides_a_file(tmp_path, capsys):

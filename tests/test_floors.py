@@ -11,6 +11,7 @@ import mtfast
 ROOT = Path(mtfast.__file__).parent
 FLOORS = {
     "machine": 0,
+    "launcher": 0,
     "toolkit": 0,
     "errors": 0,
     "tasks": 0,
@@ -24,11 +25,12 @@ FLOORS = {
     "plots": 3,
     "config_file": 3,
     "recipes": 3,
-    "predict": 4,
-    "report": 4,
-    "doctor": 4,
-    "commands": 5,
-    "cli": 6,
+    "experiments": 4,
+    "predict": 5,
+    "report": 5,
+    "doctor": 5,
+    "commands": 6,
+    "cli": 7,
 }
 FLOORS_OF_TRAINING = {"engine": 0, "seeds": 0, "run": 1, "inputs": 2, "loop": 2, "stages": 3}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or not path.stem.startswith("__"))

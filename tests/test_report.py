@@ -12,9 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from mtfast.config import ConfigError, RunConfig, to_dict
+from mtfast.experiments import EXPERIMENTS
 from mtfast.files import to_yaml
 from mtfast.plots import losses_of, metrics_of, plot_dev_metrics, plot_losses
-from mtfast.recipes import EXPERIMENTS, PAPER_TASKS
+from mtfast.recipes import PAPER_TASKS
 from mtfast.report import read_run, write_comparison, write_report
 from mtfast.tasks import Task
 

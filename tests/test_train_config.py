@@ -14,8 +14,9 @@ from directories import directory_of
 from mtfast import cli, commands
 from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, to_dict, validate
 from mtfast.data.rows import DataError
+from mtfast.experiments import ALL_RECIPES, runs_of
 from mtfast.files import to_yaml
-from mtfast.recipes import RECIPES, paper, runs_of
+from mtfast.recipes import paper
 from mtfast.training.engine.deepspeed_config import deepspeed_config
 from mtfast.training.loop import learning_rate_at
 
@@ -32,16 +33,16 @@ def write(tmp_path, values) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ALL_RECIPES)
 def test_recipe_is_valid_and_written_whole(name):
-    config = RECIPES[name]()
+    config = ALL_RECIPES[name]()
     validate(config)
     assert yaml.safe_load(to_yaml(to_dict(config))) == to_dict(config)
-    assert RECIPES[name].__doc__
+    assert ALL_RECIPES[name].__doc__
 
 
 def test_paper_recipe_has_the_papers_numbers():
-    config = RECIPES["paper"]()
+    config = ALL_RECIPES["paper"]()
     stages = [config.pretrain, config.heads, config.finetune]
     assert [s.epochs for s in stages] == [5, 48, 48]
     assert [s.batch_size for s in stages] == [16, 2048, 160]
@@ -60,10 +61,10 @@ def test_paper_recipe_has_the_papers_numbers():
 
 
 def test_experiments_differ_in_one_thing():
-    without, with_ = runs_of("exp1", RECIPES["exp1"]()).values()
+    without, with_ = runs_of("exp1", ALL_RECIPES["exp1"]()).values()
     assert with_.stages == ("pretrain", "heads", "finetune") and without.stages == ("heads", "finetune")
     assert replace(without, stages=with_.stages, run_dir=with_.run_dir) == with_
-    linear, lstm = runs_of("exp2", RECIPES["exp2"]()).values()
+    linear, lstm = runs_of("exp2", ALL_RECIPES["exp2"]()).values()
     assert (linear.tasks["sst"].head, lstm.tasks["sst"].head) == ("linear", "lstm")
     lstm_sst = linear.tasks | {"sst": replace(linear.tasks["sst"], head="lstm")}
     assert replace(linear, tasks=lstm_sst, run_dir=lstm.run_dir) == lstm

@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mtfast.errors import Error
 
-class CheckpointError(ValueError):
+
+class CheckpointError(Error, ValueError):
     """A checkpoint that cannot be read, or that is not what the run needs."""
 
 

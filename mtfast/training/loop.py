@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtfast.config import STAGES, StageConfig, StageName
+from mtfast.errors import Error
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
@@ -23,7 +24,7 @@ from mtfast.training.run.progress import StageProgress, peak_flops, say
 from mtfast.training.seeds import seed_for
 
 
-class NonFinite(RuntimeError):
+class NonFinite(Error, RuntimeError):
     """A loss, a gradient, a weight or a dev metric is infinite or not a number."""
 
 

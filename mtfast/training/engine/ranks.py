@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import socket
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mtfast.config import ConfigError
+from mtfast.launcher import is_main as is_main
+from mtfast.launcher import rank as rank
+from mtfast.launcher import whereabouts, world_size
 
 
 class LaunchError(ConfigError):
@@ -46,28 +46,6 @@ def prepare_environment() -> None:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
 
 
-def rank() -> int:
-    return _number("RANK", 0)
-
-
-def world_size() -> int:
-    return _number("WORLD_SIZE", 1)
-
-
-def _number(name: str, without: int) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else without  # what is wrong with it `prepare_environment` tells
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-def whereabouts() -> str:
-    """This process among those of the run, for people."""
-    return f"rank {rank()} on {socket.gethostname()}"
-
-
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -77,18 +55,6 @@ def finish() -> None:
     """Wait until all ranks are through: with rank 0 ends the store that the others may still need."""
     if dist.is_initialized():
         barrier()
-
-
-def end_process(code: int) -> NoReturn:
-    """End this process with status `code`, after what atexit has to do.
-
-    At once, since torch's threads for collectives outlive what they use while an interpreter takes itself
-    down: 2 of 120 processes that had done their work ended with SIGABRT.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

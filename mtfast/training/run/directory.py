@@ -97,7 +97,7 @@ class RunDirectory:
 
     def result(self, name: str) -> dict[str, Any] | None:
         """What a finished stage left: its summary and its best epochs; None if it has not finished."""
-        return ranks.seen_by_main(lambda: _read_result(self.stage(name)))
+        return ranks.seen_by_main(lambda: read_result(self.stage(name)))
 
     def has_begun(self, name: str) -> bool:
         """Whether a stage has left anything, finished or not."""
@@ -116,7 +116,7 @@ class RunDirectory:
 
         False, and nothing done, if it has not finished there or has begun here.
         """
-        result = ranks.seen_by_main(lambda: _read_result(other / name))
+        result = ranks.seen_by_main(lambda: read_result(other / name))
         if result is None or self.has_begun(name):
             return False
         self.rewind(name, 0)  # what an interrupted attempt has left
@@ -162,7 +162,9 @@ class RunDirectory:
         return summary
 
 
-def _read_result(stage: Path) -> dict[str, Any] | None:
+def read_result(stage: Path) -> dict[str, Any] | None:
+    """What a finished stage left in its directory: its summary and its best epochs; None if it has not
+    finished. For this process alone, with no lock."""
     path = stage / "result.json"
     if not path.exists():
         return None
