@@ -1,40 +1,81 @@
-"""The command line: `mtfast COMMAND RECIPE_OR_FILE --dotted.option value`."""
+"""The command line: `mtfast COMMAND RECIPE_FILE_OR_RUN --dotted.option value`.
+
+Nothing here imports torch before a command is carried out: help and configurations are answered at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
 import sys
 import traceback
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from mtfast.config import ConfigError, RunConfig, to_dict, validate
+from mtfast.config import CONFIG_FILE, ConfigError, RunConfig, to_dict, validate
 from mtfast.config_file import ConfigFile, read_config_file
-from mtfast.errors import FieldError
+from mtfast.errors import Error, FieldError
 from mtfast.experiments import ALL_RECIPES
 from mtfast.files import to_yaml
-from mtfast.launcher import end_process
-from mtfast.recipes import DEMO_CORPUS
-from mtfast.training.engine import ranks
+from mtfast.launcher import end_process, is_main, world_size
 
 # Failures of the system that its user can do something about; any other keeps its traceback.
 FIXABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-
 
 COMMANDS = {
     "prepare": "read, account for and tokenize the data",
     "pretrain": "stage 1: further pre-training on reviews",
     "heads": "stage 2: train the heads on the frozen encoder",
     "finetune": "stage 3: train everything on all tasks",
-    "evaluate": "dev metrics of the run's best weights",
-    "predict": "write the prediction files",
+    "evaluate": "metrics of the run's best weights",
+    "predict": "write the prediction files, or predict for a file of texts",
     "run": "all stages, evaluation, predictions and the report",
+    "resume": "go on with a run: what `run` has left to do",
     "report": "write report.md and report.html of a run",
+    "push": "put a run's model with a model card on the Hugging Face hub",
 }
+OF_RUNS = ("resume", "push")  # which have nothing to do before there is one
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a command that has none of its own."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    split: Literal["dev", "test"] = "dev"
+    """Split whose labels the predictions are compared with; the best epoch was chosen on dev."""
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    task: str | None = None
+    """Task to predict, with --input; by default the run's only one."""
+    input: str | None = None
+    """Texts to predict for, instead of the run's own data: a Parquet, CSV, TSV or JSON-lines file with the
+    task's columns, a .txt file or - (standard input) with a text in each line, pairs separated by a tab."""
+    output: str | None = None
+    """File for the predictions of --input, comma-separated where it ends in .csv, else tab-separated; by
+    default - (standard output)."""
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    repo_id: tyro.conf.Positional[str]
+    """Name on the hub: owner/name."""
+    private: bool = False
+    """Make the repository private."""
+    upload: bool = True
+    """Upload it; without, `hub/` in the run's directory has what would be."""
+
+
+OPTIONS: dict[str, Any] = {"evaluate": EvaluateOptions, "predict": PredictOptions, "push": PushOptions}
 
 
 def run_process() -> NoReturn:
@@ -46,8 +87,6 @@ def run_process() -> NoReturn:
         if isinstance(end.code, str):
             raise
         code = end.code or 0
-    else:
-        ranks.finish()
     end_process(code)
 
 
@@ -79,75 +118,92 @@ def _main(argv: list[str] | None) -> None:
     if name not in COMMANDS:
         _fail(f"there is no command {name!r}\n\n{_usage()}")
     if not rest:
-        _fail(f"{name} needs a recipe, {', '.join(ALL_RECIPES)}, or a configuration file")
-    file = _configuration(rest[0])
+        others = "" if name in OF_RUNS else f"a recipe, {', '.join(ALL_RECIPES)}, a configuration file or "
+        _fail(f"{name} needs {others}the directory of a run")
+    file = _configuration(name, rest[0])
     options = [option for option in rest[1:] if option != "--print-config"]
-    config = tyro.cli(
-        RunConfig,
-        default=file.config,
-        args=options,
-        prog=f"mtfast {name} {rest[0]}",
-        description=f"{COMMANDS[name]}. {ALL_RECIPES[file.recipe].__doc__} --print-config shows the result.",
-        console_outputs=ranks.is_main(),
-    )
-    from mtfast.training.engine.failure import leave
-
-    errors = _expected_errors()
+    own, config = _parsed(name, rest[0], file, options)
     try:
         validate(config)
-        if "--print-config" in rest:
-            _print(to_yaml({"recipe": file.recipe, **to_dict(config)}))
-            return
-        read = (config.model.checkpoint, config.data.tasks, config.data.reviews)
-        if name != "report" and any(path.startswith(DEMO_CORPUS) for path in read):
-            _write_demo_corpus()
-        from mtfast.commands import execute
+    except ConfigError as error:
+        _fail(_located(error, file, config))
+    if "--print-config" in rest:
+        _print(to_yaml({"recipe": file.recipe, **to_dict(config)}))
+        return
+    _carry_out(name, file, config, dataclasses.asdict(own))
 
-        execute(name, file.recipe, config)
+
+def _parsed(command: str, name: str, file: ConfigFile, options: list[str]) -> tuple[Any, RunConfig]:
+    """The command's own options, and the configuration with those of the command line in place."""
+    kind = OPTIONS.get(command, NoOptions)
+    summary = COMMANDS[command]
+    said: dict[str, Any] = {"prog": f"mtfast {command} {name}", "args": options, "console_outputs": is_main()}
+    if command == "push":  # changes nothing that the run was made with
+        return tyro.cli(kind, description=f"{summary[0].upper()}{summary[1:]}.", **said), file.config
+    # The class is made here for its default: the configuration that the options change.
+    arguments: Any = dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("own", Annotated[kind, tyro.conf.arg(name="")], field(default_factory=kind)),
+            ("config", Annotated[RunConfig, tyro.conf.arg(name="")], field(default=file.config)),
+        ],
+        frozen=True,
+    )
+    recipe = "" if file.lines else f" {ALL_RECIPES[file.recipe].__doc__}"
+    description = f"{summary[0].upper()}{summary[1:]}.{recipe} --print-config shows the result."
+    parsed = tyro.cli(arguments, description=description, **said)
+    return parsed.own, parsed.config
+
+
+def _carry_out(name: str, file: ConfigFile, config: RunConfig, options: dict[str, Any]) -> None:
+    from mtfast.commands import execute
+    from mtfast.training.engine import ranks
+    from mtfast.training.engine.failure import leave
+
+    try:
+        execute(name, file.recipe, config, **options)
+        ranks.finish()
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues the run", code=130)
-    except errors as error:
-        place = file.place_of(error.field, config) if isinstance(error, FieldError) else None
-        leave(error, f"mtfast: {f'{place}: ' if place else ''}{error}", 2, expected=True)
+    except Error as error:
+        leave(error, f"mtfast: {_located(error, file, config)}", 2, expected=True)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FIXABLE:
             text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             leave(error, f"mtfast: {text}", 2, expected=True)
-        if ranks.world_size() == 1:
+        if world_size() == 1:
             raise
         leave(error, traceback.format_exc(), 1, expected=False)
 
 
-def _configuration(name: str) -> ConfigFile:
-    """The configuration of a recipe, or the one in a file."""
-    if name in ALL_RECIPES:
+def _located(error: Error, file: ConfigFile, config: RunConfig) -> str:
+    """What an error says, with the line of the field that is at fault."""
+    place = file.place_of(error.field, config) if isinstance(error, FieldError) else None
+    return f"{place}: {error}" if place else str(error)
+
+
+def _configuration(command: str, name: str) -> ConfigFile:
+    """The configuration of a recipe, in a file, or of a run by its directory, wherever that lies now."""
+    if name in ALL_RECIPES and command not in OF_RUNS:
         return ConfigFile(Path(name), name, ALL_RECIPES[name]())
     path = Path(name).expanduser()
-    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
-        _fail(
-            f"there is no recipe {name!r}, and no such file; the recipes are {', '.join(ALL_RECIPES)}, "
-            "and a file is YAML with a recipe's name and what differs"
-        )
     try:
+        if path.is_dir():
+            if not (path / CONFIG_FILE).is_file():
+                _fail(f"{name} holds no run: there is no {CONFIG_FILE} in it")
+            file = read_config_file(path / CONFIG_FILE, ALL_RECIPES)
+            return replace(file, config=replace(file.config, run_dir=name))
+        if command in OF_RUNS:
+            _fail(f"{command} needs the directory of a run, and {name} is none")
+        if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+            _fail(
+                f"there is no recipe {name!r}, and no such file or directory; the recipes are "
+                f"{', '.join(ALL_RECIPES)}, a file is YAML with a recipe's name and what differs, and a "
+                "directory is that of a run"
+            )
         return read_config_file(path, ALL_RECIPES)
     except ConfigError as error:
         _fail(str(error))
-
-
-def _write_demo_corpus() -> None:
-    from mtfast.data.demo import write_demo_corpus
-    from mtfast.training.engine.engine import start
-
-    start()
-    ranks.on_main(write_demo_corpus, DEMO_CORPUS)
-
-
-def _expected_errors() -> tuple[type[Exception], ...]:
-    from mtfast.data.rows import DataError
-    from mtfast.models.checkpoint import CheckpointError
-    from mtfast.training.loop import NonFinite
-
-    return ConfigError, DataError, CheckpointError, NonFinite
 
 
 def _without_launcher_flags(arguments: list[str]) -> list[str]:
@@ -166,7 +222,7 @@ def _without_launcher_flags(arguments: list[str]) -> list[str]:
 
 
 def _usage() -> str:
-    lines = ["usage: mtfast COMMAND RECIPE [--dotted.option value ...]", "", "commands:"]
+    lines = ["usage: mtfast COMMAND RECIPE_OR_RUN [--dotted.option value ...]", "", "commands:"]
     lines += [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
     lines += [
         f"  {'doctor':<10}what is installed, which implementation each op has, what is missing",
@@ -176,7 +232,8 @@ def _usage() -> str:
     lines += [f"  {name:<10}{recipe.__doc__}" for name, recipe in ALL_RECIPES.items()]
     lines += [
         "",
-        "A YAML file with a recipe's name and what differs, tasks of your own say, stands for a recipe.",
+        "A YAML file with a recipe's name and what differs, tasks of your own say, stands for a recipe, and",
+        "so does the directory of a run, runs/demo say, with all that it was made with.",
         "mtfast COMMAND RECIPE --help lists every option; --print-config shows the configuration and stops.",
         "Start it with `deepspeed --module mtfast ...`, `torchrun -m mtfast ...` or plainly.",
     ]
@@ -184,11 +241,11 @@ def _usage() -> str:
 
 
 def _print(text: str) -> None:
-    if ranks.is_main():
+    if is_main():
         print(text.rstrip("\n"))
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    if ranks.is_main():
+    if is_main():
         print(f"mtfast: {message}", file=sys.stderr)
     raise SystemExit(code)

@@ -5,24 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from mtfast import __version__
-from mtfast.config import STAGES, ConfigError, DataConfig, EngineConfig, RunConfig, StageName, to_dict
+from mtfast.config import (
+    CONFIG_FILE,
+    STAGES,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    RunConfig,
+    StageName,
+    to_dict,
+)
+from mtfast.data.demo import write_demo_corpus
+from mtfast.evaluate import Evaluation, predict_file
 from mtfast.experiments import EXPERIMENTS, Experiment, pretrain_alike, runs_of
+from mtfast.files import to_yaml, write_text
 from mtfast.machine import device_name, version_of
-from mtfast.predict import Predictor
+from mtfast.predict import load
+from mtfast.push import push
+from mtfast.recipes import DEMO_CORPUS
 from mtfast.report import write_comparison, write_report
 from mtfast.tasks import Split
 from mtfast.training.engine import ranks
-from mtfast.training.engine.deepspeed_config import deepspeed_config
+from mtfast.training.engine.deepspeed_config import checksum_of, deepspeed_config
 from mtfast.training.engine.engine import start
 from mtfast.training.inputs import Inputs
 from mtfast.training.loop import Stage, train_stage
-from mtfast.training.run.directory import RunDirectory
+from mtfast.training.run.directory import FEATURES, RunDirectory, compare
 from mtfast.training.run.progress import say
+from mtfast.training.run.settings import located
 from mtfast.training.run.weights import Weights, best_weights, check_fit, find_weights
 from mtfast.training.stages.finetune import Finetune
 from mtfast.training.stages.heads import Heads
@@ -39,16 +54,18 @@ class OpenRun(NamedTuple):
     inputs: Inputs
 
 
-def execute(command: str, recipe: str, config: RunConfig) -> None:
-    """Carry out a command of the command line for every run of a recipe."""
-    runs = runs_of(recipe, config)
+def execute(command: str, recipe: str, config: RunConfig, **options: Any) -> None:
+    """Carry out a command of the command line for every run of a recipe, with the command's own options."""
+    runs, experiment = runs_of(recipe, config), EXPERIMENTS.get(recipe)
+    if experiment is not None and command not in ("report", "push"):
+        ranks.on_main(_write_config, recipe, config)
     if command in STAGES:
         having_it = [run for run in runs.values() if command in run.stages]
         if not having_it:
             raise ConfigError(f"{command} is not among the run's stages, {' '.join(config.stages)}", "stages")
         for run in having_it:
             _train_once(run, command, having_it)
-    elif command == "run":
+    elif command in ("run", "resume"):
         for run in runs.values():
             prepare(run)
         for run in runs.values():
@@ -56,17 +73,26 @@ def execute(command: str, recipe: str, config: RunConfig) -> None:
                 _train_once(run, stage, list(runs.values()))
             evaluate(run)
             predict(run)
-        _report(runs, config.path, EXPERIMENTS.get(recipe))
+        _report(runs, config.path, experiment)
     elif command == "report":
-        _report(runs, config.path, EXPERIMENTS.get(recipe))
+        _report(runs, config.path, experiment)
     else:
-        actions: dict[str, Callable[[RunConfig], Any]] = {
+        actions: dict[str, Callable[..., Any]] = {
             "prepare": prepare,
             "evaluate": evaluate,
             "predict": predict,
+            "push": push_run,
         }
+        if len(runs) > 1 and (command == "push" or options.get("input")):
+            there = ", ".join(run.run_dir for run in runs.values())
+            raise ConfigError(f"{config.path} has several runs; name one of {there}")
         for run in runs.values():
-            actions[command](run)
+            actions[command](run, **options)
+
+
+def _write_config(recipe: str, config: RunConfig) -> None:
+    """Give the directory of an experiment the file by which commands find out what it holds."""
+    write_text(config.path / CONFIG_FILE, to_yaml({"recipe": recipe, **to_dict(located(config))}))
 
 
 def _train_once(run: RunConfig, stage: StageName, runs: list[RunConfig]) -> None:
@@ -115,32 +141,75 @@ def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> No
     if same_as is not None and directory.take_over(name, same_as):
         say(f"{name}: taken over from {same_as}, where it is the same")
         return
+    directory.drop_states_before(name)
     stage = _build(config, run, name)
     train_stage(stage, directory, config.log_every)
     stage.engine.close()
 
 
-def evaluate(config: RunConfig) -> dict[str, float]:
-    """Dev metrics of the run's best weights, printed and written to summary.json."""
-    return _predictor(config).evaluate()
+def evaluate(config: RunConfig, split: Literal["dev", "test"] = "dev") -> dict[str, float]:
+    """Metrics of the run's best weights, printed and written to summary.json."""
+    return _evaluation(config).evaluate(split)
 
 
-def predict(config: RunConfig) -> list[Path]:
-    """Write the prediction files of every split that the data has, in input order."""
-    return _predictor(config).write_predictions()
+def predict(
+    config: RunConfig, task: str | None = None, input: str | None = None, output: str | None = None
+) -> list[Path]:
+    """Write the prediction files of every split that the data has, in input order, and return their paths;
+    with `input`, write predictions of a task for the texts in that file to `output` alone."""
+    if input is None:
+        if task or output:
+            raise ConfigError("--task and --output are for predictions of --input, which is not given")
+        return _evaluation(config).write_predictions()
+    if ranks.is_main():  # the others have nothing to do
+        compare(config.path, to_dict(located(config)), create=False)
+        predict_file(load(config.path), task, input, output or "-", strict=config.data.strict)
+    return []
+
+
+def push_run(config: RunConfig, repo_id: str, private: bool, upload: bool) -> None:
+    """Put the run's model with a card on the hub."""
+    if ranks.is_main():
+        folder = push(config.path, repo_id, private=private, upload=upload)
+        say(f"https://huggingface.co/{repo_id} has what {folder} holds" if upload else f"wrote {folder}")
+
+
+def open_directory(config: RunConfig, *, create: bool = True) -> RunDirectory:
+    """The run's directory, for this process and the others of the run.
+
+    Args:
+        create: make it where there is none yet; else that is an error.
+
+    Raises:
+        ConfigError: it belongs to another run or another process, or not all ranks see the same.
+    """
+    ranks.agree("the configuration", to_dict(config))
+    return RunDirectory(config.path, to_dict(located(config)), create=create)
 
 
 def _open(config: RunConfig, stages: tuple[StageName, ...]) -> OpenRun:
     """Join the process group and open the run. Raises for what keeps `stages` from running."""
     start()
     ranks.agree("the version of mtfast or torch", (__version__, torch.__version__))
+    _write_demo_corpus(config)
     for name in stages:
         deepspeed_config(config.engine, config.stage(name), name, ranks.world_size())
-    directory = RunDirectory(config.path, to_dict(config))
+    directory = open_directory(config)
+    if config.engine.deepspeed_config:
+        path = config.engine.deepspeed_config
+        directory.confirm("deepspeed_config", checksum_of(path), STAGES, path, "engine.deepspeed_config")
     weights = find_weights(config.model, directory, config.seed)
     joint = any(task.pair_input == "joint" for task in config.tasks.values())
     check_fit(weights, config.model.checkpoint, config.data, pretrain="pretrain" in stages, joint=joint)
     return OpenRun(directory, weights, Inputs(config.tasks, _data(config), weights.tokenizer, directory))
+
+
+def _write_demo_corpus(config: RunConfig) -> None:
+    """Write the demo's corpus if the run reads it from this directory."""
+    ours = Path(DEMO_CORPUS).absolute()
+    read = (config.model.checkpoint, config.data.tasks, config.data.reviews)
+    if any(Path(path).absolute().is_relative_to(ours) for path in read):
+        ranks.on_main(write_demo_corpus, DEMO_CORPUS)
 
 
 def _data(config: RunConfig) -> DataConfig:
@@ -149,12 +218,13 @@ def _data(config: RunConfig) -> DataConfig:
     return replace(config.data, cache_dir=str(cache))
 
 
-def _predictor(config: RunConfig) -> Predictor:
+def _evaluation(config: RunConfig) -> Evaluation:
     device = start()
-    run = RunDirectory(config.path, to_dict(config), create=False)
+    _write_demo_corpus(config)
+    run = open_directory(config, create=False)
     weights = best_weights(config.model, run, config.seed)
     inputs = Inputs(config.tasks, _data(config), weights.tokenizer, run)
-    return Predictor(inputs, weights, config.engine, device)
+    return Evaluation(inputs, weights, config.engine, device)
 
 
 def _build(config: RunConfig, run: OpenRun, name: StageName) -> Stage:
@@ -163,8 +233,8 @@ def _build(config: RunConfig, run: OpenRun, name: StageName) -> Stage:
         return Pretrain(run.inputs.load_reviews(seed), run.weights, config.pretrain, engine, seed)
     if name == "finetune":
         return Finetune(run.inputs.load, run.weights, config.finetune, engine, seed)
-    state = run.directory.stage(name) / "state"
-    return Heads(run.inputs.load, run.weights, config.heads, engine, seed, state)
+    features = run.directory.stage(name) / FEATURES
+    return Heads(run.inputs.load, run.weights, config.heads, engine, seed, features)
 
 
 def _record(run: RunDirectory, checkpoint: str, engine: EngineConfig) -> None:

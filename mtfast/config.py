@@ -17,6 +17,7 @@ from mtfast.tasks import MlpConfig, Task, fault_of, fault_of_mlps
 
 StageName = Literal["pretrain", "heads", "finetune"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+CONFIG_FILE = "config.yaml"  # in a run's directory: what it was made with
 
 
 class ConfigError(FieldError):

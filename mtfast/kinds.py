@@ -1,4 +1,4 @@
-"""What the kinds of tasks compute: loss, predictions and metrics, from one table."""
+"""What the kinds of tasks compute: loss, predictions, probabilities and metrics, from one table."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class Kind:
     label_dtype: of the labels, NumPy's.
     loss: (outputs [n] or [n, classes] in float32, labels [n]) -> the sum of the examples' losses, a scalar.
     predict: outputs -> predictions [n], int64 classes or float32 scores.
+    probabilities: outputs in float32 -> of every class [n, classes], or of the label 1 [n], in float32; None
+        where predictions are scores.
     """
 
     label_dtype: type
     loss: Callable[[Tensor, Tensor], Tensor]
     predict: Callable[[Tensor], Tensor]
+    probabilities: Callable[[Tensor], Tensor] | None
 
 
 def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -41,9 +44,21 @@ def _squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 KINDS: dict[str, Kind] = {
-    "classification": Kind(np.int64, _cross_entropy, lambda outputs: outputs.argmax(dim=-1)),
-    "binary": Kind(np.float32, _logistic, lambda outputs: (outputs > 0).to(torch.int64)),
-    "regression": Kind(np.float32, _squared_error, lambda outputs: outputs.float()),
+    "classification": Kind(
+        np.int64,
+        _cross_entropy,
+        predict=lambda outputs: outputs.argmax(dim=-1),
+        probabilities=lambda outputs: outputs.softmax(dim=-1),
+    ),
+    "binary": Kind(
+        np.float32,
+        _logistic,
+        predict=lambda outputs: (outputs > 0).to(torch.int64),
+        probabilities=torch.sigmoid,
+    ),
+    "regression": Kind(
+        np.float32, _squared_error, predict=lambda outputs: outputs.float(), probabilities=None
+    ),
 }
 
 

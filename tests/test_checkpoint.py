@@ -25,6 +25,7 @@ from mtfast.models.pretraining import build_pretrain_model
 from mtfast.tasks import MlpConfig
 
 HEADS = {"tasks": paper_tasks(), "mlp": MlpConfig(48)}
+WITH_HEADS = HEADS | {"max_length": 32}
 
 
 def with_heads(config: BertConfig) -> MultiTaskModel:
@@ -39,6 +40,11 @@ def tensors_of(directory) -> dict[str, torch.Tensor]:
     for file in directory.glob("*.bin"):
         tensors |= torch.load(file)
     return tensors
+
+
+def files_of(directory) -> dict[str, bytes]:
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 def legacy_names(tensors):
@@ -98,7 +104,7 @@ def test_load_and_save_keep_every_bit(tmp_path, kind, stage):
     report = load_pretrained(tmp_path / "source", model)
     assert not report.ignored
     target = tmp_path / "deep" / "target"
-    heads = HEADS if stage == "finetune" else {}
+    heads = WITH_HEADS if stage == "finetune" else {}
     save_pretrained(target, model.state_dict(), config, None, **heads, carried=report.carried)
 
     saved = tensors_of(target)
@@ -130,7 +136,7 @@ def test_real_checkpoint_keeps_every_bit(tmp_path, checkpoint_dir):
     report = load_pretrained(checkpoint_dir, model)
     tokenizer = load_tokenizer(checkpoint_dir)
     save_pretrained(
-        tmp_path / "saved", model.state_dict(), config, tokenizer, **HEADS, carried=report.carried
+        tmp_path / "saved", model.state_dict(), config, tokenizer, **WITH_HEADS, carried=report.carried
     )
     source, saved = tensors_of(checkpoint_dir), tensors_of(tmp_path / "saved")
     assert set(saved) == set(source)
@@ -151,7 +157,7 @@ def test_pretrained_heads_reach_the_saved_fine_tuned_checkpoint(tmp_path):
     save_pretrained(tmp_path / "a", first.state_dict(), config, None)
     second = with_heads(config)
     report = load_pretrained(tmp_path / "a", second)
-    save_pretrained(tmp_path / "b", second.state_dict(), config, None, **HEADS, carried=report.carried)
+    save_pretrained(tmp_path / "b", second.state_dict(), config, None, **WITH_HEADS, carried=report.carried)
     third = build_pretrain_model(config)
     assert not load_pretrained(tmp_path / "b", third).initialised
     for (name, a), (_, b) in zip(first.named_parameters(), third.named_parameters(), strict=True):
@@ -291,11 +297,11 @@ def test_tensors_of_no_bert_are_ignored_and_reported(tmp_path):
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     config, target = small_config(), tmp_path / "saved"
-    first, second = build_pretrain_model(config), build_pretrain_model(config)
-    save_pretrained(target, first.state_dict(), config, None)
+    first, second = with_heads(config), with_heads(config)
+    save_pretrained(target, first.state_dict(), config, None, **WITH_HEADS)
 
     def is_first():
-        again = build_pretrain_model(config)
+        again = with_heads(config)
         load_pretrained(target, again)
         return torch.equal(again.encoder.embeddings.word, first.encoder.embeddings.word)
 
@@ -304,13 +310,13 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
-        save_pretrained(target, second.state_dict(), config, None)
+        save_pretrained(target, second.state_dict(), config, None, **WITH_HEADS)
     assert is_first() and [path.name for path in tmp_path.iterdir()] == ["saved"]
     monkeypatch.undo()
     # Between the two renames that replace a directory the old one lies beside it.
     shutil.move(target, tmp_path / ".saved.outgoing")
     assert is_first()
-    save_pretrained(target, second.state_dict(), config, None)
+    save_pretrained(target, second.state_dict(), config, None, **WITH_HEADS)
     assert not is_first()
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
@@ -318,19 +324,20 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("size", "file"), [(20_000, "weights"), (1_000, "tokenizer")])
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path, size, file):
     config, target = small_config(), tmp_path / "saved"
-    model = build_pretrain_model(config)
+    model = with_heads(config)
     tokenizer = small_tokenizer() if file == "tokenizer" else None
-    save_pretrained(target, model.state_dict(), config, tokenizer)
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    save_pretrained(target, model.state_dict(), config, tokenizer, **WITH_HEADS)
+    before = files_of(target)
+    assert "1_Pooling/config.json" in before
     changed = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # writing more fails as on a full disk
     try:
         with pytest.raises(CheckpointError, match=r"saved cannot be written: .*File too large"):
-            save_pretrained(target, changed, config, tokenizer)
+            save_pretrained(target, changed, config, tokenizer, **WITH_HEADS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert files_of(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 

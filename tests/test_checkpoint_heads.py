@@ -23,9 +23,8 @@ def built(tasks: dict[str, Task], mlp: MlpConfig = MLP, dropout_p: float = 0.1) 
 
 
 def saved(directory, model: MultiTaskModel) -> MultiTaskModel:
-    heads = model.heads
-    config = model.encoder.config
-    save_pretrained(directory, model.state_dict(), config, None, tasks=heads.tasks, mlp=heads.mlp)
+    config, of_heads = model.encoder.config, {"tasks": model.heads.tasks, "mlp": model.heads.mlp}
+    save_pretrained(directory, model.state_dict(), config, None, **of_heads, max_length=32)
     return model
 
 
@@ -160,12 +159,13 @@ def test_heads_of_other_tasks_are_ignored_and_those_that_lack_are_fresh(tmp_path
 
 def test_state_with_heads_needs_their_tasks(tmp_path):
     model = built(paper_tasks())
-    for given in ({}, {"tasks": paper_tasks()}, {"mlp": MLP}):
-        with pytest.raises(ValueError, match="tasks and mlp must be given"):
+    whole = {"tasks": paper_tasks(), "mlp": MLP, "max_length": 32}
+    for lacking in whole:
+        given = {name: value for name, value in whole.items() if name != lacking}
+        with pytest.raises(ValueError, match="tasks, mlp and max_length must be given"):
             save_pretrained(tmp_path / "x", model.state_dict(), small_config(), None, **given)
-    encoder = model.encoder.state_dict()
-    with pytest.raises(ValueError, match="tasks and mlp must be given"):
-        save_pretrained(tmp_path / "x", encoder, small_config(), None, tasks=paper_tasks(), mlp=MLP)
+    with pytest.raises(ValueError, match="tasks, mlp and max_length must be given"):
+        save_pretrained(tmp_path / "x", model.encoder.state_dict(), small_config(), None, **whole)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from directories import directory_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertModel
 
 from mtfast import cli, commands, machine
+from mtfast.commands import open_directory
 from mtfast.config import ConfigError, RunConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.data.tables import read_task
@@ -110,7 +110,7 @@ def test_a_missing_directory_of_the_tasks_is_not_asked_of_the_hub(config, tasks,
 
 
 def test_a_stage_does_not_come_after_one_that_builds_on_it(config):
-    (directory_of(config).stage("heads") / "state").mkdir(parents=True)
+    (open_directory(config).stage("heads") / "state").mkdir(parents=True)
     with pytest.raises(ConfigError, match="heads has begun without pretrain"):
         commands.train(config, "pretrain")
 

@@ -101,7 +101,7 @@ def test_five_tasks_go_through_all_stages(one_rank, corpus):
         assert metrics["mean"] == pytest.approx(sum(metrics[key] for key in counting) / 5)
         assert {"quora_f1", "imdb_f1", "sts_pearson", "cs224n_overall"} < set(metrics)
     kept = {path.name for path in (one_rank / "finetune").iterdir() if path.is_dir()}
-    assert kept == {"last", "best-mean", *(f"best-{name}" for name in names)}
+    assert kept == {"state", "last", "best-mean", *(f"best-{name}" for name in names)}
     tasks, mlp = load_tasks(one_rank / "finetune" / "best-mean")
     assert list(tasks) == names and mlp.width == 32
     assert tasks["nli"].classes == ("entailment", "neutral", "contradiction")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from bert_twins import paper_tasks
 from devices import needs_cuda
-from directories import directory_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtfast.commands import open_directory
 from mtfast.config import EngineConfig, HeadsConfig, RunConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.models.checkpoint import CheckpointError
@@ -63,7 +63,7 @@ def config(corpus, tmp_path) -> RunConfig:
 
 
 def stage_of(kind: type[Finetune] | type[Heads], config: RunConfig):
-    run = directory_of(config)
+    run = open_directory(config)
     weights = find_weights(config.model, run, config.seed)
     load = Inputs(config.tasks, config.data, weights.tokenizer, run).load
     common = (load, weights, config.stage(kind.name), config.engine, config.seed)
@@ -206,7 +206,7 @@ def test_recorded_head_training_is_the_unrecorded_one(config):
         recorder = Replaying()
         if name == "recorded":
             stage.graphs = StepGraphs(stage._step_on, recorder)
-        result = train_stage(stage, directory_of(changed), changed.log_every)
+        result = train_stage(stage, open_directory(changed), changed.log_every)
         weights = stage.engine.state_dict()
         ends[name] = (result["summary"]["first_loss"], result["summary"]["last_loss"], weights)
     assert recorder.recorded > 0 and recorder.replayed > recorder.recorded
@@ -258,6 +258,6 @@ def test_captured_head_training_is_the_uncaptured_one(config):
         assert stage.graphs is not None
         if name == "plain":
             stage.graphs = None
-        losses[name] = train_stage(stage, directory_of(changed), changed.log_every)["summary"]
+        losses[name] = train_stage(stage, open_directory(changed), changed.log_every)["summary"]
     for key in ("first_loss", "last_loss"):
         assert losses["captured"][key] == pytest.approx(losses["plain"][key], rel=1e-4)

@@ -25,11 +25,11 @@ DEATHS = {
         "True", "ranks.main_first(lambda: 1 / (1 - rank))", (2, 2), WHERE + "division by zero",
     ),
     "a run directory that is not shared": (
-        "True", 'os.chdir(f"host-{rank}"); directory_of(RunConfig(run_dir="run"))', (2, 2),
+        "True", 'os.chdir(f"host-{rank}"); open_directory(RunConfig(run_dir="run"))', (2, 2),
         f"mtfast: rank 1 on {HOST} does not see ",
     ),
     "other options": (
-        "True", "directory_of(RunConfig(run_dir='shared', seed=rank))", (2, 2),
+        "True", "open_directory(RunConfig(run_dir='shared', seed=rank))", (2, 2),
         f"mtfast: the configuration {NOT_THE_SAME}",
     ),
     "other weights": (
@@ -58,10 +58,10 @@ from mtfast.training.engine import failure, ranks
 from mtfast.training.inputs import load_task
 from mtfast.training.run import directory
 from mtfast.training.run.weights import Weights, build_multitask
-from directories import directory_of
+from mtfast.commands import open_directory
 from small_tokenizer import small_tokenizer
 
-cli.tyro.cli = lambda *arguments, **options: paper()  # which takes half a second to read
+cli._parsed = lambda *arguments: (cli.NoOptions(), paper())  # which takes half a second to read
 directory.SHARED_SECONDS, failure.PATIENCE_SECONDS = 0.5, 1.0
 BERT = BertConfig(
     vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8

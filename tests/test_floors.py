@@ -26,13 +26,21 @@ FLOORS = {
     "config_file": 3,
     "recipes": 3,
     "experiments": 4,
-    "predict": 5,
-    "report": 5,
+    "predict": 4,
+    "markdown": 4,
+    "page": 4,
+    "run_record": 4,
+    "results": 5,
+    "evaluate": 5,
     "doctor": 5,
-    "commands": 6,
-    "cli": 7,
+    "report": 6,
+    "model_card": 6,
+    "push": 7,
+    "commands": 8,
+    "run": 9,
+    "cli": 9,
 }
-FLOORS_OF_TRAINING = {"engine": 0, "seeds": 0, "run": 1, "inputs": 2, "loop": 2, "stages": 3}
+FLOORS_OF_TRAINING = {"engine": 0, "seeds": 0, "run": 1, "prediction": 1, "inputs": 2, "loop": 2, "stages": 3}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or not path.stem.startswith("__"))
 TRAINING = sorted(path for path in (ROOT / "training").rglob("*.py") if path.name != "__init__.py")
 

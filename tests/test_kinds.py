@@ -121,6 +121,21 @@ def test_predictions_are_what_the_outputs_say():
     assert [x.dtype for x in found.values()] == [np.int64, np.int64, np.float32]
 
 
+def test_probabilities_are_those_whose_loss_is_minimised():
+    outputs, labels = some_rows({"nli": 40, "spam": 40, "grade": 3})
+    for name in ("nli", "spam"):
+        kind, given = KINDS[TASKS[name].kind], 5 * outputs[name]
+        found = kind.probabilities(given)
+        assert found.shape == given.shape and found.dtype == torch.float32
+        of_each = found if name == "nli" else torch.stack([1 - found, found], dim=1)
+        of_label = of_each.gather(1, labels[name].long()[:, None])
+        likelihood = -of_label.double().log().sum().item()
+        assert kind.loss(given, labels[name]).item() == pytest.approx(likelihood, rel=1e-4)
+        likeliest = found.argmax(1) if name == "nli" else (found > 0.5).long()
+        assert torch.equal(kind.predict(given), likeliest)
+    assert KINDS["regression"].probabilities is None
+
+
 @pytest.mark.parametrize(
     ("predictions", "labels", "accuracy", "f1"),
     [

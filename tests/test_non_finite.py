@@ -12,16 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from directories import directory_of
 from poison import STEPS, Small, check_skipping
 from torch import Tensor
 
 import mtfast
+from mtfast.commands import open_directory
 from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
 from mtfast.recipes import PAPER_TASKS
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.loop import NonFinite, Stage, train_stage
-from mtfast.training.stages.task_stage import dev_metrics
+from mtfast.training.stages.task_stage import labelled_metrics
 
 KINDS = [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
 
@@ -38,7 +38,7 @@ def config(tmp_path) -> RunConfig:
 
 def train(config: RunConfig, stage: Stage) -> dict:
     try:
-        return train_stage(stage, directory_of(config), config.log_every)
+        return train_stage(stage, open_directory(config), config.log_every)
     finally:
         stage.engine.close()
 
@@ -173,11 +173,11 @@ def test_a_dev_metric_that_is_nan_is_never_the_best(config):
 def test_a_correlation_that_is_undefined_is_told(capsys):
     labels = {"sst": np.zeros(3), "quora": np.zeros(3), "sts": np.array([1.0, 2.0, 3.0])}
     tables = {n: SimpleNamespace(task=task, labels=labels[n]) for n, task in PAPER_TASKS.items()}
-    metrics = dev_metrics(tables, labels | {"sts": np.full(3, 2.5)})
+    metrics = labelled_metrics(tables, labels | {"sts": np.full(3, 2.5)})
     assert metrics["sts_pearson"] == metrics["sts_spearman"] == 0.0
     said = capsys.readouterr().out
     assert "sts: all predictions are equal, their correlation is undefined" in said
     assert said.count("undefined") == 1  # equal classes are no such matter
     tables["sts"].labels = np.zeros(3)
-    dev_metrics(tables, labels)
+    labelled_metrics(tables, labels)
     assert "sts: all labels are equal, their correlation is undefined" in capsys.readouterr().out

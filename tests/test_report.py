@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-import json
 import re
 from dataclasses import replace
 
@@ -10,54 +9,23 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
+from recorded_runs import (
+    FOUR_TASKS,
+    declaring,
+    evaluation,
+    markdown_of,
+    step,
+    table_row,
+    write_four_task_run,
+    write_run,
+)
 
-from mtfast.config import ConfigError, RunConfig, to_dict
+from mtfast.config import ConfigError
 from mtfast.experiments import EXPERIMENTS
-from mtfast.files import to_yaml
 from mtfast.plots import losses_of, metrics_of, plot_dev_metrics, plot_losses
 from mtfast.recipes import PAPER_TASKS
-from mtfast.report import read_run, write_comparison, write_report
-from mtfast.tasks import Task
-
-PAIR = ("first", "second")
-FOUR_TASKS = {
-    "news": Task(kind="classification", text="text", label="topic", classes=4, title="News *topics*"),
-    "imdb": Task(kind="binary", text="text", label="label", metric="f1"),
-    "nli": Task(kind="classification", text=PAIR, label="label", classes=("yes", "no", "maybe"), head="pair"),
-    "stars": Task(kind="regression", text="text", label="stars", low=1, high=5, metric="spearman"),
-}
-
-
-def step(stage, number, **losses):
-    return {
-        "kind": "step",
-        "stage": stage,
-        "step": number,
-        "epoch": 0,
-        "loss": sum(losses.values()),
-        "losses": losses,
-    }
-
-
-def evaluation(stage, number, epoch, sst, quora, sts):
-    metrics = {
-        "sst_accuracy": sst,
-        "quora_accuracy": quora,
-        "sts_pearson": sts,
-        "mean": (sst + quora + sts) / 3,
-    }
-    metrics["cs224n_overall"] = (sst + quora + (sts + 1) / 2) / 3
-    return {"kind": "eval", "stage": stage, "step": number, "epoch": epoch, "metrics": metrics}
-
-
-def write_run(directory, records, summary=None, config=None):
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    if summary is not None:
-        (directory / "summary.json").write_text(json.dumps(summary))
-    if config is not None:
-        (directory / "config.yaml").write_text(config)
-    return directory
+from mtfast.report import write_comparison, write_report
+from mtfast.run_record import read_run
 
 
 @pytest.fixture
@@ -93,40 +61,11 @@ def full_run(tmp_path):
     return write_run(tmp_path / "run", records, summary, "recipe: local\n")
 
 
-def declaring(tasks):
-    """The config.yaml of a run of these tasks."""
-    return to_yaml(to_dict(RunConfig(tasks=tasks)))
-
-
-def write_four_task_run(directory, config=None):
-    metrics = {
-        "news_accuracy": 0.9,
-        "imdb_accuracy": 0.8,
-        "imdb_f1": 0.7,
-        "nli_accuracy": 0.6,
-        "stars_pearson": 0.5,
-        "stars_spearman": 0.4,
-        "mean": 0.65,
-    }
-    steps = [step("finetune", i, news=1.4, imdb=0.7, nli=1.1, stars=2.0) for i in range(30)]
-    evaluated = {"kind": "eval", "stage": "finetune", "step": 29, "epoch": 1, "metrics": metrics}
-    return write_run(directory, [*steps, evaluated], {"dev": metrics}, config or declaring(FOUR_TASKS))
-
-
-def markdown_of(run):
-    return (write_report(run).parent / "report.md").read_text()
-
-
-def table_row(markdown, label):
-    (line,) = [line for line in markdown.splitlines() if line.startswith(f"| {label} |")]
-    return [cell.strip() for cell in line.strip("|").split("|")][1:]
-
-
 def test_tables_hold_the_recorded_numbers(full_run):
     page = write_report(full_run)
     assert page == full_run / "report.html"
     markdown = (full_run / "report.md").read_text()
-    assert table_row(markdown, "Head training, best epoch") == [
+    assert table_row(markdown, "Head training, best epoch on dev") == [
         "1",
         "0.310",
         "0.610",
@@ -134,7 +73,7 @@ def test_tables_hold_the_recorded_numbers(full_run):
         "0.377",
         "0.508",
     ]
-    assert table_row(markdown, "**Result of the run**")[1:4] == ["**0.457**", "**0.765**", "**0.346**"]
+    assert table_row(markdown, "**Result on dev**")[1:4] == ["**0.457**", "**0.765**", "**0.346**"]
     assert table_row(markdown, "Pre-training") == ["1,234", "1 min 15 s", "210", "6,120", "4.400", "1.900"]
     assert table_row(markdown, "Fine-tuning")[1] == "1 h 1 min"
     assert table_row(markdown, "Paper, without pre-training (test)")[:3] == ["0.480", "0.851", "0.623"]
@@ -252,8 +191,8 @@ def test_four_tasks(tmp_path):
         "stars Pearson",
     ]
     scores = ["0.900", "0.700", "0.600", "0.400", "0.650", "0.800", "0.500"]
-    assert table_row(markdown, "Fine-tuning, best epoch") == ["1", *scores]
-    assert table_row(markdown, "**Result of the run**") == ["", *(f"**{score}**" for score in scores)]
+    assert table_row(markdown, "Fine-tuning, best epoch on dev") == ["1", *scores]
+    assert table_row(markdown, "**Result on dev**") == ["", *(f"**{score}**" for score in scores)]
     assert "the paper" not in markdown.lower() and "CS 224N" not in markdown.split("## Configuration")[0]
     assert "<em>" not in (run / "report.html").read_text()
     steps, evaluations = (
@@ -281,7 +220,7 @@ def test_one_task(tmp_path):
     run = write_run(tmp_path, records, config=declaring({"imdb": FOUR_TASKS["imdb"]}))
     markdown = markdown_of(run)
     assert "On dev: imdb F1 **0.700**." in markdown
-    assert table_row(markdown, "Head training, best epoch") == ["3", "0.700", "0.700", "0.800"]
+    assert table_row(markdown, "Head training, best epoch on dev") == ["3", "0.700", "0.700", "0.800"]
     assert "the paper" not in markdown.lower()
     for name in ("dev_metrics", "losses_heads"):
         assert (run / "plots" / f"{name}.png").is_file()
@@ -305,7 +244,7 @@ def test_a_run_of_an_earlier_mtfast_had_the_papers_tasks(tmp_path):
     run = write_run(tmp_path, [evaluation("heads", 1, 1, 0.3, 0.6, 0.2)], config=EARLIER)
     markdown = markdown_of(run)
     assert "On dev: SST accuracy **0.300**, Quora accuracy **0.600**, STS Pearson **0.200**." in markdown
-    assert table_row(markdown, "Head training, best epoch") == [
+    assert table_row(markdown, "Head training, best epoch on dev") == [
         "1",
         "0.300",
         "0.600",
@@ -315,28 +254,6 @@ def test_a_run_of_an_earlier_mtfast_had_the_papers_tasks(tmp_path):
     ]
     assert table_row(markdown, "**This run (dev)**")[0] == "**0.300**"
     assert "sentiment_head: lstm" in markdown
-
-
-@pytest.mark.parametrize(
-    ("changes", "comparable"),
-    [
-        ({}, True),
-        ({"sts": replace(PAPER_TASKS["sts"], pair_input="joint", head="other", weight=0.5)}, True),
-        ({"sst": replace(PAPER_TASKS["sst"], kind="binary", classes=None)}, False),
-        ({"sst": replace(PAPER_TASKS["sst"], classes=2)}, False),
-        ({"sts": replace(PAPER_TASKS["sts"], metric="spearman")}, False),
-        ({"imdb": FOUR_TASKS["imdb"]}, False),
-    ],
-)
-def test_the_papers_figures_stand_beside_the_papers_tasks_alone(tmp_path, changes, comparable):
-    """However those are trained."""
-    records = [evaluation("finetune", 1, 1, 0.4, 0.7, 0.4)]
-    run = write_run(tmp_path / "run", records, config=declaring(PAPER_TASKS | changes))
-    assert ("## Beside the paper" in markdown_of(run)) == comparable
-    page = write_comparison({"LSTM head": run}, tmp_path, EXPERIMENTS["exp2"])
-    markdown = (page.parent / "report.md").read_text()
-    assert ("## Ours and the paper's" in markdown) == ("| Paper (test)" in markdown) == comparable
-    assert table_row(markdown, "Ours (dev): LSTM head")[1] == "0.700"
 
 
 def test_tasks_that_cannot_be_read_are_no_others(tmp_path):
@@ -376,14 +293,6 @@ def test_comparison_sets_both_runs_beside_the_paper(tmp_path):
     assert (tmp_path / "exp1" / "plots" / "dev_metrics.png").is_file()
 
 
-def test_comparison_with_one_run_says_what_is_missing(tmp_path):
-    run = write_run(tmp_path / "lstm", [evaluation("finetune", 1, 1, 0.4, 0.7, 0.4)])
-    page = write_comparison({"LSTM head": run}, tmp_path / "exp2", EXPERIMENTS["exp2"])
-    markdown = (page.parent / "report.md").read_text()
-    assert "Not run: `linear head`." in markdown
-    assert table_row(markdown, "Ours (dev): difference")[0] == "—"
-
-
 def test_comparison_of_other_tasks(tmp_path):
     run = write_four_task_run(tmp_path / "run")
     page = write_comparison({"with pre-training": run}, tmp_path / "exp1", EXPERIMENTS["exp1"])
@@ -393,8 +302,3 @@ def test_comparison_of_other_tasks(tmp_path):
     assert table_row(markdown, "Ours (dev): without pre-training") == ["—"] * 5
     assert "Not run: `without pre-training`." in markdown
     assert "the paper" not in markdown.lower() and (tmp_path / "exp1" / "plots" / "dev_metrics.png").is_file()
-
-
-def test_comparison_names_what_is_unknown(tmp_path):
-    with pytest.raises(ValueError, match=r"'cnn' is no variant of Exp-II.* linear head, LSTM head"):
-        write_comparison({"cnn": "."}, tmp_path, EXPERIMENTS["exp2"])

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from directories import directory_of
 from poison import Small
 from torch import nn
 
 import mtfast
+from mtfast.commands import open_directory
 from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, to_dict
 from mtfast.files import to_yaml
 from mtfast.models.checkpoint import CheckpointError
@@ -67,16 +67,18 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_tasks_in_another_order_are_another_configuration(config):
-    directory_of(config).append([{"stage": "heads", "step": 1}])
-    with pytest.raises(ConfigError, match="tasks: sst, quora, sts there, sts, quora, sst here"):
-        directory_of(replace(config, tasks=dict(reversed(config.tasks.items()))))
+    open_directory(config).append([{"stage": "heads", "step": 1}])
+    with pytest.raises(
+        ConfigError, match=r"tasks: \['sst', 'quora', 'sts'\] there, \['sts', 'quora', 'sst'\] here"
+    ):
+        open_directory(replace(config, tasks=dict(reversed(config.tasks.items()))))
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(config):
-    run = directory_of(config)
+    run = open_directory(config)
     other = replace(config, run_dir=f"{config.run_dir}-2")
     for _ in range(2):  # one process may open a directory again, and others beside it
-        assert directory_of(config).path == run.path and directory_of(other)
+        assert open_directory(config).path == run.path and open_directory(other)
 
     directory = Path(f"{config.run_dir}-3")
     python = {**os.environ, "PYTHONPATH": str(Path(mtfast.__file__).parents[1])}
@@ -95,12 +97,12 @@ def test_a_second_process_is_refused_until_the_first_is_gone(config):
         rf"-3 is in use by process {holder.pid} on \S+ since \d{{4}}-\S+ \S+ \(.*python.*run-3\); wait for it"
     )
     with pytest.raises(ConfigError, match=f"(?s){says}"):
-        directory_of(third)
+        open_directory(third)
     assert not (directory / "config.yaml").exists()
     read_run(directory)  # a report only reads
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    directory_of(third).append([{"stage": "heads", "step": 1}])
+    open_directory(third).append([{"stage": "heads", "step": 1}])
     assert json.loads((directory / "run.lock.json").read_text())["pid"] == os.getpid()
 
 
@@ -108,19 +110,19 @@ def test_a_directory_that_is_refused_gets_no_lock(config):
     config.path.mkdir()
     (config.path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match=r"no config\.yaml"):
-        directory_of(config)
+        open_directory(config)
     assert [path.name for path in config.path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"best": 3}', '{"summary": []}'])
 def test_a_result_that_cannot_be_read_is_named(config, tmp_path, text):
-    run = directory_of(config)
+    run = open_directory(config)
     run.stage("heads").mkdir()
     (run.stage("heads") / "result.json").write_text(text)
     says = r"run/heads/result\.json .*; remove \S*run/heads to run the stage again"
     with pytest.raises(ConfigError, match=says):
         run.result("heads")
-    other = directory_of(replace(config, run_dir=str(tmp_path / "other")))
+    other = open_directory(replace(config, run_dir=str(tmp_path / "other")))
     with pytest.raises(ConfigError, match=says):
         other.take_over("heads", run.path)
     assert not other.stage("heads").exists()
@@ -128,7 +130,7 @@ def test_a_result_that_cannot_be_read_is_named(config, tmp_path, text):
 
 @pytest.mark.parametrize("text", ["", '{"a": ', "[1]"])
 def test_a_summary_that_cannot_be_read_is_named(config, text):
-    run = directory_of(config)
+    run = open_directory(config)
     (run.path / "summary.json").write_text(text)
     for read in (lambda: run.summarize(a=1), lambda: read_run(run.path)):
         with pytest.raises(
@@ -141,7 +143,7 @@ def test_a_summary_that_cannot_be_read_is_named(config, text):
 
 @pytest.mark.parametrize("text", [b"", b"a: [", b"\xff", b"- 1", None, b"1: 2\ntasks: 3"])
 def test_a_configuration_that_cannot_be_read_is_named(config, text):
-    directory_of(config).append([{"stage": "heads", "step": 1}])
+    open_directory(config).append([{"stage": "heads", "step": 1}])
     owned = config.path / "config.yaml"
     owned.unlink()
     if text is None:
@@ -149,7 +151,7 @@ def test_a_configuration_that_cannot_be_read_is_named(config, text):
     else:
         owned.write_bytes(text)
     with pytest.raises(ConfigError, match=r"(?si)run\b.*choose another --run-dir, or remove that directory"):
-        directory_of(config)
+        open_directory(config)
 
 
 def test_a_run_of_an_earlier_version_without_tasks_is_told_so(config):
@@ -159,18 +161,18 @@ def test_a_run_of_an_earlier_version_without_tasks_is_told_so(config):
     (config.path / "config.yaml").write_text(to_yaml(earlier))
     says = "run of an earlier mtfast, .*; go on with that version, or choose another --run-dir$"
     with pytest.raises(ConfigError, match=f"{config.path} belongs to a {says}"):
-        directory_of(config)
+        open_directory(config)
     assert [path.name for path in config.path.iterdir()] == ["config.yaml"]
 
 
 def test_lines_of_metrics_that_are_no_records_are_left_out(config, tmp_path):
-    run = directory_of(config)
+    run = open_directory(config)
     run.append([{"stage": "heads", "step": 1}, {"stage": "heads", "step": 2}])
     metrics = run.path / "metrics.jsonl"
     metrics.write_bytes(b'3\n{"stage": "heads"}\n\xff\x00\n' + metrics.read_bytes() + b'{"stage": "he')
     run.stage("heads").mkdir()
     run.finish_stage("heads", {"summary": {}})
-    other = directory_of(replace(config, run_dir=str(tmp_path / "other")))
+    other = open_directory(replace(config, run_dir=str(tmp_path / "other")))
     assert other.take_over("heads", run.path)
     run.rewind("heads", 1)
     assert metrics.read_text() == '{"stage": "heads", "step": 1}\n'
@@ -178,7 +180,7 @@ def test_lines_of_metrics_that_are_no_records_are_left_out(config, tmp_path):
 
 
 def test_a_full_disk_is_told_with_the_files_name(config):
-    run = directory_of(config)
+    run = open_directory(config)
     run.summarize(a=1)
     with file_size_limit(1000):
         for write, name in (
@@ -244,7 +246,7 @@ def test_a_state_of_another_version_is_named(config, tmp_path):
     engine_module.start()
     config = replace(config, engine=EngineConfig(precision="fp32", zero_stage=0))
     stage = Small(config)
-    run = directory_of(config)
+    run = open_directory(config)
     for client in ({}, {"position": {"place": 1}}):
         stage.engine.save(run.stage("finetune") / "state", 1, client)
         with pytest.raises(

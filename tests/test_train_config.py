@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from directories import directory_of
 
 from mtfast import cli, commands
+from mtfast.commands import open_directory
 from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, to_dict, validate
 from mtfast.data.rows import DataError
 from mtfast.experiments import ALL_RECIPES, runs_of
@@ -254,26 +254,26 @@ def test_unreadable_json(tmp_path, content, message):
 
 def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     config = RunConfig(run_dir=str(tmp_path / "run"))
-    directory_of(config).append([{"stage": "heads", "step": 1}])
+    open_directory(config).append([{"stage": "heads", "step": 1}])
     before = (tmp_path / "run" / "config.yaml").read_text()
-    directory_of(config)  # the same configuration continues
+    open_directory(config)  # the same configuration continues
     with pytest.raises(
         ConfigError, match=r"belongs to a run with another.*\n  finetune\.epochs: 48 there, 3 here"
     ):
-        directory_of(replace(config, finetune=TaskStageConfig(epochs=3)))
+        open_directory(replace(config, finetune=TaskStageConfig(epochs=3)))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
 def test_a_false_start_does_not_keep_the_directory(tmp_path):
     wrong = RunConfig(run_dir=str(tmp_path / "run"), seed=1)
-    directory_of(wrong).summarize(data={"sst-train": {"read": 1}})
+    open_directory(wrong).summarize(data={"sst-train": {"read": 1}})
     right = replace(wrong, seed=2)
     with pytest.raises(ConfigError, match="holds no run with this configuration"):
-        directory_of(right, create=False)
-    assert directory_of(right).summarize() == {}
-    directory_of(right, create=False)
+        open_directory(right, create=False)
+    assert open_directory(right).summarize() == {}
+    open_directory(right, create=False)
     with pytest.raises(ConfigError, match="nowhere holds no run"):
-        directory_of(replace(right, run_dir=str(tmp_path / "nowhere")), create=False)
+        open_directory(replace(right, run_dir=str(tmp_path / "nowhere")), create=False)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -281,17 +281,17 @@ def test_a_false_start_does_not_keep_the_directory(tmp_path):
 def test_a_directory_whose_config_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"config\.yaml (cannot be read|is not a run's configuration)"):
-        directory_of(RunConfig(run_dir=str(tmp_path)))
+        open_directory(RunConfig(run_dir=str(tmp_path)))
 
 
 def test_directory_with_foreign_metrics_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match=r"no config\.yaml"):
-        directory_of(RunConfig(run_dir=str(tmp_path)))
+        open_directory(RunConfig(run_dir=str(tmp_path)))
 
 
 def test_rewind_drops_what_will_run_again_and_a_torn_line(tmp_path):
-    run = directory_of(RunConfig(run_dir=str(tmp_path / "run")))
+    run = open_directory(RunConfig(run_dir=str(tmp_path / "run")))
     run.append([{"stage": "heads", "step": 9}, *({"stage": "finetune", "step": s} for s in range(1, 6))])
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"stage": "fine')
@@ -306,7 +306,7 @@ def test_rewind_drops_what_will_run_again_and_a_torn_line(tmp_path):
 
 
 def test_an_interrupted_take_over_is_made_up_for(tmp_path, monkeypatch):
-    other, run = (directory_of(RunConfig(run_dir=str(tmp_path / name))) for name in ("other", "run"))
+    other, run = (open_directory(RunConfig(run_dir=str(tmp_path / name))) for name in ("other", "run"))
     assert not run.take_over("pretrain", other.path)  # not finished there
     other.stage("pretrain").mkdir()
     (other.stage("pretrain") / "weights").write_text("1")

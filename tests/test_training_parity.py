@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bert_twins import paper_tasks
-from directories import directory_of
 from transformers import AutoTokenizer, BertForPreTraining, BertModel
 
+from mtfast.commands import open_directory
 from mtfast.config import (
     DataConfig,
     EngineConfig,
@@ -54,7 +54,7 @@ def config(tmp_path, data_dir, checkpoint_dir) -> RunConfig:
 
 
 def opened(config: RunConfig) -> tuple[RunDirectory, Weights]:
-    run = directory_of(config)
+    run = open_directory(config)
     return run, find_weights(config.model, run, config.seed)
 
 

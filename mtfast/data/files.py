@@ -11,15 +11,19 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 def decode_utf8(path: Path) -> str:
     """The text of a UTF-8 file; DataError names file, line and byte offset of the first bad byte."""
-    raw = path.read_bytes()
+    return decoded(path.read_bytes(), str(path))
+
+
+def decoded(raw: bytes, origin: str) -> str:
+    """As `decode_utf8`, of a file's bytes; ``origin`` is its name in messages."""
     try:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         if raw.startswith(_UTF16):
-            raise DataError(f"{path}: UTF-16, by its byte-order mark; save the file as UTF-8") from None
+            raise DataError(f"{origin}: UTF-16, by its byte-order mark; save the file as UTF-8") from None
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} at byte offset {error.start}; "
+            f"{origin}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} at byte offset {error.start}; "
             "save the file as UTF-8"
         ) from None
 

@@ -94,12 +94,29 @@ def task_files(name: str, task: Task, source: str | Path, split: Split) -> list[
     return files_of(source, source_split)
 
 
+def table_of(name: str, task: Task, records: Records, *, strict: bool = False) -> TaskTable:
+    """The table of rows whose labels are wanted: what is in the label column, if there is one, is not read.
+
+    Columns, ids, rows that cannot be used and errors are those of `read_task`.
+    """
+    if not records.rows:
+        raise DataError(f"{records.origin}: no rows")
+    return _build_table(name, task, "test", records, range(len(records.rows)), strict, labelled=False)
+
+
 def _build_table(
-    name: str, task: Task, split: Split, records: Records, numbers: Sequence[int], strict: bool
+    name: str,
+    task: Task,
+    split: Split,
+    records: Records,
+    numbers: Sequence[int],
+    strict: bool,
+    *,
+    labelled: bool = True,
 ) -> TaskTable:
     """The table of ``records``, whose rows have the ``numbers`` in their source."""
     text_columns = [records.require(task.names_of(column), f"tasks.{name}.text") for column in task.texts]
-    label_column = records.find(task.names_of(task.label))
+    label_column = records.find(task.names_of(task.label)) if labelled else None
     if split == "test" and (label_column is None or _labels_withheld(records, label_column)):
         label_column = None
     elif label_column is None:

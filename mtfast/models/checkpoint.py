@@ -2,33 +2,38 @@
 
 A saved directory holds `model.safetensors` and `config.json` as `BertModel.from_pretrained` and
 `BertForPreTraining.from_pretrained` read them, the tokenizer's files, and, for a model with task heads,
-`heads.safetensors` and `mtfast.json` with what the tasks and their heads are.
+`heads.safetensors` and `mtfast.json` with what the tasks and their heads are, and the files that make
+sentence-transformers give the [CLS] vectors which the heads are trained on.
 """
 
 import copy
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
-from mtfast.models.bert import PackedBert, check_config
-from mtfast.models.files import CheckpointError, read_json, read_tensors, replacing, restore, save_tensors
+from mtfast.models.bert import PackedBert
+from mtfast.models.bert_config import load_bert_config
+from mtfast.models.files import CheckpointError, read_json, read_tensors, replacing, save_tensors
 from mtfast.models.format_1 import read_format_1
+from mtfast.models.locate import find_file, locate
 from mtfast.models.multitask import MultiTaskHeads, MultiTaskModel, sharing
 from mtfast.models.names import from_hf_state_dict, hf_state_dict
 from mtfast.models.pretraining import PretrainModel
+from mtfast.models.sentence_files import write_sentence_files
 from mtfast.tasks import MlpConfig, Task
 
 __all__ = [
     "CheckpointError",
     "LoadReport",
+    "checksum_of_weights",
     "from_hf_state_dict",
     "hf_state_dict",
     "load_bert_config",
@@ -45,7 +50,6 @@ _TASKS_FILE = "mtfast.json"
 _FORMAT = 2
 # Fields of a Task that say nothing of the model.
 _OF_DATA = ("aliases", "source", "splits", "max_rows", "weight")
-_SUPPORTED = "mtfast reads BERT encoders (model_type 'bert') with absolute positions"
 
 
 @dataclass(frozen=True)
@@ -85,45 +89,13 @@ class LoadReport:
         return text
 
 
-def load_bert_config(name_or_path: str | os.PathLike[str]) -> BertConfig:
-    """The config of a BERT checkpoint: a directory (also a sentence-transformers one) or a Hugging Face name.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or it is of another architecture, which is named.
-    """
-    source, subfolder = _locate(name_or_path)
-    file = _file(source, subfolder, "config.json")
-    if file is None:
-        raise CheckpointError(f"{name_or_path} has no config.json: it is not a Hugging Face checkpoint")
-    fields = read_json(file, dict)
-    model_type = fields.get("model_type")
-    architectures = fields.get("architectures") or []
-    named_bert = model_type == "bert" or (
-        model_type is None and architectures and all(str(name).startswith("Bert") for name in architectures)
-    )
-    if not named_bert:
-        raise CheckpointError(
-            f"{name_or_path} is a checkpoint of another architecture: model_type {model_type!r}, "
-            f"architectures {architectures}; {_SUPPORTED}"
-        )
-    try:
-        config = BertConfig.from_dict(fields)
-        position_type = fields.get("position_embedding_type", "absolute")
-        if position_type != "absolute":
-            raise ValueError(f"position_embedding_type is {position_type!r}; only 'absolute' is supported")
-        check_config(config)
-    except Exception as error:  # transformers' strict configs raise several kinds
-        raise CheckpointError(f"{name_or_path}: {error}; {_SUPPORTED}") from error
-    return config
-
-
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with the special tokens that packing and masking need.
 
     Raises:
         CheckpointError: there is none, or it lacks [CLS], [SEP], [MASK] or [PAD], or has nothing else.
     """
-    source, subfolder = _locate(name_or_path)
+    source, subfolder = locate(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder)
     except Exception as error:  # transformers raises several kinds, each with a text for people
@@ -151,7 +123,7 @@ def load_tasks(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Task], M
     Raises:
         CheckpointError: the file that says so cannot be read, or is of another version.
     """
-    file = _file(*_locate(name_or_path), _TASKS_FILE)
+    file = find_file(*locate(name_or_path), _TASKS_FILE)
     if file is None:
         return None
     fields = read_json(file, dict)
@@ -232,9 +204,11 @@ def save_pretrained(
     *,
     tasks: Mapping[str, Task] | None = None,
     mlp: MlpConfig | None = None,
+    max_length: int | None = None,
     carried: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a checkpoint that Hugging Face's BertModel and BertForPreTraining open.
+    """Writes a checkpoint that Hugging Face's BertModel and BertForPreTraining open, and with task heads also
+    sentence-transformers, which then gives the [CLS] vectors.
 
     The directory appears whole or not at all; one that was there is replaced.
 
@@ -245,16 +219,19 @@ def save_pretrained(
         tokenizer: saved beside the weights, or None.
         tasks, mlp: what the `heads.*` in state_dict are the heads of, as `MultiTaskHeads` takes them; needed
             where it has any.
+        max_length: word pieces of the longest sequence that the heads are trained on; needed with them.
         carried: `LoadReport.carried` of the checkpoint the weights came from.
 
     Raises:
-        ValueError: state_dict has task heads and `tasks` or `mlp` is None, or the reverse.
+        ValueError: state_dict has task heads and `tasks`, `mlp` or `max_length` is None, or the reverse.
     """
     if "embeddings.word" in state_dict:  # a bare PackedBert
         state_dict = {f"encoder.{name}": tensor for name, tensor in state_dict.items()}
     task_heads = {name: x for name, x in state_dict.items() if name.startswith("heads.")}
-    if not bool(task_heads) == (tasks is not None) == (mlp is not None):
-        raise ValueError("tasks and mlp must be given exactly when state_dict holds task heads (heads.*)")
+    if not bool(task_heads) == (tasks is not None) == (mlp is not None) == (max_length is not None):
+        raise ValueError(
+            "tasks, mlp and max_length must be given exactly when state_dict holds task heads (heads.*)"
+        )
     tensors = hf_state_dict({**(carried or {}), **state_dict})
     config = copy.deepcopy(config)
     prefixed = any(name.startswith("bert.") for name in tensors)
@@ -265,8 +242,9 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save_pretrained(incoming)
         save_tensors(incoming / _WEIGHTS[0], tensors)
-        if tasks is not None and mlp is not None:
+        if tasks is not None and mlp is not None and max_length is not None:
             _write_heads(incoming, task_heads, tasks, mlp)
+            write_sentence_files(incoming, config.hidden_size, max_length)
 
 
 def save_heads(
@@ -295,57 +273,27 @@ def _write_heads(
     (directory / _TASKS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _locate(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
-    """(directory or hub name, subfolder of the transformer in a sentence-transformers checkpoint)."""
-    name = os.path.expanduser(os.fspath(name_or_path))
-    path = Path(name).absolute()
-    restore(path)
-    if not path.is_dir() and (name.startswith((".", os.sep)) or name.count("/") > 1 or path.is_file()):
-        what = "is a file, not a checkpoint directory" if path.is_file() else "does not exist"
-        raise CheckpointError(f"{name_or_path} {what}")
-    if _file(name, "", "config.json") is None:
-        modules = _file(name, "", "modules.json")
-        for module in read_json(modules, list) if modules is not None else ():
-            if not isinstance(module, dict) or not isinstance(module.get("path", ""), str):
-                raise CheckpointError(
-                    f"{modules} should list modules with a type and a path, found {module!r}"
-                )
-            if str(module.get("type", "")).endswith(".Transformer") and module.get("path"):
-                return name, module["path"]
-    return name, ""
-
-
-def _file(source: str, subfolder: str, filename: str) -> Path | None:
-    """A file of a checkpoint, from its directory or through Hugging Face's cache; None if it has none."""
-    if Path(source).is_dir():
-        file = Path(source, subfolder, filename)
-        if file.is_dir():
-            raise CheckpointError(f"{file} is a directory; it should be a file")
-        return file if file.is_file() else None
-    try:
-        return Path(hf_hub_download(source, filename, subfolder=subfolder or None))
-    except (OSError, ValueError) as error:
-        offline = isinstance(error, LocalEntryNotFoundError)
-        # Without a connection an optional file counts as absent: the config tells that there is a checkpoint.
-        if isinstance(error, EntryNotFoundError) and not (offline and filename == "config.json"):
-            return None
-        raise CheckpointError(
-            f"{source} is neither a directory nor a checkpoint that Hugging Face can provide: {error}"
-        ) from error
+def checksum_of_weights(name_or_path: str | os.PathLike[str]) -> int:
+    """A 32-bit checksum of a checkpoint's tensors, their names and contents."""
+    value = 0
+    for name, tensor in sorted(_read_weights(name_or_path).items()):
+        contents = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        value = zlib.crc32(contents.data, zlib.crc32(name.encode(), value))
+    return value
 
 
 def _read_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    source, subfolder = _locate(name_or_path)
+    source, subfolder = locate(name_or_path)
     for filename in _WEIGHTS:
-        if (file := _file(source, subfolder, filename)) is not None:
+        if (file := find_file(source, subfolder, filename)) is not None:
             return read_tensors(file)
-        if (index := _file(source, subfolder, f"{filename}.index.json")) is not None:
+        if (index := find_file(source, subfolder, f"{filename}.index.json")) is not None:
             tensors: dict[str, Tensor] = {}
             shards = read_json(index, dict).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
                 raise CheckpointError(f"{index} has no weight_map from names of weights to names of files")
             for shard in sorted(set(shards.values())):
-                file = _file(source, subfolder, shard)
+                file = find_file(source, subfolder, shard)
                 if file is None:
                     raise CheckpointError(f"{index} names {shard}, which is not there")
                 tensors |= read_tensors(file)
@@ -355,12 +303,12 @@ def _read_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _read_heads(name_or_path: str | os.PathLike[str], heads: MultiTaskHeads) -> dict[str, Tensor]:
     """The tensors of the task heads that a checkpoint has, by their names in `MultiTaskModel`."""
-    described = _file(*_locate(name_or_path), _TASKS_FILE)
+    described = find_file(*locate(name_or_path), _TASKS_FILE)
     if described is None:
         return {}
     fields = read_json(described, dict)
     saved = None if fields.get("format") == 1 else load_tasks(name_or_path)
-    file = _file(*_locate(name_or_path), _HEADS_FILE)
+    file = find_file(*locate(name_or_path), _HEADS_FILE)
     if file is None:
         raise CheckpointError(f"{name_or_path} has {_TASKS_FILE} but no {_HEADS_FILE}")
     if saved is None:

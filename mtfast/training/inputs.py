@@ -22,7 +22,6 @@ from mtfast.training.engine import ranks
 from mtfast.training.run.directory import RunDirectory
 from mtfast.training.run.progress import say_once
 
-EVALUATION_TOKENS = 16384
 UNKNOWN_SAID, UNKNOWN_REFUSED = 0.03, 0.8  # shares of the word pieces
 
 
@@ -42,12 +41,24 @@ class Inputs:
     def load_task(self, name: str, split: Split) -> TokenizedTask:
         """One task's examples of a split."""
         table = load_task(name, self.tasks[name], self.data, self.tokenizer, split)
+        if split != "test":  # what training follows from
+            source = self.tasks[name].source or self.data.tasks
+            self.run.confirm(
+                f"{name}-{split}",
+                _checksum(table.sequences, table.labels),
+                ("heads", "finetune"),
+                f"the {split} data of {name} in {source}",
+                f"tasks.{name}.source" if self.tasks[name].source else "data.tasks",
+            )
         self.run.summarize(data={f"{name}-{split}": _account(table.sequences, table.account)})
         return table
 
     def load_reviews(self, seed: int) -> ReviewSamples:
         """The pre-training samples."""
         samples = load_reviews(self.data, self.tokenizer, seed)
+        found = _checksum(samples.sequences, samples.nsp_labels)
+        said = f"{self.data.reviews} (reviews)"
+        self.run.confirm("reviews", found, ("pretrain",), said, "data.reviews")
         self.run.summarize(data={"reviews": _account(samples.sequences, samples.account)})
         return samples
 
@@ -154,13 +165,17 @@ def _check(
     """Say what was read; raise where ranks read different data, or the tokenizer does not know it."""
     say_once(f"{what}: {_summary(sequences, account)}")
     if ranks.world_size() > 1:
-        arrays = {"tokens": sequences.tokens, "offsets": sequences.offsets}
-        ranks.agree(origin, checksum(arrays if labels is None else arrays | {"labels": labels}))
+        ranks.agree(origin, _checksum(sequences, labels))
     if sequences.unknown > UNKNOWN_REFUSED * sequences.word_pieces:
         raise DataError(
             f"{origin}: {_unknown(sequences)}; the tokenizer is not for such text, or its vocabulary is not "
             "whole"
         )
+
+
+def _checksum(sequences: Sequences, labels: np.ndarray | None) -> int:
+    arrays = {"tokens": sequences.tokens, "offsets": sequences.offsets}
+    return checksum(arrays if labels is None else arrays | {"labels": labels})
 
 
 def _much_unknown(sequences: Sequences) -> bool:

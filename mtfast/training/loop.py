@@ -19,7 +19,7 @@ from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
 from mtfast.training.engine.state import POINTER
-from mtfast.training.run.directory import RunDirectory
+from mtfast.training.run.directory import STATE, RunDirectory
 from mtfast.training.run.progress import StageProgress, peak_flops, say
 from mtfast.training.seeds import seed_for
 
@@ -144,7 +144,7 @@ class _Loop:
         self.stage, self.run_directory, self.log_every = stage, run, log_every
         self.settings = stage.settings
         self.directory = run.stage(stage.name)
-        self.state_directory = self.directory / "state"
+        self.state_directory = self.directory / STATE
         client = stage.engine.load(self.state_directory)
         self.at = Position() if client is None else self._position(client)
         self.steps_per_epoch = len(stage.plan(0))

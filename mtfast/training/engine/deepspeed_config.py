@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,11 @@ def _defaults(decided: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if decided["zero_optimization"]["stage"] in (1, 2) and "offload_optimizer" not in zero:
         defaults["zero_optimization"] = {"compute_grad_norm": decided["gradient_clipping"] > 0}
     return defaults
+
+
+def checksum_of(path: str) -> int:
+    """Of what a user's JSON says."""
+    return zlib.crc32(json.dumps(_read(Path(path)), sort_keys=True).encode())
 
 
 def _read(path: Path) -> dict[str, Any]:

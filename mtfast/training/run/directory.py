@@ -6,21 +6,24 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mtfast.config import STAGES, ConfigError
+from mtfast.config import CONFIG_FILE, STAGES, ConfigError, StageName
 from mtfast.files import naming, read_json, to_yaml, write_json, write_text
 from mtfast.training.engine import ranks
+from mtfast.training.engine.state import POINTER
 
 from .lock import HOLDER, hold
+from .progress import say
+from .settings import FREE, Change, Progress, changes, refused
 
-CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+STATE = "state"  # of a stage: what it goes on from
+FEATURES = "features"  # of a stage: tables that were too large for memory
 SHARED_SECONDS = 10.0  # for which another host may still see an older state of a directory
 
 
@@ -32,45 +35,46 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, configuration: dict[str, Any], *, create: bool = True) -> None:
-        """configuration: of the run, as plain values; what `config.yaml` holds."""
+        """configuration: of the run, as plain values; what `config.yaml` is to hold. Rank 0's counts."""
         self.path = path
-        ranks.agree("the configuration", configuration)
         ranks.on_main(self._claim, configuration, create)
         self._check_shared()
 
     def _claim(self, configuration: dict[str, Any], create: bool) -> None:
-        self._is_ours(configuration, create)  # a directory that is refused is left as it is, without a lock
+        # A directory that is refused is left as it is, without a lock; another process may come before it.
+        compare(self.path, configuration, create=create)
         hold(self.path)
-        if not self._is_ours(configuration, create):  # another process may have come before the lock
-            write_text(self.path / CONFIG, to_yaml(configuration))
+        found = compare(self.path, configuration, create=create)
+        if found is None:
+            write_text(self.path / CONFIG_FILE, to_yaml(configuration))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
+        elif found and create:
+            self._go_on_with(found, configuration)
 
-    def _is_ours(self, configuration: dict[str, Any], create: bool) -> bool:
-        """Whether the run has begun here; raises ConfigError where another has or, unless `create`, none."""
-        owned = self.path / CONFIG
-        if owned.exists():
-            theirs = _read_yaml(owned)
-            differences = list(_differences(theirs, configuration))
-            if not differences:
-                return True
-            if "tasks" not in theirs:
-                raise ConfigError(
-                    f"{self.path} belongs to a run of an earlier mtfast, which did not declare its tasks; "
-                    "go on with that version, or choose another --run-dir"
-                )
-            if any((self.path / name).exists() for name in (METRICS, *STAGES)):
-                raise ConfigError(
-                    f"{self.path} belongs to a run with another configuration:\n  "
-                    + "\n  ".join(differences)
-                    + "\nChoose another --run-dir, or remove that directory."
-                )
-        elif any((self.path / name).exists() for name in (METRICS, SUMMARY)):
-            raise ConfigError(
-                f"{self.path} holds another run's files but no {CONFIG}; choose another --run-dir"
-            )
-        if not create:
-            raise ConfigError(f"{self.path} holds no run with this configuration; train one first")
-        return False
+    def _go_on_with(self, found: list[Change], configuration: dict[str, Any]) -> None:
+        """Take over another configuration, and say and keep what differs, unless nothing follows from it."""
+        told = [change for change in found if not change.is_one_of(FREE)]
+        for name in {change.stage for change in told if change.stage}:
+            self._reopen(name)
+        if told:
+            at = {name: made.steps for name in STAGES if (made := _progress(self.path, name))}
+            kept = self._summarize({}).get("changes", [])
+            new = [{"field": c.field, "was": c.was, "now": c.now, "at": at} for c in told]
+            self._summarize({"changes": kept + [change for change in new if change not in kept]})
+            rate = "; the learning rate follows the new number of steps from here on"
+            for change in told:
+                planned = change.stage in at and _is_planned(configuration[change.stage])
+                say(f"{self.path} goes on with another setting, {change}{rate if planned else ''}")
+        write_text(self.path / CONFIG_FILE, to_yaml(configuration))
+
+    def _reopen(self, name: StageName) -> None:
+        """Make a stage unfinished, if it has finished: it goes on from its last state."""
+        if (result := self.stage(name) / "result.json").exists():
+            result.unlink()
+            summary = self._summarize({})
+            summary["stages"] = {stage: x for stage, x in summary.get("stages", {}).items() if stage != name}
+            kept = {key: value for key, value in summary.items() if key not in ("dev", "test")}
+            write_json(self.path / SUMMARY, kept)
 
     def _check_shared(self) -> None:
         """Raises ConfigError, naming the hosts, where a rank does not find here what rank 0 has written."""
@@ -104,12 +108,50 @@ class RunDirectory:
         return ranks.seen_by_main(self.stage(name).exists)
 
     def finish_stage(self, name: str, result: dict[str, Any]) -> None:
-        """Record a stage as finished and drop its resumable state, which nothing needs any more."""
+        """Record a stage as finished. Its resumable state stays until the next stage begins: more epochs may
+        be asked for."""
         ranks.on_main(self._finish, self.stage(name), result)
 
     def _finish(self, stage: Path, result: dict[str, Any]) -> None:
         write_json(stage / "result.json", result)
-        shutil.rmtree(stage / "state", ignore_errors=True)
+        shutil.rmtree(stage / FEATURES, ignore_errors=True)
+
+    def drop_states_before(self, name: StageName) -> None:
+        """Drop the resumable states of the stages before `name`, which is about to build on them."""
+        ranks.on_main(self._drop_states, STAGES[: STAGES.index(name)])
+
+    def _drop_states(self, stages: tuple[StageName, ...]) -> None:
+        for stage in stages:
+            shutil.rmtree(self.stage(stage) / STATE, ignore_errors=True)
+
+    def confirm(
+        self, what: str, checksum: int, readers: tuple[StageName, ...], text: str, field: str | None = None
+    ) -> None:
+        """See to it that what the run reads is what it has read before, wherever that lies now.
+
+        Args:
+            checksum: of its contents, as rank 0 sees them.
+            readers: the stages whose results follow from it.
+
+        Raises:
+            ConfigError: it is another and one of the readers has begun; `text` begins the message.
+        """
+        ranks.on_main(self._confirm, what, checksum, readers, text, field)
+
+    def _confirm(
+        self, what: str, checksum: int, readers: tuple[StageName, ...], text: str, field: str | None
+    ) -> None:
+        known = self._summarize({}).get("checksums", {}).get(what)
+        if known == checksum:
+            return
+        begun = [name for name in readers if self.stage(name).exists()]
+        if known is not None and begun:
+            raise ConfigError(
+                f"{text} is not what the run in {self.path} has read in {begun[0]}; give it the same, or "
+                "choose another --run-dir",
+                field,
+            )
+        self._summarize({"checksums": {what: checksum}})
 
     def take_over(self, name: str, other: Path) -> bool:
         """Copy a stage with its metrics and summary from another run.
@@ -127,7 +169,7 @@ class RunDirectory:
     def _copy_stage(self, name: str, other: Path) -> None:
         partial = self.path / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(other / name, partial)
+        shutil.copytree(other / name, partial, ignore=shutil.ignore_patterns(STATE))
         self.append([record for _, record in _metrics(other / METRICS) if record["stage"] == name])
         partial.rename(self.stage(name))
 
@@ -160,6 +202,56 @@ class RunDirectory:
             summary[key] = {**summary[key], **value} if both else value
         write_json(path, summary)
         return summary
+
+
+def compare(path: Path, configuration: dict[str, Any], *, create: bool) -> list[Change] | None:
+    """What differs from the configuration of the run that has begun in `path`; None where none has.
+
+    Raises:
+        ConfigError: the run cannot go on with it or, unless `create`, none has begun.
+    """
+    owned = path / CONFIG_FILE
+    if owned.exists():
+        theirs = _read_yaml(owned)
+        if "tasks" not in theirs:
+            raise ConfigError(
+                f"{path} belongs to a run of an earlier mtfast, which did not declare its tasks; go on with "
+                "that version, or choose another --run-dir"
+            )
+        found = list(changes(theirs, configuration))
+        reasons = refused(found, lambda name: _progress(path, name), configuration)
+        if not reasons:
+            return found
+        if any((path / name).exists() for name in (METRICS, *STAGES)):
+            raise ConfigError(
+                f"{path} belongs to a run with another configuration:\n  "
+                + "\n  ".join(reasons)
+                + "\nChoose another --run-dir, or remove that directory."
+            )
+    elif any((path / name).exists() for name in (METRICS, SUMMARY)):
+        raise ConfigError(f"{path} holds another run's files but no {CONFIG_FILE}; choose another --run-dir")
+    if not create:
+        raise ConfigError(f"{path} holds no run with this configuration; train one first")
+    return None
+
+
+def _progress(path: Path, name: StageName) -> Progress | None:
+    """How far a stage of the run in `path` is; None where it has not begun."""
+    stage = path / name
+    if not stage.exists():
+        return None
+    steps = [r for _, r in _metrics(path / METRICS) if r["stage"] == name and "losses" in r]
+    return Progress(
+        steps=max((step["step"] for step in steps), default=0),
+        epochs=max((step["epoch"] + 1 for step in steps), default=0),
+        finished=read_result(stage) is not None,
+        resumable=(stage / STATE / POINTER).exists(),
+    )
+
+
+def _is_planned(stage: dict[str, Any]) -> bool:
+    """Whether the learning rate of a stage depends on how many steps there will be."""
+    return stage["schedule"] != "constant" or stage["warmup_fraction"] > 0
 
 
 def read_result(stage: Path) -> dict[str, Any] | None:
@@ -200,18 +292,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a run's configuration; {remedy}")
     return values
-
-
-def _differences(owner: Any, config: Any, prefix: str = "") -> Iterator[str]:
-    for key in sorted(set(owner) | set(config), key=str):
-        name = f"{prefix}{key}"
-        if key == "run_dir" and not prefix:
-            continue  # the same directory may be reached by another path
-        was, now = owner.get(key), config.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            if name == "tasks" and set(was) == set(now) and list(was) != list(now):
-                # Parameters and outputs follow their order.
-                yield f"tasks: {', '.join(was)} there, {', '.join(now)} here"
-            yield from _differences(was, now, f"{name}.")
-        elif was != now:
-            yield f"{name}: {was!r} there, {now!r} here"

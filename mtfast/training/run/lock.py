@@ -22,7 +22,8 @@ _held: dict[Path, filelock.BaseFileLock] = {}
 
 
 def hold(directory: Path) -> None:
-    """Keep other processes out of `directory`, which is made where it is not there, until this one ends.
+    """Keep other processes out of `directory`, which is made where it is not there, until `release` or until
+    this one ends.
 
     The lock is the kernel's, on a shared file system the server's: it goes however its holder ends. The file
     beside it only tells who that is. A process that has the lock already goes on with it.
@@ -50,6 +51,12 @@ def hold(directory: Path) -> None:
         "command": shlex.join(sys.orig_argv),
     }
     write_json(directory / HOLDER, holder)
+
+
+def release() -> None:
+    """Let other processes into every directory that this one holds."""
+    while _held:
+        _held.popitem()[1].release()
 
 
 def _holder(directory: Path) -> str:

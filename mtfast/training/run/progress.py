@@ -24,7 +24,8 @@ PEAK_FLOPS = {
 }
 PLAIN_LINE_SECONDS = 10.0
 
-_console = Console(highlight=False, soft_wrap=True)
+# Plain lines in a notebook too: a live display there would need widgets.
+_console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
 
 
 def say(text: str) -> None:

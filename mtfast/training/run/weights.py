@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BertConfig
 
-from mtfast.config import ConfigError, DataConfig, ModelConfig
+from mtfast.config import STAGES, ConfigError, DataConfig, ModelConfig, StageName
 from mtfast.data.cache import checksum
-from mtfast.models.checkpoint import LoadReport, load_bert_config, load_pretrained, load_tokenizer
+from mtfast.models.checkpoint import (
+    LoadReport,
+    checksum_of_weights,
+    load_bert_config,
+    load_pretrained,
+    load_tokenizer,
+)
 from mtfast.models.multitask import MultiTaskModel, build_multitask_model
 from mtfast.models.pretraining import PretrainModel, build_pretrain_model
 from mtfast.tasks import MlpConfig, Task
@@ -21,6 +28,8 @@ from mtfast.training.seeds import seed_for
 
 from .directory import RunDirectory
 from .progress import say_once
+
+Finished = Callable[[StageName], bool]
 
 
 @dataclass(frozen=True)
@@ -43,35 +52,93 @@ class Weights:
     seed: int
 
 
-def find_weights(model: ModelConfig, run: RunDirectory, seed: int) -> Weights:
-    """The run's newest weights before fine-tuning: pre-trained encoder and trained heads, if any."""
-    name = model.checkpoint
-    bert = load_bert_config(name)
-    kept = bert.to_dict() | {"transformers_version": None, "_name_or_path": None}
-    ranks.agree(f"the config of {name}", kept)
-    bert.hidden_dropout_prob = bert.attention_probs_dropout_prob = model.dropout_p
-    encoder: str | None = None if model.from_scratch else name
-    if run.result("pretrain") is not None:
-        encoder = str(run.stage("pretrain") / "last")
-    heads = str(run.stage("heads") / "best-mean") if run.result("heads") is not None else None
-    return Weights(bert, load_tokenizer(name), encoder, heads, model.mlp, seed)
+@dataclass(frozen=True)
+class WeightFiles:
+    """Where the weights of a run are.
+
+    described: checkpoint with the encoder's config and the tokenizer.
+    encoder, heads: as in `Weights`.
+    """
+
+    described: str
+    encoder: str | None
+    heads: str | None
 
 
-def best_weights(model: ModelConfig, run: RunDirectory, seed: int) -> Weights:
-    """The run's best weights: fine-tuned if that stage has finished, else with trained heads.
+def newest_files(model: ModelConfig, run: Path, finished: Finished) -> WeightFiles:
+    """A run's newest weights before fine-tuning: pre-trained encoder and trained heads, if any.
+
+    Args:
+        run: the run's directory.
+        finished: whether a stage of the run has.
+    """
+    heads = str(run / "heads" / "best-mean") if finished("heads") else None
+    if finished("pretrain"):
+        encoder = str(run / "pretrain" / "last")
+        return WeightFiles(encoder, encoder, heads)
+    return WeightFiles(model.checkpoint, None if model.from_scratch else model.checkpoint, heads)
+
+
+def best_files(model: ModelConfig, run: Path, finished: Finished) -> WeightFiles:
+    """A run's best weights: fine-tuned if that stage has finished, else with trained heads.
+
+    Arguments are those of `newest_files`.
 
     Raises:
         ConfigError: neither stage has finished.
     """
-    if run.result("finetune") is not None:
-        name = str(run.stage("finetune") / "best-mean")
-        return Weights(load_bert_config(name), load_tokenizer(name), name, None, model.mlp, seed)
-    if run.result("heads") is not None:
-        return find_weights(model, run, seed)
+    if finished("finetune"):
+        best = str(run / "finetune" / "best-mean")
+        return WeightFiles(best, best, None)
+    if finished("heads"):
+        return newest_files(model, run, finished)
     raise ConfigError(
-        f"{run.path} holds no finished heads or finetune stage; train one first "
+        f"{run} holds no finished heads or finetune stage; train one first "
         "(mtfast heads, mtfast finetune or mtfast run)"
     )
+
+
+def read_weights(files: WeightFiles, model: ModelConfig, seed: int) -> Weights:
+    """What a model of these files is made of, without the tensors.
+
+    Raises:
+        CheckpointError: one of the files cannot be used.
+    """
+    bert = load_bert_config(files.described)
+    bert.hidden_dropout_prob = bert.attention_probs_dropout_prob = model.dropout_p
+    tokenizer = load_tokenizer(files.described)
+    return Weights(bert, tokenizer, files.encoder, files.heads, model.mlp, seed)
+
+
+def find_weights(model: ModelConfig, run: RunDirectory, seed: int) -> Weights:
+    """The run's newest weights before fine-tuning, the same on every rank.
+
+    Raises:
+        ConfigError: they are the checkpoint's, and the run has begun with a checkpoint of other weights.
+    """
+    files = newest_files(model, run.path, _finished_in(run))
+    weights = _agreed(files, model, seed)
+    if files.encoder == model.checkpoint:
+        found = ranks.seen_by_main(lambda: checksum_of_weights(model.checkpoint))
+        said = f"the checkpoint {model.checkpoint}"
+        run.confirm("checkpoint", found, STAGES, said, "model.checkpoint")
+    return weights
+
+
+def best_weights(model: ModelConfig, run: RunDirectory, seed: int) -> Weights:
+    """The run's best weights, the same on every rank. Raises ConfigError as `best_files`."""
+    return _agreed(best_files(model, run.path, _finished_in(run)), model, seed)
+
+
+def _finished_in(run: RunDirectory) -> Finished:
+    return lambda name: run.result(name) is not None
+
+
+def _agreed(files: WeightFiles, model: ModelConfig, seed: int) -> Weights:
+    weights = read_weights(files, model, seed)
+    kept = weights.config.to_dict() | {"transformers_version": None, "_name_or_path": None}
+    ranks.agree(f"the config of {files.described}", kept)
+    return weights
 
 
 def check_fit(weights: Weights, name: str, data: DataConfig, *, pretrain: bool, joint: bool) -> None:
@@ -111,39 +178,59 @@ def check_fit(weights: Weights, name: str, data: DataConfig, *, pretrain: bool, 
 def build_pretrain(weights: Weights) -> tuple[PretrainModel, dict[str, Tensor]]:
     """BERT with its pre-training heads, and the tensors of the checkpoint it has no place for.
 
-    Heads that the checkpoint lacks are fresh.
+    Heads that the checkpoint lacks are fresh. Says what was loaded.
     """
-    torch.manual_seed(seed_for(weights.seed))
+    _seed(weights)
     model = build_pretrain_model(weights.config)
-    return model, _load(weights.encoder, model)
+    return model, _announced(weights, model, _fill(weights, model))
 
 
 def build_multitask(weights: Weights, tasks: Mapping[str, Task]) -> tuple[MultiTaskModel, dict[str, Tensor]]:
-    """BERT with the tasks' heads, and the tensors of the checkpoint it has no place for.
+    """`new_multitask`, the same on every rank, and the tensors of the checkpoint it has no place for.
+
+    Says what was loaded.
+    """
+    model, report = new_multitask(weights, tasks)
+    return model, _announced(weights, model, report)
+
+
+def new_multitask(weights: Weights, tasks: Mapping[str, Task]) -> tuple[MultiTaskModel, LoadReport]:
+    """BERT with the tasks' heads, and what was loaded into it; for this process alone, without a word.
 
     The heads are those that a finished stage left, else fresh. Their dropout is the encoder's.
     """
-    torch.manual_seed(seed_for(weights.seed))
+    _seed(weights)
     dropout_p = weights.config.hidden_dropout_prob
     model = build_multitask_model(weights.config, tasks, weights.mlp, dropout_p)
-    return model, _load(weights.encoder, model, weights.heads)
+    return model, _fill(weights, model)
 
 
-def _load(
-    checkpoint: str | None, model: PretrainModel | MultiTaskModel, heads: str | None = None
+def _seed(weights: Weights) -> None:
+    torch.default_generator.manual_seed(seed_for(weights.seed))  # models are made on the host
+
+
+def _fill(weights: Weights, model: PretrainModel | MultiTaskModel) -> LoadReport:
+    """Load the encoder's checkpoint and the heads into the model."""
+    if weights.encoder is None:
+        report = LoadReport("", (), {}, ())
+    else:
+        report = load_pretrained(weights.encoder, model)
+    if weights.heads is not None and isinstance(model, MultiTaskModel):
+        report = replace(report, initialised=load_pretrained(weights.heads, model.heads).initialised)
+    return report
+
+
+def _announced(
+    weights: Weights, model: PretrainModel | MultiTaskModel, report: LoadReport
 ) -> dict[str, Tensor]:
-    """Fill the model from checkpoint and heads, say so, and return the checkpoint's other tensors."""
-    report = LoadReport("", (), {}, ()) if checkpoint is None else load_pretrained(checkpoint, model)
-    said = "the encoder starts from random weights" if checkpoint is None else report.summary()
-    if heads is not None and isinstance(model, MultiTaskModel):
-        load_pretrained(heads, model.heads)
-        fresh = tuple(name for name in report.initialised if not name.startswith("heads."))
-        said = f"{replace(report, initialised=fresh).summary() if checkpoint else said}; heads from {heads}"
+    """Say what was loaded; raise ConfigError where ranks differ in it; the checkpoint's other tensors."""
+    scratch = "the encoder starts from random weights"
+    said = scratch if weights.encoder is None else report.summary()
+    if weights.heads is not None:
+        said += f"; heads from {weights.heads}"
     if ranks.world_size() > 1:
-        weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-        ranks.agree(
-            f"the weights of {' and '.join(filter(None, (checkpoint, heads))) or 'a new model'}",
-            checksum(weights),
-        )
+        arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        origin = " and ".join(filter(None, (weights.encoder, weights.heads))) or "a new model"
+        ranks.agree(f"the weights of {origin}", checksum(arrays))
     say_once(said)
     return report.carried

@@ -17,7 +17,7 @@ from mtfast.data.tokens import TokenizedTask
 from mtfast.files import naming
 from mtfast.models.bert import PackedBert, first_rows
 from mtfast.training.engine import ranks
-from mtfast.training.inputs import EVALUATION_TOKENS
+from mtfast.training.prediction import EVALUATION_TOKENS
 
 SHARED_ROWS = 65536
 

@@ -54,5 +54,6 @@ class Finetune(TaskStage):
             weights.tokenizer,
             tasks=self.tasks,
             mlp=weights.mlp,
+            max_length=next(iter(self.train.values())).sequences.max_length,
             carried=self.carried,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,21 +11,20 @@ from torch import Tensor
 
 from mtfast.config import TaskStageConfig
 from mtfast.data.cs224n import overall_score
-from mtfast.data.packing import PackedBatch, pack_tasks, packed_steps
-from mtfast.data.sampler import Layout, StepPlan, plan_epoch, plan_evaluation
+from mtfast.data.packing import packed_steps
+from mtfast.data.sampler import Layout, StepPlan, plan_epoch
 from mtfast.data.tokens import TokenizedTask
 from mtfast.kinds import predictions_of, task_metrics
 from mtfast.models.bert import mean_seqlen
 from mtfast.models.multitask import token_tasks
 from mtfast.tasks import Split, Task
 from mtfast.training.engine import ranks
-from mtfast.training.inputs import EVALUATION_TOKENS
 from mtfast.training.loop import Batch, Stage
+from mtfast.training.prediction import Forward, in_order, packed_outputs
 from mtfast.training.run.progress import say
 
 Tables = dict[str, TokenizedTask]
 Load = Callable[[Split], Tables]
-Forward = Callable[[PackedBatch], dict[str, Tensor]]
 
 
 class TaskStage(Stage):
@@ -68,22 +66,22 @@ class TaskStage(Stage):
         return torch.stack([losses[name] * task.weight for name, task in self.tasks.items()]).sum()
 
     def evaluate(self) -> dict[str, float] | None:
-        return dev_metrics(self.dev, self.predict_dev())
+        return labelled_metrics(self.dev, self.predict_dev())
 
     @abstractmethod
     def predict_dev(self) -> dict[str, np.ndarray]:
         """Predictions of every dev example in the tables' order, the same on every rank."""
 
 
-def dev_metrics(
+def labelled_metrics(
     tables: Mapping[str, TokenizedTask], predictions: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """`task_metrics`, and the CS 224N overall score where the tasks are the course's; says so where a
-    correlation is undefined."""
+    """`task_metrics` of tables with labels, and the CS 224N overall score where the tasks are the course's;
+    says so where a correlation is undefined."""
     tasks: dict[str, Task] = {}
     labels: dict[str, np.ndarray] = {}
     for name, table in tables.items():
-        assert table.labels is not None  # a dev split without labels is refused when it is read
+        assert table.labels is not None
         tasks[name], labels[name] = table.task, table.labels
         for what, scores in (("predictions", predictions[name]), ("labels", table.labels)):
             if table.task.kind == "regression" and np.ptp(scores) == 0:
@@ -97,28 +95,9 @@ def predict_packed(
     forward: Forward, tables: Mapping[str, TokenizedTask], device: torch.device
 ) -> dict[str, np.ndarray]:
     """Run `forward` over every example once, sharded over the ranks; predictions in input order."""
-    tasks = {name: table.task for name, table in tables.items()}
-    lengths = {name: table.lengths for name, table in tables.items()}
-    parts: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
-    layout = Layout(ranks.rank(), ranks.world_size())
-    for examples in plan_evaluation(lengths, tokens_per_batch=EVALUATION_TOKENS, layout=layout):
-        batch = pack_tasks(tables, examples, {name: 0 for name in tables})
-        with torch.no_grad():
-            outputs = forward(batch.to(device))
-        parts.append({n: (rows, predictions_of(tasks[n], outputs[n])) for n, rows in examples.items()})
-    return in_order(parts, lengths)
-
-
-def in_order(
-    parts: list[dict[str, tuple[np.ndarray, np.ndarray]]], lengths: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """Gather (example indices, predictions) from all ranks into one array per task."""
+    parts = [
+        {name: (rows, predictions_of(tables[name].task, outputs)) for name, (rows, outputs) in part.items()}
+        for part in packed_outputs(forward, tables, device, Layout(ranks.rank(), ranks.world_size()))
+    ]
     gathered = [part for shard in ranks.gather(parts) for part in shard]
-    ordered = {}
-    for task, sizes in lengths.items():
-        values = [part[task] for part in gathered if task in part and len(part[task][0])]
-        result = np.empty(len(sizes), dtype=values[0][1].dtype if values else np.float32)
-        for rows, predictions in values:
-            result[rows] = predictions
-        ordered[task] = result
-    return ordered
+    return {name: in_order(gathered, name, len(table)) for name, table in tables.items()}
