@@ -38,7 +38,7 @@ from mtfast.training.loop import Stage, train_stage
 from mtfast.training.run.directory import FEATURES, RunDirectory, compare
 from mtfast.training.run.progress import say
 from mtfast.training.run.settings import located
-from mtfast.training.run.weights import Weights, best_weights, check_fit, find_weights
+from mtfast.training.run.weights import Weights, best_weights, check_fit, confirm_checkpoint, find_weights
 from mtfast.training.stages.finetune import Finetune
 from mtfast.training.stages.heads import Heads
 from mtfast.training.stages.pretrain import Pretrain
@@ -137,6 +137,7 @@ def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> No
     for later in STAGES[STAGES.index(name) + 1 :]:
         if directory.has_begun(later):
             raise ConfigError(f"{directory.path}: {later} has begun without {name}; choose another --run-dir")
+    confirm_checkpoint(run.weights, config.model, directory)
     _record(directory, config.model.checkpoint, config.engine)
     if same_as is not None and directory.take_over(name, same_as):
         say(f"{name}: taken over from {same_as}, where it is the same")

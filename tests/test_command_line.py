@@ -90,8 +90,14 @@ def test_short_flags_are_the_dotted_ones(flag, capsys):
     ("arguments", "message"),
     [
         (["fly", "paper"], "no command 'fly'"),
-        (["run", "papier"], "no recipe 'papier', and no such file; the recipes are demo, local, paper"),
-        (["finetune"], "finetune needs a recipe, demo, local, paper, exp1, exp2, or a configuration file"),
+        (
+            ["run", "papier"],
+            "no recipe 'papier', and no such file or directory; the recipes are demo, local, paper",
+        ),
+        (
+            ["finetune"],
+            "finetune needs a recipe, demo, local, paper, exp1, exp2, a configuration file or the directory of a",
+        ),
         (["doctor", "demo"], "doctor takes no options, found 'demo'"),
         (["report", "demo", "--run-dir", "no/such/run"], "no/such/run holds no run to report on"),
         (

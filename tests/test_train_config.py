@@ -258,9 +258,9 @@ def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     before = (tmp_path / "run" / "config.yaml").read_text()
     open_directory(config)  # the same configuration continues
     with pytest.raises(
-        ConfigError, match=r"belongs to a run with another.*\n  finetune\.epochs: 48 there, 3 here"
+        ConfigError, match=r"belongs to a run with another.*\n  finetune\.batch_size: 160 there, 3 here"
     ):
-        open_directory(replace(config, finetune=TaskStageConfig(epochs=3)))
+        open_directory(replace(config, finetune=TaskStageConfig(batch_size=3)))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 

@@ -111,18 +111,17 @@ def read_weights(files: WeightFiles, model: ModelConfig, seed: int) -> Weights:
 
 
 def find_weights(model: ModelConfig, run: RunDirectory, seed: int) -> Weights:
-    """The run's newest weights before fine-tuning, the same on every rank.
+    """The run's newest weights before fine-tuning, the same on every rank."""
+    return _agreed(newest_files(model, run.path, _finished_in(run)), model, seed)
 
-    Raises:
-        ConfigError: they are the checkpoint's, and the run has begun with a checkpoint of other weights.
-    """
-    files = newest_files(model, run.path, _finished_in(run))
-    weights = _agreed(files, model, seed)
-    if files.encoder == model.checkpoint:
-        found = ranks.seen_by_main(lambda: checksum_of_weights(model.checkpoint))
-        said = f"the checkpoint {model.checkpoint}"
-        run.confirm("checkpoint", found, STAGES, said, "model.checkpoint")
-    return weights
+
+def confirm_checkpoint(weights: Weights, model: ModelConfig, run: RunDirectory) -> None:
+    """Raises ConfigError where the run's checkpoint is about to be read, and is not what the run has begun
+    with."""
+    name = model.checkpoint
+    if weights.encoder == name:
+        found = ranks.seen_by_main(lambda: checksum_of_weights(name))
+        run.confirm("checkpoint", found, STAGES, f"the checkpoint {name}", "model.checkpoint")
 
 
 def best_weights(model: ModelConfig, run: RunDirectory, seed: int) -> Weights:
