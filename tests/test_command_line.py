@@ -96,7 +96,7 @@ def test_short_flags_are_the_dotted_ones(flag, capsys):
         ),
         (
             ["finetune"],
-            "finetune needs a recipe, demo, local, paper, exp1, exp2, a configuration file or the directory of a",
+            "finetune needs a recipe, demo, local, paper, exp1, exp2, a configuration file or the directory",
         ),
         (["doctor", "demo"], "doctor takes no options, found 'demo'"),
         (["report", "demo", "--run-dir", "no/such/run"], "no/such/run holds no run to report on"),
