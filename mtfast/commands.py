@@ -37,13 +37,14 @@ from mtfast.training.inputs import Inputs
 from mtfast.training.loop import Stage, train_stage
 from mtfast.training.run.directory import FEATURES, RunDirectory, compare
 from mtfast.training.run.progress import say
-from mtfast.training.run.settings import located
+from mtfast.training.run.settings import PLACES, located
 from mtfast.training.run.weights import Weights, best_weights, check_fit, confirm_checkpoint, find_weights
 from mtfast.training.stages.finetune import Finetune
 from mtfast.training.stages.heads import Heads
 from mtfast.training.stages.pretrain import Pretrain
 
 TRAINING_SPLITS: tuple[Split, ...] = ("train", "dev")
+TRAINING = ("prepare", *STAGES, "run", "resume")  # commands that begin a run or go on with it
 
 
 class OpenRun(NamedTuple):
@@ -57,8 +58,8 @@ class OpenRun(NamedTuple):
 def execute(command: str, recipe: str, config: RunConfig, **options: Any) -> None:
     """Carry out a command of the command line for every run of a recipe, with the command's own options."""
     runs, experiment = runs_of(recipe, config), EXPERIMENTS.get(recipe)
-    if experiment is not None and command not in ("report", "push"):
-        ranks.on_main(_write_config, recipe, config)
+    if experiment is not None and command in TRAINING:
+        ranks.on_main(_write_config, recipe, config, list(runs.values()))
     if command in STAGES:
         having_it = [run for run in runs.values() if command in run.stages]
         if not having_it:
@@ -90,8 +91,10 @@ def execute(command: str, recipe: str, config: RunConfig, **options: Any) -> Non
             actions[command](run, **options)
 
 
-def _write_config(recipe: str, config: RunConfig) -> None:
+def _write_config(recipe: str, config: RunConfig, runs: list[RunConfig]) -> None:
     """Give the directory of an experiment the file by which commands find out what it holds."""
+    for run in runs:
+        compare(run.path, to_dict(located(run)), create=True)
     write_text(config.path / CONFIG_FILE, to_yaml({"recipe": recipe, **to_dict(located(config))}))
 
 
@@ -115,11 +118,15 @@ def _report(runs: Mapping[str, RunConfig], directory: Path, experiment: Experime
 
 def prepare(config: RunConfig) -> None:
     """Read, account for and tokenize all data of the run into its cache."""
-    run = _open(config, config.stages)
+    _read(config, _open(config, config.stages).inputs)
+
+
+def _read(config: RunConfig, inputs: Inputs) -> None:
+    """Read all that the run is trained on, which is compared with what it has read before."""
     for split in TRAINING_SPLITS:
-        run.inputs.load(split)
+        inputs.load(split)
     if "pretrain" in config.stages:
-        run.inputs.load_reviews(config.seed)
+        inputs.load_reviews(config.seed)
 
 
 def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> None:
@@ -202,7 +209,13 @@ def _open(config: RunConfig, stages: tuple[StageName, ...]) -> OpenRun:
     weights = find_weights(config.model, directory, config.seed)
     joint = any(task.pair_input == "joint" for task in config.tasks.values())
     check_fit(weights, config.model.checkpoint, config.data, pretrain="pretrain" in stages, joint=joint)
-    return OpenRun(directory, weights, Inputs(config.tasks, _data(config), weights.tokenizer, directory))
+    inputs = Inputs(config.tasks, _data(config), weights.tokenizer, directory)
+    if directory.changes:
+        if any(change.is_one_of(PLACES) for change in directory.changes):
+            confirm_checkpoint(weights, config.model, directory)
+            _read(config, inputs)
+        directory.adopt()
+    return OpenRun(directory, weights, inputs)
 
 
 def _write_demo_corpus(config: RunConfig) -> None:

@@ -1,4 +1,8 @@
-"""Named runs: a recipe is a function that returns a frozen config, and its docstring says what it is."""
+"""Named runs: a recipe is a function that returns a frozen config, and its docstring says what it is.
+
+config = dataclasses.replace(mtfast.recipes.local(), run_dir="runs/mine", seed=1)
+run = mtfast.train(config)
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from mtfast.commands import execute
 from mtfast.config import RunConfig, validate
 from mtfast.files import read_json
+from mtfast.training.engine import ranks
 from mtfast.training.run.directory import SUMMARY
 from mtfast.training.run.lock import release
 
@@ -61,6 +62,7 @@ def train(config: RunConfig) -> Run:
     with _environment_kept():
         try:
             execute("run", "", config)
+            ranks.finish()
         finally:
             release()
     return Run(config.path.absolute())

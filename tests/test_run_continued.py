@@ -15,7 +15,6 @@ from mtfast.data.demo import write_demo_corpus
 from mtfast.files import to_yaml
 from mtfast.recipes import demo, paper
 from mtfast.training.run.directory import compare
-from mtfast.training.run.lock import release
 from mtfast.training.run.settings import FREE, PLACES, Change, located
 
 
@@ -188,10 +187,11 @@ def test_the_same_data_may_lie_elsewhere_and_other_data_may_not(corpus, whole, t
     lines = other / "sst-dev.csv" if (other / "sst-dev.csv").exists() else other / "ids-sst-dev.csv"
     text = lines.read_text(encoding="utf-8")
     lines.write_text(text[: text.rstrip("\n").rindex("\n") + 1], encoding="utf-8")
-    for command in ("evaluate", "resume"):
-        found = refusal([command, str(run), "--data.tasks", str(other)], capsys)
+    before = (run / "config.yaml").read_bytes()
+    for flags in (["evaluate"], ["resume", "--finetune.epochs", "4"]):
+        found = refusal([flags[0], str(run), "--data.tasks", str(other), *flags[1:]], capsys)
         assert f"the dev data of sst in {other} is not what the run in {run} has read in finetune" in found
-    release()
+    assert (run / "config.yaml").read_bytes() == before and (run / "finetune" / "result.json").is_file()
 
 
 def test_another_checkpoint_is_told_by_its_weights(corpus, tmp_path, capsys):
@@ -274,4 +274,17 @@ def test_a_setting_that_no_list_has_may_not_differ(tmp_path):
     changed: RunConfig = replace(config, engine=replace(config.engine, zero_stage=2))
     with pytest.raises(ConfigError, match=r"engine\.zero_stage: 0 there, 2 here"):
         open_directory(changed)
-    open_directory(replace(config, engine=replace(config.engine, activation_checkpointing=True)))
+    open_directory(replace(config, engine=replace(config.engine, activation_checkpointing=True))).adopt()
+    assert "activation_checkpointing: true" in (config.path / "config.yaml").read_text()
+
+
+def test_a_learning_rate_that_follows_the_number_of_steps_is_told(tmp_path, capsys):
+    config = replace(demo(), run_dir=str(tmp_path / "run"))
+    open_directory(config).stage("finetune").mkdir()
+    longer = replace(config, finetune=replace(config.finetune, epochs=20))
+    open_directory(longer).adopt()
+    said = (
+        "finetune.epochs: 12 there, 20 here; the learning rate follows the new number of steps from here on"
+    )
+    assert said in capsys.readouterr().out
+    assert not open_directory(longer).changes

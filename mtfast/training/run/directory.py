@@ -35,12 +35,16 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, configuration: dict[str, Any], *, create: bool = True) -> None:
-        """configuration: of the run, as plain values; what `config.yaml` is to hold. Rank 0's counts."""
+        """configuration: of the run, as plain values; what `config.yaml` is to hold. Rank 0's counts.
+
+        `changes` has what differs from that of the run as it has begun; to be confirmed, then adopted.
+        """
         self.path = path
-        ranks.on_main(self._claim, configuration, create)
+        self.changes: list[Change] = ranks.seen_by_main(lambda: self._claim(configuration, create))
+        self._configuration = configuration
         self._check_shared()
 
-    def _claim(self, configuration: dict[str, Any], create: bool) -> None:
+    def _claim(self, configuration: dict[str, Any], create: bool) -> list[Change]:
         # A directory that is refused is left as it is, without a lock; another process may come before it.
         compare(self.path, configuration, create=create)
         hold(self.path)
@@ -48,30 +52,33 @@ class RunDirectory:
         if found is None:
             write_text(self.path / CONFIG_FILE, to_yaml(configuration))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
-        elif found and create:
-            self._go_on_with(found, configuration)
+        return found or []
 
-    def _go_on_with(self, found: list[Change], configuration: dict[str, Any]) -> None:
-        """Take over another configuration, and say and keep what differs, unless nothing follows from it."""
-        told = [change for change in found if not change.is_one_of(FREE)]
+    def adopt(self) -> None:
+        """Go on with the new configuration; say and keep what differs, unless nothing follows from it."""
+        ranks.on_main(self._adopt)
+        self.changes = []
+
+    def _adopt(self) -> None:
+        told = [change for change in self.changes if not change.is_one_of(FREE)]
         for name in {change.stage for change in told if change.stage}:
             self._reopen(name)
         if told:
             at = {name: made.steps for name in STAGES if (made := _progress(self.path, name))}
-            kept = self._summarize({}).get("changes", [])
+            kept = self._summary().get("changes", [])
             new = [{"field": c.field, "was": c.was, "now": c.now, "at": at} for c in told]
             self._summarize({"changes": kept + [change for change in new if change not in kept]})
             rate = "; the learning rate follows the new number of steps from here on"
             for change in told:
-                planned = change.stage in at and _is_planned(configuration[change.stage])
+                planned = change.stage in at and _is_planned(self._configuration[change.stage])
                 say(f"{self.path} goes on with another setting, {change}{rate if planned else ''}")
-        write_text(self.path / CONFIG_FILE, to_yaml(configuration))
+        write_text(self.path / CONFIG_FILE, to_yaml(self._configuration))
 
     def _reopen(self, name: StageName) -> None:
         """Make a stage unfinished, if it has finished: it goes on from its last state."""
         if (result := self.stage(name) / "result.json").exists():
             result.unlink()
-            summary = self._summarize({})
+            summary = self._summary()
             summary["stages"] = {stage: x for stage, x in summary.get("stages", {}).items() if stage != name}
             kept = {key: value for key, value in summary.items() if key not in ("dev", "test")}
             write_json(self.path / SUMMARY, kept)
@@ -141,7 +148,7 @@ class RunDirectory:
     def _confirm(
         self, what: str, checksum: int, readers: tuple[StageName, ...], text: str, field: str | None
     ) -> None:
-        known = self._summarize({}).get("checksums", {}).get(what)
+        known = self._summary().get("checksums", {}).get(what)
         if known == checksum:
             return
         begun = [name for name in readers if self.stage(name).exists()]
@@ -195,13 +202,16 @@ class RunDirectory:
         return ranks.seen_by_main(lambda: self._summarize(entries))
 
     def _summarize(self, entries: dict[str, Any]) -> dict[str, Any]:
-        path = self.path / SUMMARY
-        summary = read_json(path, "remove it, and the run goes on without it") if path.exists() else {}
+        summary = self._summary()
         for key, value in entries.items():
             both = isinstance(value, dict) and isinstance(summary.get(key), dict)
             summary[key] = {**summary[key], **value} if both else value
-        write_json(path, summary)
+        write_json(self.path / SUMMARY, summary)
         return summary
+
+    def _summary(self) -> dict[str, Any]:
+        path = self.path / SUMMARY
+        return read_json(path, "remove it, and the run goes on without it") if path.exists() else {}
 
 
 def compare(path: Path, configuration: dict[str, Any], *, create: bool) -> list[Change] | None:
