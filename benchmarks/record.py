@@ -63,6 +63,8 @@ def record(run_dir: Path) -> dict[str, Any]:
     checkpoint = shortened(config["model"]["checkpoint"])
     settings = {name: config[name] for name in ("seed", "engine", *config["stages"])}
     settings["model"] = {**config["model"], "checkpoint": checkpoint}
+    if given := config["engine"].get("deepspeed_config"):
+        settings["engine"] = {**config["engine"], "deepspeed_config": shortened(given)}
     settings["tasks"] = {
         name: {**task, "source": task["source"] and shortened(task["source"])}
         for name, task in config["tasks"].items()

@@ -281,6 +281,7 @@ def test_a_setting_that_no_list_has_may_not_differ(tmp_path):
 def test_a_learning_rate_that_follows_the_number_of_steps_is_told(tmp_path, capsys):
     config = replace(demo(), run_dir=str(tmp_path / "run"))
     open_directory(config).stage("finetune").mkdir()
+    begun = (config.path / "config.yaml").stat().st_mtime_ns
     longer = replace(config, finetune=replace(config.finetune, epochs=20))
     open_directory(longer).adopt()
     said = (
@@ -288,3 +289,4 @@ def test_a_learning_rate_that_follows_the_number_of_steps_is_told(tmp_path, caps
     )
     assert said in capsys.readouterr().out
     assert not open_directory(longer).changes
+    assert (config.path / "config.yaml").stat().st_mtime_ns == begun

@@ -72,7 +72,10 @@ class RunDirectory:
             for change in told:
                 planned = change.stage in at and _is_planned(self._configuration[change.stage])
                 say(f"{self.path} goes on with another setting, {change}{rate if planned else ''}")
-        write_text(self.path / CONFIG_FILE, to_yaml(self._configuration))
+        path = self.path / CONFIG_FILE
+        begun = path.stat().st_mtime_ns  # which the file goes on telling
+        write_text(path, to_yaml(self._configuration))
+        os.utime(path, ns=(begun, begun))
 
     def _reopen(self, name: StageName) -> None:
         """Make a stage unfinished, if it has finished: it goes on from its last state."""
