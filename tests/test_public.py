@@ -1,4 +1,4 @@
-"""The package from Python: how little an import loads, and training in an interpreter and in a notebook."""
+"""The package from Python: how little an import loads, and training in a notebook."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import nbclient
 import nbformat
 import pytest
@@ -23,7 +24,7 @@ import mtfast
 before = dict(os.environ)
 config = mtfast.recipes.demo()
 short = dataclasses.replace(config.finetune, max_steps=4, epochs=1)
-config = dataclasses.replace(config, stages=("finetune",), finetune=short, run_dir=RUN_DIR)
+config = dataclasses.replace(config, stages=("finetune",), finetune=short, run_dir="notebook")
 run = mtfast.train(config)
 assert {k: v for k, v in os.environ.items() if k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} == {}
 assert mtfast.train(config) == run
@@ -47,7 +48,6 @@ def python(code: str, cwd: Path) -> str:
     [
         ("import mtfast", HEAVY | {"numpy", "tyro", "yaml"}),
         ("import mtfast; mtfast.Task; mtfast.recipes.demo()", HEAVY),
-        ("import mtfast; mtfast.load", HEAVY - {"torch", "transformers", "pyarrow", "scipy", "pandas"}),
         ("from mtfast import cli; cli.main(['--help'])", HEAVY),
         ("from mtfast import cli; cli.main(['run', 'demo', '--print-config'])", HEAVY),
         ("import contextlib; from mtfast import cli\n"
@@ -65,34 +65,32 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
     return [record["losses"] for record in records if record["kind"] == "step"]
 
 
-def test_training_in_a_script_and_in_a_notebook_leaves_the_losses_of_the_command(tmp_path, monkeypatch):
+def test_training_in_a_notebook_leaves_the_losses_of_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--stages", "finetune", "--finetune.max-steps", "4", "--finetune.epochs", "1"]
     cli.main(["run", "demo", *flags, "--run-dir", "command"])
-    said = python(TRAIN.replace("RUN_DIR", "'script'"), tmp_path)
     for name in LAUNCHERS:  # which the command has set in this process
         monkeypatch.delenv(name, raising=False)
-    cells = [nbformat.v4.new_code_cell(TRAIN.replace("RUN_DIR", "'notebook'"))]
     notebook = nbclient.execute(
-        nbformat.v4.new_notebook(cells=cells),
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TRAIN)]),
         cwd=str(tmp_path),
         timeout=120,
         kernel_name="python3",
     )
     printed = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
     dev = json.loads((tmp_path / "command" / "summary.json").read_text())["dev"]["mean"]
-    assert f"dev {dev} True" in said and f"dev {dev} True" in printed
+    assert f"dev {dev} True" in printed
     assert len(losses(tmp_path / "command")) == 4
-    assert losses(tmp_path / "script") == losses(tmp_path / "notebook") == losses(tmp_path / "command")
+    assert losses(tmp_path / "notebook") == losses(tmp_path / "command")
 
 
-def test_a_run_stands_for_its_directory_and_can_be_opened_by_others(tmp_path, monkeypatch):
+def test_a_run_stands_for_its_directory_and_nobody_holds_it_any_more(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo = mtfast.recipes.demo()
     finetune = replace(demo.finetune, max_steps=2, epochs=1)
     run = mtfast.train(replace(demo, stages=("finetune",), finetune=finetune, run_dir="run"))
     assert os.fspath(run) == str(tmp_path / "run")
-    python("from mtfast import cli; cli.main(['evaluate', 'run'])", tmp_path)  # nobody holds it any more
+    filelock.FileLock(tmp_path / "run" / "run.lock").acquire(timeout=0).lock.release()
     assert mtfast.load(run).predict("sst", "a fine film .").labels.shape == (1,)
 
 
