@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Python compiles what is imported when it is first imported: the most part never is.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Two files of tests at a time, with one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
@@ -29,10 +31,10 @@ export BUILD_REQUIREMENTS
 
 $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.* csrc/device/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PIP) --upgrade pip
 	$(BIN)/python -c "$$BUILD_REQUIREMENTS" > .venv/build-requirements.txt
-	$(BIN)/python -m pip install --quiet --requirement .venv/build-requirements.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,lint]'
+	$(PIP) --requirement .venv/build-requirements.txt
+	$(PIP) --no-build-isolation --editable '.[test,lint]'
 	touch $@
 
 demo: install
