@@ -111,6 +111,8 @@ class Model:
         Raises:
             ConfigError: there is no such task, or the model has no task heads.
             ValueError: an item of `texts` is not what the task takes; the message has its index.
+
+        The same texts give the same bits; among other texts a text may come out different by rounding.
         """
         declared, whole = self.declared(task), self._whole
         assert whole is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import math
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +47,9 @@ def stop() -> None:
 
 
 def _deepspeed() -> Any:
-    deepspeed = importlib.import_module("deepspeed")
+    # What it tries to compile it silences through sys.stderr, which is not the process's own in a notebook.
+    with contextlib.redirect_stderr(sys.__stderr__):
+        deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that newer versions of torch have replaced.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

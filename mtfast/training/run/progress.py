@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import sys
 import time
 from types import TracebackType
 
@@ -24,8 +25,9 @@ PEAK_FLOPS = {
 }
 PLAIN_LINE_SECONDS = 10.0
 
-# Plain lines in a notebook too: a live display there would need widgets.
-_console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
+# In a notebook plain lines: it takes colours, as a terminal does, but a line cannot be written over.
+_notebook = False if "ipykernel" in sys.modules else None
+_console = Console(highlight=False, soft_wrap=True, force_jupyter=_notebook, force_terminal=_notebook)
 
 
 def say(text: str) -> None:
