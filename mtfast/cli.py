@@ -67,7 +67,7 @@ class PredictOptions:
 
 @dataclass(frozen=True)
 class PushOptions:
-    repo_id: tyro.conf.Positional[str]
+    repo_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]
     """Name on the hub: owner/name."""
     private: bool = False
     """Make the repository private."""
