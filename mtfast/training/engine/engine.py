@@ -47,14 +47,15 @@ def stop() -> None:
 
 
 def _deepspeed() -> Any:
-    # What it tries to compile it silences through sys.stderr, which is not the process's own in a notebook.
+    # What it tries to link, when it is imported or asked what it can do, it silences through sys.stderr,
+    # which in a notebook is not where a linker writes.
     with contextlib.redirect_stderr(sys.__stderr__):
         deepspeed = importlib.import_module("deepspeed")
+        # An optional intra-node collective that it would compile at start on CPU; gloo serves alone.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that newer versions of torch have replaced.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # An optional intra-node collective that DeepSpeed would compile at start on CPU; gloo serves alone.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
