@@ -151,12 +151,12 @@ def _task_of(model: Model, task: str | None) -> str:
 
 
 def _refuse_output(input: str, output: str) -> None:
-    there = Path(output).expanduser()
+    there, read = Path(output).expanduser(), Path(input).expanduser()
     if output == "-":
         return
     if there.is_dir():
         raise ConfigError(f"the output {output} is a directory; name a file in it")
-    if input != "-" and there.exists() and Path(input).expanduser().exists() and there.samefile(Path(input)):
+    if input != "-" and there.exists() and read.exists() and there.samefile(read):
         raise ConfigError(f"the output {output} is the input; name another file")
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from mtfast.commands import execute
 from mtfast.config import RunConfig, validate
-from mtfast.files import read_json
 from mtfast.training.engine import ranks
-from mtfast.training.run.directory import SUMMARY
+from mtfast.training.run.directory import read_summary
 from mtfast.training.run.lock import release
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -36,7 +35,7 @@ class Run(os.PathLike[str]):
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """The metrics of its best weights, by the splits that were evaluated: dev, and test if asked for."""
-        summary = read_json(self.path / SUMMARY, "evaluate the run again")
+        summary = read_summary(self.path)
         return {split: summary[split] for split in ("dev", "test") if split in summary}
 
     @property

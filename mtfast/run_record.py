@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtfast.config import RunConfig
+from mtfast.config import CONFIG_FILE, RunConfig
 from mtfast.config_file import read_config_file
-from mtfast.files import read_json
 from mtfast.plots import is_number
 from mtfast.recipes import PAPER_TASKS, RECIPES
 from mtfast.tasks import Task
+from mtfast.training.run.directory import METRICS, read_summary
 
 
 class Choice(NamedTuple):
@@ -105,22 +105,21 @@ def read_run(run_dir: str | Path) -> RunRecord:
         raise FileNotFoundError(f"run_dir: {directory} is not a directory")
     latest: dict[str, dict[tuple[str, int], dict[str, Any]]] = {"step": {}, "eval": {}}
     torn = 0
-    for line in _text(directory / "metrics.jsonl").splitlines():
+    for line in _text(directory / METRICS).splitlines():
         try:
             record = json.loads(line)
             latest.get(record["kind"], {})[record["stage"], int(record["step"])] = record
         except (ValueError, KeyError, TypeError):
             torn += 1
-    summary = directory / "summary.json"
     by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {"step": {}, "eval": {}}
     for kind, records in latest.items():
         for (stage, _), record in sorted(records.items(), key=lambda item: item[0]):
             by_stage[kind].setdefault(stage, []).append(record)
-    config, text = directory / "config.yaml", _text(directory / "config.yaml")
+    config, text = directory / CONFIG_FILE, _text(directory / CONFIG_FILE)
     declared = re.search("^tasks:", text, re.MULTILINE)
     return RunRecord(
         directory=directory,
-        summary=read_json(summary, "remove it, and the run goes on without it") if summary.is_file() else {},
+        summary=read_summary(directory),
         steps=by_stage["step"],
         evaluations=by_stage["eval"],
         text=text,

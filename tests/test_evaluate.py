@@ -261,11 +261,13 @@ def test_bytes_that_are_no_text_are_told_with_their_line(model, tmp_path):
         predict_file(model, "stars", str(tmp_path / "in.txt"), "-", strict=False)
 
 
-def test_the_output_is_neither_a_directory_nor_the_input(model, tmp_path):
+def test_the_output_is_neither_a_directory_nor_the_input(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     source = tmp_path / "in.txt"
     source.write_text("good\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="is a directory; name a file in it"):
         predict_file(model, "stars", str(source), str(tmp_path), strict=False)
-    with pytest.raises(ConfigError, match="is the input; name another file"):
-        predict_file(model, "stars", str(source), str(source), strict=False)
+    for path in (str(source), "~/in.txt"):
+        with pytest.raises(ConfigError, match="is the input; name another file"):
+            predict_file(model, "stars", path, path, strict=False)
     assert source.read_text(encoding="utf-8") == "good\n"

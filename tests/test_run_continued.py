@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_launch import flags
 
 from mtfast import cli
 from mtfast.commands import open_directory
@@ -38,8 +39,7 @@ def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
         "log-every": 2,
         **more,
     }
-    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    return ["--stages", "finetune", *flags]
+    return ["--stages", "finetune", *flags(values)]
 
 
 def records(run_dir: Path, kind: str) -> list[tuple[int, object]]:
@@ -101,7 +101,7 @@ def test_a_run_that_goes_on_with_the_same_settings_has_nothing_to_do(whole, caps
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("changed", "said"),
     [
         (["--finetune.learning-rate", "0.5"], "finetune.learning_rate: 0.001 there, 0.5 here"),
         (["--seed", "1"], "seed: 0 there, 1 here"),
@@ -121,9 +121,9 @@ def test_a_run_that_goes_on_with_the_same_settings_has_nothing_to_do(whole, caps
     ],
 )
 @pytest.mark.parametrize("command", ["resume", "predict"])
-def test_what_changes_results_is_named_with_both_values(whole, flags, said, command, capsys):
+def test_what_changes_results_is_named_with_both_values(whole, changed, said, command, capsys):
     before = {path: path.read_bytes() for path in whole.iterdir() if path.is_file()}
-    found = refusal([command, str(whole), "--log-every", "7", *flags], capsys)
+    found = refusal([command, str(whole), "--log-every", "7", *changed], capsys)
     assert said in found and "log_every" not in found
     assert {path: path.read_bytes() for path in whole.iterdir() if path.is_file()} == before
 
@@ -188,8 +188,8 @@ def test_the_same_data_may_lie_elsewhere_and_other_data_may_not(corpus, whole, t
     text = lines.read_text(encoding="utf-8")
     lines.write_text(text[: text.rstrip("\n").rindex("\n") + 1], encoding="utf-8")
     before = (run / "config.yaml").read_bytes()
-    for flags in (["evaluate"], ["resume", "--finetune.epochs", "4"]):
-        found = refusal([flags[0], str(run), "--data.tasks", str(other), *flags[1:]], capsys)
+    for command, *more in (["evaluate"], ["resume", "--finetune.epochs", "4"]):
+        found = refusal([command, str(run), "--data.tasks", str(other), *more], capsys)
         assert f"the dev data of sst in {other} is not what the run in {run} has read in finetune" in found
     assert (run / "config.yaml").read_bytes() == before and (run / "finetune" / "result.json").is_file()
 

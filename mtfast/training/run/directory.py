@@ -65,7 +65,7 @@ class RunDirectory:
             self._reopen(name)
         if told:
             at = {name: made.steps for name in STAGES if (made := _progress(self.path, name))}
-            kept = self._summary().get("changes", [])
+            kept = read_summary(self.path).get("changes", [])
             new = [{"field": c.field, "was": c.was, "now": c.now, "at": at} for c in told]
             self._summarize({"changes": kept + [change for change in new if change not in kept]})
             rate = "; the learning rate follows the new number of steps from here on"
@@ -81,7 +81,7 @@ class RunDirectory:
         """Make a stage unfinished, if it has finished: it goes on from its last state."""
         if (result := self.stage(name) / "result.json").exists():
             result.unlink()
-            summary = self._summary()
+            summary = read_summary(self.path)
             summary["stages"] = {stage: x for stage, x in summary.get("stages", {}).items() if stage != name}
             kept = {key: value for key, value in summary.items() if key not in ("dev", "test")}
             write_json(self.path / SUMMARY, kept)
@@ -151,7 +151,7 @@ class RunDirectory:
     def _confirm(
         self, what: str, checksum: int, readers: tuple[StageName, ...], text: str, field: str | None
     ) -> None:
-        known = self._summary().get("checksums", {}).get(what)
+        known = read_summary(self.path).get("checksums", {}).get(what)
         if known == checksum:
             return
         begun = [name for name in readers if self.stage(name).exists()]
@@ -205,16 +205,12 @@ class RunDirectory:
         return ranks.seen_by_main(lambda: self._summarize(entries))
 
     def _summarize(self, entries: dict[str, Any]) -> dict[str, Any]:
-        summary = self._summary()
+        summary = read_summary(self.path)
         for key, value in entries.items():
             both = isinstance(value, dict) and isinstance(summary.get(key), dict)
             summary[key] = {**summary[key], **value} if both else value
         write_json(self.path / SUMMARY, summary)
         return summary
-
-    def _summary(self) -> dict[str, Any]:
-        path = self.path / SUMMARY
-        return read_json(path, "remove it, and the run goes on without it") if path.exists() else {}
 
 
 def compare(path: Path, configuration: dict[str, Any], *, create: bool) -> list[Change] | None:
@@ -265,6 +261,17 @@ def _progress(path: Path, name: StageName) -> Progress | None:
 def _is_planned(stage: dict[str, Any]) -> bool:
     """Whether the learning rate of a stage depends on how many steps there will be."""
     return stage["schedule"] != "constant" or stage["warmup_fraction"] > 0
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What summary.json of the run in `path` holds, empty where there is none. For this process alone, with
+    no lock.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    summary = path / SUMMARY
+    return read_json(summary, "remove it, and the run goes on without it") if summary.exists() else {}
 
 
 def read_result(stage: Path) -> dict[str, Any] | None:
