@@ -57,9 +57,9 @@ class DataConfig:
 class EngineConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations in the steps; the optimizer always holds float32 weights."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 gradients, 3 weights).
-    In bf16, 0 runs as 1: the same update, made faster."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 gradients, 3 weights). None
+    is 0 for one process and 1 for several; in bf16 several run 0 as 1."""
     optimizer: Literal["adamw", "deepspeed-adam", "apex-adam"] = "adamw"
     """torch's fused AdamW, DeepSpeed's FusedAdam, or NVIDIA apex's FusedAdam."""
     activation_checkpointing: bool = False

@@ -68,7 +68,6 @@ def local() -> RunConfig:
         # The squared error on a scale of 0 to 5 is the largest of the three losses by far.
         tasks=PAPER_TASKS | {"sts": replace(PAPER_TASKS["sts"], weight=0.5)},
         data=DataConfig(max_reviews=2000, review_max_length=256),
-        engine=EngineConfig(zero_stage=0),
         pretrain=PretrainConfig(
             epochs=1,
             batch_size=32,
@@ -97,7 +96,7 @@ def demo() -> RunConfig:
         data=DataConfig(
             tasks=DEMO_CORPUS, reviews=f"{DEMO_CORPUS}/imdb", max_length=64, review_max_length=128
         ),
-        engine=EngineConfig(precision="fp32", zero_stage=0),
+        engine=EngineConfig(precision="fp32"),
         pretrain=PretrainConfig(
             epochs=4, batch_size=32, learning_rate=1e-3, schedule="linear", warmup_fraction=0.1
         ),

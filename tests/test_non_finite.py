@@ -23,7 +23,7 @@ from mtfast.training.engine import engine as engine_module
 from mtfast.training.loop import NonFinite, Stage, train_stage
 from mtfast.training.stages.task_stage import labelled_metrics
 
-KINDS = [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
+KINDS = [("fp32", 0), ("bf16", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
 
 
 @pytest.fixture

@@ -15,14 +15,15 @@ AUTO = "auto"
 def deepspeed_config(
     engine: EngineConfig, stage: StageConfig, stage_name: str, world_size: int, *, float32: bool = False
 ) -> dict[str, Any]:
-    """The DeepSpeed configuration of one stage.
+    """The DeepSpeed configuration of one stage. Without ZeRO the optimizer is one that clips, and keeps
+    float32 copies of bf16 weights, by itself (`WholeOptimizer`), so DeepSpeed is told of neither.
 
     A user's JSON (`engine.deepspeed_config`) may set anything that the run's configuration does not
     decide; what the run decides may be left out, be "auto", or agree.
 
     Args:
         float32: the stage keeps its weights in float32 whatever `engine.precision` is (and computes in bf16
-            under autocast). On one rank it then runs without ZeRO, which would have nothing to shard.
+            under autocast).
 
     Raises:
         ConfigError: the batch does not divide, the JSON cannot be read, or it contradicts the run's
@@ -41,7 +42,7 @@ def deepspeed_config(
         "gradient_clipping": stage.gradient_clipping,
         "bf16": {"enabled": engine.precision == "bf16"},
         "fp16": {"enabled": False},
-        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_optimization": {} if engine.zero_stage is None else {"stage": engine.zero_stage},
     }
     # The optimizer is built here and handed over; a JSON may still describe it, and must then agree.
     optimizer = {
@@ -63,6 +64,9 @@ def deepspeed_config(
         conflicts.append(
             "activation_checkpointing: layers do it themselves; set engine.activation_checkpointing"
         )
+    said = given.get("zero_optimization", {})
+    if isinstance(said, dict) and said.get("stage", AUTO) not in (AUTO, 0, 1, 2, 3):
+        conflicts.append(f'zero_optimization.stage: {said["stage"]!r} is none of 0, 1, 2, 3 and "auto"')
     if conflicts:
         raise ConfigError(
             f"{engine.deepspeed_config} contradicts the configuration of {stage_name}:\n  "
@@ -70,15 +74,27 @@ def deepspeed_config(
             + '\nChange one of the two, or write "auto" in the JSON to take the run\'s value.'
         )
     extra = {key: value for key, value in given.items() if key not in ("optimizer", "scheduler")}
-    if float32:
+    stage_of_zero = _zero_stage(engine, extra.get("zero_optimization", {}), world_size, float32)
+    decided["zero_optimization"] = {"stage": stage_of_zero}
+    if float32 or stage_of_zero == 0:
         decided["bf16"] = {"enabled": False}
-        if world_size == 1 and set(extra.get("zero_optimization", {})) <= {"stage"}:
-            decided["zero_optimization"] = {"stage": 0}
-    elif engine.precision == "bf16" and engine.zero_stage == 0:
-        # Without ZeRO, DeepSpeed's bf16 optimizer goes through the weights one by one and reads each
-        # gradient's norm back to the host. ZeRO 1 makes the same update without that.
-        decided["zero_optimization"] = {"stage": 1}
+    if stage_of_zero == 0:
+        decided["gradient_clipping"] = 0.0
     return _merge(_merge(_defaults(decided, extra), extra), decided)
+
+
+def _zero_stage(engine: EngineConfig, given: dict[str, Any], world_size: int, float32: bool) -> int:
+    """What is sharded. Unless the run or the JSON decides, optimizer state where there are ranks to share it
+    or the JSON tunes ZeRO; heads in float32 are too few for more than that to matter."""
+    said = given.get("stage", AUTO)
+    stage = said if engine.zero_stage is None else engine.zero_stage
+    alone = world_size == 1 and not given.keys() - {"stage"}
+    if stage == AUTO or (float32 and alone):
+        return 0 if alone else 1
+    if stage == 0 and world_size > 1 and engine.precision == "bf16" and not float32:
+        # DeepSpeed would add up gradients over ranks in bf16 alone. ZeRO 1 makes the same update.
+        return 1
+    return stage
 
 
 def _defaults(decided: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

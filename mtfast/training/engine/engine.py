@@ -21,6 +21,7 @@ from mtfast.config import ConfigError, EngineConfig, StageConfig
 
 from . import ranks, state
 from .deepspeed_config import deepspeed_config
+from .optimizer import WholeOptimizer, maker, parameter_groups
 
 
 def start() -> torch.device:
@@ -83,24 +84,39 @@ class Engine:
                 f"{stage_name}.non_finite skip does not go with DeepSpeed's zenflow, which updates a part of "
                 f"the weights outside the step; use {stage_name}.non_finite stop"
             )
-        self._bf16 = self._settings["bf16"]["enabled"]
+        self._bf16 = config.precision == "bf16" and not float32
         self.precision = config.precision
         self.capturable = self._is_capturable(config, stage)
-        exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        optimizer = _optimizer(model, config, stage, self.capturable)
+        self._module = model
+        self._parameters = dict(model.named_parameters())
+        exact: dict[str, Tensor] = {}
+        make = maker(config, stage, self.capturable)
+        self._whole: WholeOptimizer | None = None
+        optimizer: torch.optim.Optimizer
+        if self._zero_stage == 0:
+            model.to(_device())
+            optimizer = self._whole = WholeOptimizer(
+                parameter_groups(model, stage),
+                make,
+                copies=self._bf16,
+                clipping=stage.gradient_clipping,
+                skip_non_finite=stage.non_finite == "skip",
+            )
+            model.to(torch.bfloat16 if self._bf16 else None)
+        else:
+            exact = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+            optimizer = make(parameter_groups(model, stage))
         self._engine, _, _, _ = _deepspeed().initialize(
             model=model, optimizer=optimizer, config=self._settings
         )
         self.model = self._engine  # what is called
-        self._module = model
-        self._parameters = dict(model.named_parameters())
         self._learning_rate = torch.zeros((), device=self.device) if self.capturable else None
-        if self._bf16:
+        if self._bf16 and self._zero_stage > 0:
             self._set_masters(exact)
-        if self._zero_stage == 0 and ranks.world_size() == 1:
+        if self._whole is not None and ranks.world_size() == 1:
             self._engine.enable_backward_allreduce = False  # which would copy the gradients there and back
-        if stage.non_finite == "skip":
-            self._skip_non_finite()
+        if stage.non_finite == "skip" and self._zero_stage > 0:
+            self._engine.optimizer.check_grad_overflow = True  # ZeRO 3 looks in any case
 
     def _is_capturable(self, config: EngineConfig, stage: StageConfig) -> bool:
         """Whether a step, from the forward pass to the update, can be recorded as a CUDA graph."""
@@ -110,30 +126,8 @@ class Engine:
             and self._zero_stage == 0
             and config.optimizer == "adamw"
             and stage.accumulation == 1
-            and stage.gradient_clipping == 0.0  # DeepSpeed's clipping copies the limit from the host
             and stage.non_finite == "stop"  # skipping is the host's decision
         )
-
-    def _skip_non_finite(self) -> None:
-        """Leave out updates whose gradients are not finite, on every rank alike; DeepSpeed counts them.
-
-        ZeRO 3 does so by itself, ZeRO 1 and 2 where it is set. Without ZeRO it leaves that to the optimizer,
-        and every rank has the same gradients.
-        """
-        optimizer = self._engine.optimizer
-        if self._zero_stage > 0:
-            optimizer.check_grad_overflow = True
-            return
-        update = optimizer.step
-
-        def step() -> None:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            largest = nn.utils.get_total_norm([g for g in gradients if g is not None], math.inf)
-            optimizer.overflow = not math.isfinite(largest)
-            if not optimizer.overflow:
-                update()
-
-        optimizer.step = step
 
     @property
     def skipped(self) -> int:
@@ -151,6 +145,8 @@ class Engine:
     def step(self, loss: Tensor) -> None:
         """Backward pass of one micro-batch; the last of a step also updates the weights."""
         self._engine.backward(loss)
+        if self._whole is not None:
+            self._whole.accumulate()
         self._engine.step()
 
     def first_non_finite(self) -> str | None:
@@ -197,7 +193,9 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self._parameters.items():
-            if not self._bf16 and self._zero_stage < 3:
+            if self._whole is not None:
+                full = self._whole.master_of[parameter].data
+            elif not self._bf16 and self._zero_stage < 3:
                 full = parameter.data
             else:
                 full = safe_get_full_fp32_param(parameter)
@@ -274,30 +272,10 @@ def parameter_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _optimizer(
-    model: nn.Module, config: EngineConfig, stage: StageConfig, capturable: bool
-) -> torch.optim.Optimizer:
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if stage.decay_all:
-        groups = [{"params": [p for _, p in trained], "weight_decay": stage.weight_decay}]
-    else:
-        # Biases and LayerNorm weights are the vectors.
-        groups = [
-            {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": stage.weight_decay},
-            {"params": [p for _, p in trained if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-    settings: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": 1e-8}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True, capturable=capturable, **settings)
-    if not torch.cuda.is_available():
-        raise ConfigError(f"engine.optimizer {config.optimizer!r} needs a GPU; use 'adamw' here")
-    if config.optimizer == "deepspeed-adam":
-        return _deepspeed().ops.adam.FusedAdam(groups, adam_w_mode=True, **settings)
-    try:
-        from apex.optimizers import FusedAdam
-    except ImportError as error:
-        raise ConfigError(
-            "engine.optimizer 'apex-adam' needs NVIDIA apex, which is built from its own repository; "
-            f"the PyPI package called apex is an unrelated web toolkit ({error})"
-        ) from error
-    return FusedAdam(groups, adam_w_mode=True, **settings)
+def _device() -> torch.device:
+    """This rank's, after `start`."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
