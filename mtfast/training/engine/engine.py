@@ -1,4 +1,4 @@
-"""DeepSpeed, and nothing else of it anywhere else: one engine for every stage, launcher and ZeRO stage."""
+"""DeepSpeed for every stage, launcher and ZeRO stage in one class; no other package of mtfast knows of it."""
 
 from __future__ import annotations
 
