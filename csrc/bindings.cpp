@@ -7,6 +7,8 @@ STABLE_TORCH_LIBRARY(mtfast, m) {
   m.def("mask_tokens(Tensor input_ids, Tensor? positions, Tensor? cu_seqlens, Tensor? subword, int[] special_ids, int mask_token_id, int vocab_size, int seed, float mlm_probability, float mask_fraction, float random_fraction, bool exact) -> (Tensor, Tensor)");
   m.def("concat_mlp(Tensor u, Tensor v, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? u_rows, Tensor? v_rows, int activation, float dropout_p, Tensor? seed, bool save_hidden) -> (Tensor, Tensor)");
   m.def("concat_mlp_backward(Tensor dy, Tensor u, Tensor v, Tensor weight1, Tensor weight2, Tensor z, Tensor? u_rows, Tensor? v_rows, int activation, float dropout_p, Tensor? seed, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("bias_gelu(Tensor x, Tensor? bias) -> Tensor");
+  m.def("bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)");
   m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, float softmax_scale, Tensor? seed) -> (Tensor, Tensor)");
   m.def("packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, float softmax_scale, Tensor? seed) -> (Tensor, Tensor, Tensor)");
   m.def("packed_attention_qkv(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, float softmax_scale, Tensor? seed) -> (Tensor, Tensor)");

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "concat_mlp.h"
-#include "simd_isa.h"
+#include "gelu_simd.h"
 
 namespace mtfast::concat_mlp {
 namespace {
@@ -37,13 +37,8 @@ MTFAST_INLINE V keep_factor(u32x16 draws, uint32_t threshold, V scale) {
   return select<isa, Less>(draws, u32x16{} + (threshold << 16), V{}, scale);
 }
 
-template <class V>
-MTFAST_INLINE V normal_cdf(V x) {
-  return splat<V>(0.5) * (splat<V>(1) + erf(x * splat<V>(0.70710678118654752)));
-}
-
-// h = act(x), and with kSlope dh/dx.
-template <Isa isa, bool kSlope, class V, int kCount>
+// h = act(x), and with kSlope dh/dx, as exactly as T can tell.
+template <Isa isa, class T, bool kSlope, class V, int kCount>
 MTFAST_INLINE void activate(Activation activation, V (&x)[kCount], V (&slope)[kCount]) {
   switch (activation) {
     case Activation::kRelu:
@@ -54,9 +49,9 @@ MTFAST_INLINE void activate(Activation activation, V (&x)[kCount], V (&slope)[kC
       break;
     case Activation::kGelu:
       for (int j = 0; j < kCount; ++j) {
-        const V cdf = normal_cdf(x[j]);
-        if (kSlope) slope[j] = cdf + x[j] * exp(x[j] * x[j] * splat<V>(-0.5)) * splat<V>(0.39894228040143268);
-        x[j] *= cdf;
+        const auto normal = gelu::normal<isa, T>(x[j]);
+        if (kSlope) slope[j] = normal.slope(normal, x[j]);
+        x[j] = normal.value(normal, x[j]);
       }
       break;
     default:  // kTanh
@@ -103,7 +98,7 @@ struct ForwardRows {
           const int64_t column = first + j * kLanes;
           h[j] = column < inner ? load(z + (row - begin) * inner + column, inner - column) : V{};
         }
-        activate<isa, false>(layer.activation, h, unused);
+        activate<isa, T, false>(layer.activation, h, unused);
         if (layer.threshold != 0) {
           draw_strip<isa>(seed, row, first, draws);
           for (int j = 0; j < kStripVectors; ++j)
@@ -143,7 +138,7 @@ struct BackwardRows {
         V h[kFewRows], slope[kFewRows], grad[kFewRows] = {}, total = {};
         for (int64_t i = 0; i < kFewRows; ++i)
           h[i] = i < rows ? load(z + (begin + i) * inner + column, inner - column) : V{};
-        activate<isa, true>(layer.activation, h, slope);
+        activate<isa, T, true>(layer.activation, h, slope);
         if (layer.threshold != 0)
           for (int64_t i = 0; i < rows; ++i) {
             const V factor =

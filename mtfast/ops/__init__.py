@@ -1,5 +1,6 @@
 """Fused operations: each usable on its own, each with an eager reference `x_ref`."""
 
+from mtfast.ops.bias_gelu import bias_gelu, bias_gelu_ref
 from mtfast.ops.concat_mlp import ConcatMLP, concat_mlp, concat_mlp_ref
 from mtfast.ops.mask_tokens import MaskedTokens, exact_count, mask_tokens, mask_tokens_ref
 from mtfast.ops.packed_attention import (
@@ -15,6 +16,8 @@ __all__ = [
     "ConcatMLP",
     "MaskedTokens",
     "PackedSelfAttention",
+    "bias_gelu",
+    "bias_gelu_ref",
     "concat_mlp",
     "concat_mlp_ref",
     "exact_count",
