@@ -16,18 +16,74 @@ constexpr int64_t kGrain = 16384;    // elements that are worth a thread
 constexpr int64_t kFewRows = 32;     // summed before the sum is carried on in double
 constexpr int64_t kMostChunks = 64;  // of rows, each with sums of its own
 
-int64_t padded(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
+// What a step takes of a row: two vectors. In bfloat16 they are the even and the odd columns, which a shift
+// and a mask tell apart; sums and the widened bias keep the same order.
+constexpr int64_t kStep = 2 * kLanes;
+
+int64_t padded(int64_t columns) { return (columns + kStep - 1) / kStep * kStep; }
 
 template <class T>
 using Scalar = typename Compute<T>::scalar;
 
-// In the type of the arithmetic, with zeros up to a whole number of vectors; nothing of null.
+template <class V>
+struct Two {
+  V x[2];
+};
+
+template <class T>
+MTFAST_INLINE Two<typename Compute<T>::vec> unpack_two(const T* p) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    u32x16 both;
+    std::memcpy(&both, p, sizeof both);
+    return {reinterpret_cast<f32x16>(both << 16), reinterpret_cast<f32x16>(both & 0xffff0000u)};
+  } else {
+    return {unpack(p), unpack(p + kLanes)};
+  }
+}
+
+// To nearest, ties to even, in the upper half. A NaN must have nothing in the lower one, which holds where it
+// comes from arithmetic on 16 bits alone.
+MTFAST_INLINE u32x16 rounded(f32x16 x) {
+  const u32x16 w = reinterpret_cast<u32x16>(x);
+  return w + 0x7fffu + (w >> 16 & 1u);
+}
+
+template <class T, class V>
+MTFAST_INLINE void pack_two(T* p, const Two<V>& from) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const u32x16 both = rounded(from.x[0]) >> 16 | (rounded(from.x[1]) & 0xffff0000u);
+    std::memcpy(p, &both, sizeof both);
+  } else {
+    pack(p, from.x[0]);
+    pack(p + kLanes, from.x[1]);
+  }
+}
+
+// The same at the end of a row, as load and store of simd.h.
+template <class T>
+MTFAST_INLINE auto load_two(const T* p, int64_t count) {
+  if (count >= kStep) return unpack_two(p);
+  T tail[kStep] = {};
+  std::memcpy(tail, p, static_cast<size_t>(count) * sizeof(T));
+  return unpack_two(tail);
+}
+
+template <class T, class V>
+MTFAST_INLINE void store_two(T* p, const Two<V>& x, int64_t count) {
+  if (count >= kStep) return pack_two(p, x);
+  T tail[kStep];
+  pack_two(tail, x);
+  std::memcpy(p, tail, static_cast<size_t>(count) * sizeof(T));
+}
+
+// In the type of the arithmetic and the order of steps, with zeros up to a whole number of them; nothing of
+// null.
 template <class T>
 std::vector<Scalar<T>> widened(const void* bias, int64_t columns) {
   if (bias == nullptr) return {};
   std::vector<Scalar<T>> to(padded(columns));
-  for (int64_t i = 0; i < columns; i += kLanes)
-    pack(to.data() + i, load(static_cast<const T*>(bias) + i, columns - i));
+  for (int64_t i = 0; i < columns; i += kStep)
+    pack_two(to.data() + i, load_two(static_cast<const T*>(bias) + i, columns - i));
   return to;
 }
 
@@ -36,12 +92,15 @@ template <class T, bool kBias>
 struct ForwardRows {
   template <Isa isa>
   MTFAST_INLINE void run(const T* x, const Scalar<T>* bias, T* y, int64_t rows, int64_t columns) {
+    const gelu::Gelu<isa, T> gelu;
     for (int64_t row = 0; row < rows; ++row, x += columns, y += columns)
-      for (int64_t i = 0; i < columns; i += kLanes) {
-        auto z = load(x + i, columns - i);
-        if (kBias) z += unpack(bias + i);
-        const auto normal = gelu::normal<isa, T>(z);
-        store(y + i, normal.value(normal, z), columns - i);
+      for (int64_t i = 0; i < columns; i += kStep) {
+        auto z = load_two(x + i, columns - i);
+        for (int n = 0; n < 2; ++n) {
+          if (kBias) z.x[n] += unpack(bias + i + n * kLanes);
+          z.x[n] = gelu.value(gelu, z.x[n]);
+        }
+        store_two(y + i, z, columns - i);
       }
   }
 };
@@ -52,14 +111,17 @@ struct BackwardRows {
   template <Isa isa>
   MTFAST_INLINE void run(const T* dy, const T* x, const Scalar<T>* bias, T* dx, Scalar<T>* sums, int64_t rows,
                          int64_t columns) {
+    const gelu::Gelu<isa, T> gelu;
     for (int64_t row = 0; row < rows; ++row, dy += columns, x += columns, dx += columns)
-      for (int64_t i = 0; i < columns; i += kLanes) {
-        auto z = load(x + i, columns - i);
-        if (kBias) z += unpack(bias + i);
-        const auto normal = gelu::normal<isa, T>(z);
-        const auto grad = load(dy + i, columns - i) * normal.slope(normal, z);
-        store(dx + i, grad, columns - i);
-        if (kBias) pack(sums + i, unpack(sums + i) + grad);
+      for (int64_t i = 0; i < columns; i += kStep) {
+        auto z = load_two(x + i, columns - i), grad = load_two(dy + i, columns - i);
+        for (int n = 0; n < 2; ++n) {
+          const int64_t at = i + n * kLanes;
+          if (kBias) z.x[n] += unpack(bias + at);
+          grad.x[n] *= gelu.slope(gelu, z.x[n]);
+          if (kBias) pack(sums + at, unpack(sums + at) + grad.x[n]);
+        }
+        store_two(dx + i, grad, columns - i);
       }
   }
 };
@@ -82,10 +144,15 @@ template <class T>
 struct AddChunks {
   template <Isa isa>
   MTFAST_INLINE void run(const double* sums, int64_t chunks, int64_t stride, T* to, int64_t columns) {
-    for (int64_t i = 0; i < columns; i += kLanes) {
-      f64x16 total = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += unpack(sums + chunk * stride + i);
-      store(to + i, __builtin_convertvector(total, typename Compute<T>::vec), columns - i);
+    for (int64_t i = 0; i < columns; i += kStep) {
+      Two<typename Compute<T>::vec> totals;
+      for (int n = 0; n < 2; ++n) {
+        f64x16 total = {};
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          total += unpack(sums + chunk * stride + i + n * kLanes);
+        totals.x[n] = __builtin_convertvector(total, typename Compute<T>::vec);
+      }
+      store_two(to + i, totals, columns - i);
     }
   }
 };
@@ -122,7 +189,7 @@ void backward_with_bias(const Inputs& in, const T* dy, T* dx, T* dbias) {
         const int64_t at = row * columns, rows = std::min(kFewRows, last - row);
         call_best(BackwardRows<T, true>{}, dy + at, static_cast<const T*>(in.x) + at, bias.data(), dx + at,
                   of_few.data(), rows, columns);
-        call_best(CarryOn<Scalar<T>>{}, of_few.data(), sums.data() + chunk * stride, columns);
+        call_best(CarryOn<Scalar<T>>{}, of_few.data(), sums.data() + chunk * stride, stride);
       }
     }
   });

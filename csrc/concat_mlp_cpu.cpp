@@ -39,7 +39,8 @@ MTFAST_INLINE V keep_factor(u32x16 draws, uint32_t threshold, V scale) {
 
 // h = act(x), and with kSlope dh/dx, as exactly as T can tell.
 template <Isa isa, class T, bool kSlope, class V, int kCount>
-MTFAST_INLINE void activate(Activation activation, V (&x)[kCount], V (&slope)[kCount]) {
+MTFAST_INLINE void activate(Activation activation, const gelu::Gelu<isa, T>& gelu, V (&x)[kCount],
+                            V (&slope)[kCount]) {
   switch (activation) {
     case Activation::kRelu:
       for (int j = 0; j < kCount; ++j) {
@@ -49,9 +50,8 @@ MTFAST_INLINE void activate(Activation activation, V (&x)[kCount], V (&slope)[kC
       break;
     case Activation::kGelu:
       for (int j = 0; j < kCount; ++j) {
-        const auto normal = gelu::normal<isa, T>(x[j]);
-        if (kSlope) slope[j] = normal.slope(normal, x[j]);
-        x[j] = normal.value(normal, x[j]);
+        if (kSlope) slope[j] = gelu.slope(gelu, x[j]);
+        x[j] = gelu.value(gelu, x[j]);
       }
       break;
     default:  // kTanh
@@ -89,6 +89,7 @@ struct ForwardRows {
                          T* y, int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
     const int64_t inner = layer.inner, stride = padded(inner);
+    const gelu::Gelu<isa, T> gelu;
     u32x16 draws[kStripVectors];
     for (int64_t row = begin; row < end; ++row) {
       V total[kMaxOutputs] = {};
@@ -98,7 +99,7 @@ struct ForwardRows {
           const int64_t column = first + j * kLanes;
           h[j] = column < inner ? load(z + (row - begin) * inner + column, inner - column) : V{};
         }
-        activate<isa, T, false>(layer.activation, h, unused);
+        activate<isa, T, false>(layer.activation, gelu, h, unused);
         if (layer.threshold != 0) {
           draw_strip<isa>(seed, row, first, draws);
           for (int j = 0; j < kStripVectors; ++j)
@@ -127,6 +128,7 @@ struct BackwardRows {
                          double* sums, int64_t begin, int64_t end) {
     using V = typename Compute<T>::vec;
     const int64_t inner = layer.inner, stride = padded(inner), rows = end - begin;
+    const gelu::Gelu<isa, T> gelu;
     u32x16 draws[kFewRows][kStripVectors];
     V dy_rows[kFewRows] = {};
     for (int64_t i = 0; i < rows; ++i) dy_rows[i] = load(dy + (begin + i) * layer.outputs, layer.outputs);
@@ -138,7 +140,7 @@ struct BackwardRows {
         V h[kFewRows], slope[kFewRows], grad[kFewRows] = {}, total = {};
         for (int64_t i = 0; i < kFewRows; ++i)
           h[i] = i < rows ? load(z + (begin + i) * inner + column, inner - column) : V{};
-        activate<isa, T, true>(layer.activation, h, slope);
+        activate<isa, T, true>(layer.activation, gelu, h, slope);
         if (layer.threshold != 0)
           for (int64_t i = 0; i < rows; ++i) {
             const V factor =

@@ -7,47 +7,90 @@ namespace mtfast::gelu {
 
 using namespace simd;
 
-// Of the standard normal distribution, at each lane's x.
-template <class V>
-struct Normal {
-  V cdf, density;
+// ---- 16 bits on AVX-512: a table of pieces ----
 
-  MTFAST_INLINE V value(const Normal& at, V x) { return x * at.cdf; }
-  MTFAST_INLINE V slope(const Normal& at, V x) { return at.cdf + x * at.density; }
+// A function of a >= 0 by quadratics in a: piece k is about k / kPerUnit, the last one 0. There are as many
+// as two registers have lanes, so that each lane picks a coefficient of its own in one instruction.
+struct Pieces {
+  alignas(64) float coefficient[3][2 * kLanes] = {};
 };
+constexpr float kPerUnit = 16.0f / 3;
+constexpr int kLastPiece = 2 * kLanes - 1;
 
-// 2^x for x <= 0 to 16 bits, 0 below -127; NaN stays NaN once multiplied by itself.
-template <Isa isa>
-MTFAST_INLINE f32x16 exp2_to_16_bits(f32x16 x) {
-  const f32x16 least = splat<f32x16>(-127);  // where what follows gives 0 exactly
-  x = select<isa, Less>(x, least, least, x);
-  const f32x16 shifted = x + 12582912.0f;  // as in simd.h
-  const f32x16 f = x - (shifted - 12582912.0f);
-  f32x16 y = f * 9.58285201e-3f + 5.59064262e-2f;
-  y = y * f + 2.40240991e-1f;
-  y = y * f + 6.93124175e-1f;
-  y = y * f + 1.0f;
-  return reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(y) + (reinterpret_cast<u32x16>(shifted) << 23));
-}
-
-// As exactly as T, the storage type of x, can tell.
-template <Isa isa, class T, class V>
-MTFAST_INLINE Normal<V> normal(V x) {
-  if constexpr (sizeof(V) == sizeof(f64x16)) {
-    const V density = exp(x * x * splat<V>(-0.5)) * splat<V>(0.39894228040143268);
-    return {splat<V>(0.5) * (splat<V>(1) + erf(x * splat<V>(0.70710678118654752))), density};
-  } else {
-    constexpr bool kTo16Bits = sizeof(T) == 2;
-    const V end = splat<V>(kEnd), power = x * kToBase2 * x;
-    V a = reinterpret_cast<V>(reinterpret_cast<u32x16>(x) & 0x7fffffffu), e;
-    a = select<isa, Less>(end, a, end, a);
-    if constexpr (kTo16Bits)
-      e = exp2_to_16_bits<isa>(power);
-    else
-      e = exp2(power);
-    const V tail = e * scaled_tail<kTo16Bits>(a);
-    return {select<isa, Less>(x, V{}, tail, 1.0f - tail), e * kDensityAtZero};
+template <class F>
+Pieces pieces_of(F f) {
+  Pieces pieces;
+  for (int k = 0; k < kLastPiece; ++k) {  // through the three Chebyshev points of each, expanded about 0
+    const double at = k / double{kPerUnit}, step = std::sqrt(0.75) / 2 / kPerUnit;
+    const double bend = (f(at + step) - 2 * f(at) + f(at - step)) / (2 * step * step);
+    const double slope = (f(at + step) - f(at - step)) / (2 * step) - 2 * bend * at;
+    pieces.coefficient[0][k] = static_cast<float>(f(at) - (slope + bend * at) * at);
+    pieces.coefficient[1][k] = static_cast<float>(slope);
+    pieces.coefficient[2][k] = static_cast<float>(bend);
   }
+  return pieces;
 }
+
+inline double tail(double a) { return 0.5 * std::erfc(a * std::sqrt(0.5)); }
+inline double slope_tail(double a) { return tail(a) - a * std::exp(-0.5 * a * a) * kDensityAtZero; }
+inline const Pieces kTailPieces = pieces_of(tail), kSlopeTailPieces = pieces_of(slope_tail);
+
+// ---- any precision ----
+
+// gelu and its derivative, as exactly as T, the storage type, can tell. To be made outside a loop, which then
+// keeps in registers what it needs of it.
+template <Isa isa, class T>
+class Gelu {
+  using V = typename Compute<T>::vec;
+  static constexpr bool kTo16Bits = sizeof(T) == 2, kByPieces = kTo16Bits && isa == Isa::kAvx512;
+  Pieces tail_ = kTailPieces, slope_tail_ = kSlopeTailPieces;
+
+ public:
+  MTFAST_INLINE V value(const Gelu& gelu, V x) {
+    if constexpr (kByPieces)
+      return x * mirrored(x, by_pieces(gelu.tail_, x));
+    else
+      return x * cdf(x, exponential(x));
+  }
+
+  MTFAST_INLINE V slope(const Gelu& gelu, V x) {
+    if constexpr (kByPieces) return mirrored(x, by_pieces(gelu.slope_tail_, x));
+    const V e = exponential(x);
+    return cdf(x, e) + x * (e * splat<V>(kDensityAtZero));
+  }
+
+ private:
+  // From what it is at -|x|, a function f with f(-x) = 1 - f(x).
+  MTFAST_INLINE V mirrored(V x, V at_minus) {
+    return select<isa, Less>(x, V{}, at_minus, splat<V>(1) - at_minus);
+  }
+
+  // |x|, but at most `most`; NaN stays NaN.
+  MTFAST_INLINE f32x16 size_of(f32x16 x, float most) {
+    const f32x16 a = reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(x) & 0x7fffffffu),
+                 end = f32x16{} + most;
+    return select<isa, Less>(end, a, end, a);
+  }
+
+  MTFAST_INLINE f32x16 by_pieces(const Pieces& pieces, f32x16 x) {
+    const f32x16 a = size_of(x, kLastPiece / kPerUnit);
+    const f32x16 rounded = a * kPerUnit + 12582912.0f;  // 1.5 * 2^23: an integer in the low bits
+    f32x16 picked[3];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i)
+      picked[i] = __builtin_shuffle(unpack(pieces.coefficient[i]), unpack(pieces.coefficient[i] + kLanes),
+                                    reinterpret_cast<i32x16>(rounded));
+    return (picked[2] * a + picked[1]) * a + picked[0];
+  }
+
+  // e(x) of gelu.h.
+  MTFAST_INLINE f32x16 exponential(f32x16 x) { return exp2(x * kToBase2 * x); }
+  MTFAST_INLINE f64x16 exponential(f64x16 x) { return exp(x * x * -0.5); }
+
+  MTFAST_INLINE f32x16 cdf(f32x16 x, f32x16 e) {
+    return mirrored(x, e * scaled_tail<kTo16Bits>(size_of(x, kEnd)));
+  }
+  MTFAST_INLINE f64x16 cdf(f64x16 x, f64x16) { return 0.5 + 0.5 * erf(x * 0.70710678118654752); }
+};
 
 }  // namespace mtfast::gelu
