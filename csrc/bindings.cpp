@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY(mtfast, m) {
   m.def("concat_mlp_backward(Tensor dy, Tensor u, Tensor v, Tensor weight1, Tensor weight2, Tensor z, Tensor? u_rows, Tensor? v_rows, int activation, float dropout_p, Tensor? seed, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("bias_gelu(Tensor x, Tensor? bias) -> Tensor");
   m.def("bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)");
+  m.def("dropout_add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor? x_bias, float dropout_p, float eps, Tensor? seed, bool save_stats) -> (Tensor, Tensor)");
+  m.def("dropout_add_layer_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor weight, Tensor? x_bias, Tensor stats, float dropout_p, Tensor? seed, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, float softmax_scale, Tensor? seed) -> (Tensor, Tensor)");
   m.def("packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, float softmax_scale, Tensor? seed) -> (Tensor, Tensor, Tensor)");
   m.def("packed_attention_qkv(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, float softmax_scale, Tensor? seed) -> (Tensor, Tensor)");

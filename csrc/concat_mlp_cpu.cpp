@@ -174,20 +174,6 @@ struct BackwardRows {
   }
 };
 
-template <class F>
-void for_dtype(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(float{});
-    case Dtype::kFloat64:
-      return f(double{});
-    case Dtype::kBFloat16:
-      return f(bf16{});
-    case Dtype::kFloat16:
-      return f(f16{});
-  }
-}
-
 }  // namespace
 
 void cpu_forward(const Inputs& in, int64_t begin, int64_t end, const void* z, void* y) {

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "dtype.h"
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call: everything here is inlined
 
 #define MTFAST_INLINE static inline __attribute__((always_inline))
@@ -28,6 +30,21 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+// f(a value of the storage type).
+template <class F>
+void for_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kFloat64:
+      return f(double{});
+    case Dtype::kBFloat16:
+      return f(bf16{});
+    case Dtype::kFloat16:
+      return f(f16{});
+  }
+}
 
 // The vector a storage type is computed in.
 template <class T>

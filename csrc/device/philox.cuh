@@ -33,6 +33,7 @@ enum class Purpose : uint32_t {
   kMaskReplace = 2,
   kConcatMlpDropout = 3,
   kAttentionDropout = 4,
+  kDropoutAddLayerNorm = 5,
 };
 
 constexpr int kPhiloxRounds = 7;  // the fewest that pass BigCrush, says the paper

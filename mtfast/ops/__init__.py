@@ -2,6 +2,7 @@
 
 from mtfast.ops.bias_gelu import bias_gelu, bias_gelu_ref
 from mtfast.ops.concat_mlp import ConcatMLP, concat_mlp, concat_mlp_ref
+from mtfast.ops.dropout_add_layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_ref
 from mtfast.ops.mask_tokens import MaskedTokens, exact_count, mask_tokens, mask_tokens_ref
 from mtfast.ops.packed_attention import (
     PackedSelfAttention,
@@ -20,6 +21,8 @@ __all__ = [
     "bias_gelu_ref",
     "concat_mlp",
     "concat_mlp_ref",
+    "dropout_add_layer_norm",
+    "dropout_add_layer_norm_ref",
     "exact_count",
     "mask_tokens",
     "mask_tokens_ref",
