@@ -16,7 +16,7 @@ from mtfast.data.demo import write_demo_corpus
 
 BIN = Path(sys.executable).parent
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-STEPS = 30
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,13 @@ def plainly(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "mtfast", *arguments]
 
 
-def deepspeed(*arguments: str) -> list[str]:
+def deepspeed_launcher() -> list[str]:
     port = 29600 + os.getpid() % 1000
-    return [
-        sys.executable, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(port),
-        "--module", "mtfast", *arguments,
-    ]  # fmt: skip
+    return [sys.executable, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+
+
+def deepspeed(*arguments: str) -> list[str]:
+    return [*deepspeed_launcher(), "--module", "mtfast", *arguments]
 
 
 def losses(run_dir: Path, stage: str) -> list[dict[str, float]]:
@@ -87,21 +88,56 @@ def assert_follow(run_dir: Path, one_rank: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(corpus, tmp_path_factory) -> Path:
-    """Heads, then 30 steps of fine-tuning, on one rank without ZeRO."""
+    """Heads, then 20 steps of fine-tuning, on one rank without ZeRO."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
     launch(plainly("run", "demo", *options(corpus, run_dir)))
     assert len(losses(run_dir, "finetune")) == STEPS
     return run_dir
 
 
+# Every run of a list of command lines, in processes that start once for all of them.
+IN_TURN = """
+import json, sys
+from mtfast import cli
+for arguments in json.loads(sys.argv[-1]):
+    cli.main(arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(corpus, tmp_path_factory) -> Path:
+    """A directory of runs on two ranks, by ZeRO stage and precision: 0-fp32, ..., 3-bf16."""
+    directory = tmp_path_factory.mktemp("two")
+    runs = []
+    for zero_stage, precision in (
+        (0, "fp32"),
+        (1, "fp32"),
+        (2, "fp32"),
+        (3, "fp32"),
+        (3, "bf16"),
+        (0, "bf16"),
+    ):
+        engine = {"engine.zero-stage": zero_stage, "engine.precision": precision}
+        runs.append(["run", "demo", *options(corpus, directory / f"{zero_stage}-{precision}", **engine)])
+        if zero_stage in (1, 3):
+            runs[-1].append("--engine.activation-checkpointing")
+    script = directory / "in_turn.py"
+    script.write_text(IN_TURN)
+    launch([*deepspeed_launcher(), str(script), json.dumps(runs)])
+    return directory
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_ranks_follow_one_under_every_zero_stage(zero_stage, corpus, one_rank, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = options(corpus, run_dir, **{"engine.zero-stage": zero_stage})
-    if zero_stage in (1, 3):
-        arguments.append("--engine.activation-checkpointing")
-    launch(deepspeed("run", "demo", *arguments))
-    assert_follow(run_dir, one_rank)
+def test_two_ranks_follow_one_under_every_zero_stage(zero_stage, one_rank, two_ranks):
+    assert_follow(two_ranks / f"{zero_stage}-fp32", one_rank)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_bf16_starts_from_the_exact_weights_on_two_ranks(zero_stage, one_rank, two_ranks):
+    ours, expected = losses(two_ranks / f"{zero_stage}-bf16", "finetune"), losses(one_rank, "finetune")
+    assert len(ours) == STEPS
+    for mine, wanted in zip(ours[:5], expected[:5], strict=True):
+        assert mine == pytest.approx(wanted, rel=0.01)
 
 
 def test_the_demo_on_two_ranks_says_and_writes_what_one_rank_does(tmp_path):
@@ -155,16 +191,6 @@ def test_accumulation_follows_one_batch(corpus, one_rank, tmp_path):
     more = {"finetune.accumulation": 2, "heads.accumulation": 2}
     launch(plainly("run", "demo", *options(corpus, run_dir, **more)))
     assert_follow(run_dir, one_rank)
-
-
-def test_zero_3_in_bf16_starts_from_the_exact_weights_on_two_ranks(corpus, one_rank, tmp_path):
-    run_dir = tmp_path / "run"
-    more = {"engine.zero-stage": 3, "engine.precision": "bf16"}
-    launch(deepspeed("run", "demo", *options(corpus, run_dir, **more)))
-    ours, expected = losses(run_dir, "finetune"), losses(one_rank, "finetune")
-    assert len(ours) == STEPS
-    for mine, wanted in zip(ours[:5], expected[:5], strict=True):
-        assert mine == pytest.approx(wanted, rel=0.01)
 
 
 @pytest.mark.parametrize(("zero_stage", "precision"), [(0, "bf16"), (2, "fp32")])

@@ -12,7 +12,7 @@ from concat_mlp_cases import draw
 from packed_attention_cases import make_batch
 from torch import Tensor
 
-from mtfast.models.dropout import dropout, dropout_add
+from mtfast.models.dropout import dropout
 from mtfast.models.multitask import LstmHead
 from mtfast.ops import (
     concat_mlp,
@@ -53,7 +53,6 @@ CALLS: dict[str, Callable[[int | None], object]] = {
     "mask_tokens": lambda _: mask_tokens(IDS, cu_seqlens=BATCH.cu_seqlens, **MASKING),
     "mask_tokens_ref": lambda _: mask_tokens_ref(IDS, cu_seqlens=BATCH.cu_seqlens, **MASKING),
     "dropout": lambda _: dropout(STATES, 0.5, True),
-    "dropout_add": lambda _: dropout_add(STATES, STATES, 0.5, True),
     "lstm head": lambda _: LSTM(STATES[:2], STATES, BOUNDS),
     "lstm head without rows": lambda _: LSTM(STATES[:0], STATES, BOUNDS[:0]),
 }

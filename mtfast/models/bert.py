@@ -5,6 +5,9 @@ computes what `transformers.BertModel` computes for each sentence alone. Query, 
 projection; `mtfast.models.checkpoint` converts the weights from and to Hugging Face's names.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
-from mtfast.models.dropout import dropout, dropout_add
-from mtfast.ops import packed_attention_cls, packed_attention_qkv
+from mtfast.models.dropout import dropout
+from mtfast.ops import bias_gelu, dropout_add_layer_norm, packed_attention_cls, packed_attention_qkv
 from mtfast.ops.packed_attention import HEAD_DIMS
 
 
@@ -46,6 +49,14 @@ def first_rows(cu_seqlens: Tensor, total: int) -> Tensor:
     return cu_seqlens[:-1].clamp(max=max(total - 1, 0))
 
 
+def activation_with_bias(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """`activation(x + bias)` of (x [..., columns], bias [columns]), by transformers' name."""
+    if name == "gelu":
+        return bias_gelu
+    activation = ACT2FN[name]
+    return lambda x, bias: activation(x + bias)
+
+
 def init_weights(module: nn.Module, std: float) -> None:
     """Initialise as Hugging Face does: weights normal with `std`, biases zero, layer norms the identity."""
     for part in module.modules():
@@ -54,6 +65,29 @@ def init_weights(module: nn.Module, std: float) -> None:
             nn.init.zeros_(part.bias)
         elif isinstance(part, PackedEmbeddings):
             part.reset_parameters(std)
+
+
+class AddNorm(nn.LayerNorm):
+    """The layer norm of a residual and what is added to it, over the last dimension."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        x_bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """`layer_norm(residual + dropout(x + x_bias))` of x and residual [..., hidden], x_bias [hidden]."""
+        options = {"dropout_p": dropout_p, "eps": self.eps, "seed": seed, "training": self.training}
+        return dropout_add_layer_norm(x, residual, self.weight, self.bias, x_bias=x_bias, **options)
+
+
+class Product(nn.Linear):
+    """A linear layer's product alone. What reads it adds the bias, and gives that its gradient, in passing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 class PackedEmbeddings(nn.Module):
@@ -65,7 +99,7 @@ class PackedEmbeddings(nn.Module):
         self.word = nn.Parameter(torch.empty(config.vocab_size, hidden))
         self.position = nn.Parameter(torch.empty(config.max_position_embeddings, hidden))
         self.token_type = nn.Parameter(torch.empty(config.type_vocab_size, hidden))
-        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.norm = AddNorm(hidden, eps=config.layer_norm_eps)
         self.padding_idx = config.pad_token_id
         self.dropout_p = config.hidden_dropout_prob
         self.reset_parameters(config.initializer_range)
@@ -79,9 +113,9 @@ class PackedEmbeddings(nn.Module):
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         # The sums of the two small tables are few: one lookup and one pass over the tokens instead of two.
         sums = (self.token_type[:, None] + self.position).flatten(0, 1)
-        x = F.embedding(input_ids, self.word, self.padding_idx)
-        x = x + F.embedding(token_type_ids * self.position.size(0) + position_ids, sums)
-        return dropout(self.norm(x), self.dropout_p, self.training)
+        words = F.embedding(input_ids, self.word, self.padding_idx)
+        places = F.embedding(token_type_ids * self.position.size(0) + position_ids, sums)
+        return dropout(self.norm(words, places), self.dropout_p, self.training)
 
 
 class QkvProjection(nn.Linear):
@@ -102,7 +136,7 @@ class QkvProjection(nn.Linear):
 
 
 class PackedAttention(nn.Module):
-    """Self-attention inside each sequence, with its output projection."""
+    """Self-attention inside each sequence, with its output projection but for that one's bias."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -110,42 +144,43 @@ class PackedAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
         self.qkv = QkvProjection(config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out = Product(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
         x: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
+        seed: Tensor | None,
         cls_rows: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """x [total, hidden] -> [total, hidden], or the rows `cls_rows` or `rows` of it."""
-        dropout_p = self.dropout_p if self.training else 0.0
+        options: dict[str, Any] = {"dropout_p": self.dropout_p if self.training else 0.0, "seed": seed}
         q, kv = self.qkv(x, cls_rows)
         if kv is None:
             qkv = q.view(-1, 3, self.num_heads, self.head_dim)
-            context = packed_attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p)
+            context = packed_attention_qkv(qkv, cu_seqlens, max_seqlen, **options)
         else:
             k, v = kv.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
             q = q.view(-1, self.num_heads, self.head_dim)
-            context = packed_attention_cls(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p)
+            context = packed_attention_cls(q, k, v, cu_seqlens, max_seqlen, **options)
         assert isinstance(context, Tensor)  # a pair only where the log-sum-exp is asked for
         context = context.flatten(1)
         return self.out(context if rows is None else context.index_select(0, rows))
 
 
 class FeedForward(nn.Module):
-    """The position-wise MLP of a layer."""
+    """The position-wise MLP of a layer, but for the bias of its last product."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up = Product(config.hidden_size, config.intermediate_size)
+        self.activation = activation_with_bias(config.hidden_act)
+        self.down = Product(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.up(x), self.up.bias))
 
 
 class PackedBertLayer(nn.Module):
@@ -154,9 +189,9 @@ class PackedBertLayer(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.attention = PackedAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_norm = AddNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = FeedForward(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = AddNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(
@@ -164,15 +199,17 @@ class PackedBertLayer(nn.Module):
         x: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
+        seeds: tuple[Tensor | None, ...],
         cls_rows: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """x [total, hidden] -> [total, hidden], or the rows `cls_rows` (first tokens) or `rows` of it."""
-        attended = self.attention(x, cu_seqlens, max_seqlen, cls_rows, rows)
+        """x [total, hidden] -> [total, hidden], or the rows `cls_rows` (first tokens) or `rows` of it; seeds
+        of the dropouts of attention, its output and the MLP's."""
+        attended = self.attention(x, cu_seqlens, max_seqlen, seeds[0], cls_rows, rows)
         wanted = cls_rows if cls_rows is not None else rows
         x = x if wanted is None else x.index_select(0, wanted)
-        x = self.attention_norm(dropout_add(attended, x, self.dropout_p, self.training))
-        return self.mlp_norm(dropout_add(self.mlp(x), x, self.dropout_p, self.training))
+        x = self.attention_norm(attended, x, self.attention.out.bias, self.dropout_p, seeds[1])
+        return self.mlp_norm(self.mlp(x), x, self.mlp.down.bias, self.dropout_p, seeds[2])
 
 
 class PackedBert(nn.Module):
@@ -230,14 +267,24 @@ class PackedBert(nn.Module):
         if cls_only and rows is not None:
             raise ValueError("cls_only and rows exclude each other: both say which tokens to return")
         x = self.embeddings(input_ids, token_type_ids, position_ids)
-        for layer in self.layers[:-1]:
-            x = self._run(layer, x, cu_seqlens, max_seqlen)
+        *seeds, last = self._seeds(x.device)
+        for layer, of_layer in zip(self.layers, seeds, strict=False):
+            x = self._run(layer, x, cu_seqlens, max_seqlen, of_layer)
         cls_rows = first_rows(cu_seqlens, x.size(0)) if cls_only else None
-        return self._run(self.layers[-1], x, cu_seqlens, max_seqlen, cls_rows, rows)
+        return self._run(self.layers[-1], x, cu_seqlens, max_seqlen, last, cls_rows, rows)
 
-    def _run(self, layer: nn.Module, *arguments: Tensor | int | None) -> Tensor:
+    def _seeds(self, device: torch.device) -> list[tuple[Tensor | None, ...]]:
+        """Of every layer's dropouts, drawn at once from torch's default generator of the device."""
+        if not self.training:
+            return [(None, None, None)] * len(self.layers)
+        shape = (len(self.layers), 3, 1)
+        drawn = torch.randint(2**63 - 1, shape, dtype=torch.int64, device=device)
+        return [of_layer.unbind() for of_layer in drawn.unbind()]
+
+    def _run(self, layer: nn.Module, *arguments: Any) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *arguments, use_reentrant=False)
+            # What a layer draws follows from the seeds it is given.
+            return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
         return layer(*arguments)
 
 

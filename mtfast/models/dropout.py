@@ -23,16 +23,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p, True)
-    return _Dropout.apply(x, None, p)
-
-
-def dropout_add(x: Tensor, residual: Tensor, p: float, training: bool) -> Tensor:
-    """`residual + dropout(x)` in one pass over the two; both of one shape and dtype."""
-    if not training or p == 0.0:
-        return residual + x
-    if x.device.type != "cpu":
-        return residual + F.dropout(x, p, True)
-    return _Dropout.apply(x, residual, p)
+    return _Dropout.apply(x, p)
 
 
 def _draw_keep(x: Tensor, threshold: int) -> Tensor:
@@ -46,17 +37,14 @@ def _draw_keep(x: Tensor, threshold: int) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
+    def forward(ctx, x: Tensor, p: float) -> Tensor:
         threshold = min(round(p * _LEVELS), _LEVELS - 1)
         keep = _draw_keep(x, threshold)
         ctx.save_for_backward(keep)
         ctx.scale = _LEVELS / (_LEVELS - threshold)
-        if residual is None:
-            return (x * keep).mul_(ctx.scale)
-        return torch.addcmul(residual, x, keep, value=ctx.scale)
+        return (x * keep).mul_(ctx.scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
-        grad_residual = grad if ctx.needs_input_grad[1] else None
-        return (grad * keep).mul_(ctx.scale), grad_residual, None
+        return (grad * keep).mul_(ctx.scale), None

@@ -4,9 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig
-from transformers.activations import ACT2FN
 
-from mtfast.models.bert import PackedBert, first_rows, init_weights
+from mtfast.models.bert import (
+    AddNorm,
+    PackedBert,
+    Product,
+    activation_with_bias,
+    first_rows,
+    init_weights,
+)
 
 
 class MlmHead(nn.Module):
@@ -14,16 +20,16 @@ class MlmHead(nn.Module):
 
     def __init__(self, config: BertConfig, word_embeddings: nn.Parameter) -> None:
         super().__init__()
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.transform = Product(config.hidden_size, config.hidden_size)
+        self.activation = activation_with_bias(config.hidden_act)
+        self.norm = AddNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder_weight = word_embeddings
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         init_weights(self, config.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states of the masked tokens [m, hidden] -> logits [m, vocab]."""
-        x = self.norm(self.activation(self.transform(x)))
+        x = self.norm(self.activation(self.transform(x), self.transform.bias))
         return F.linear(x, self.decoder_weight, self.bias).float()
 
 
