@@ -242,7 +242,7 @@ class PackedHeads(CachedHeads):
         with self.autocast():
             outputs = self.model(self.cls, sequences)
         rows = {
-            task: TaskRows(sequences[task], table.labels[task][examples], examples, len(examples))
+            task: TaskRows(sequences[task], table.labels[task][examples], len(examples))
             for task, examples in batch.items()
         }
         return task_losses(TASKS, outputs, rows, 1)

@@ -1,5 +1,6 @@
 """Packed batches against packing by hand, token by token; the prefetching thread."""
 
+import itertools
 import threading
 import time
 
@@ -10,7 +11,8 @@ from paper_tables import read_paper_task, table_of
 from small_tokenizer import small_tokenizer
 from transformers import AutoTokenizer
 
-from mtfast.data.packing import PackedBatch, pack_tasks, prefetch
+from mtfast.data.packing import PackedBatch, ReviewBatch, pack_reviews, pack_tasks, prefetch
+from mtfast.data.reviews import ReviewAccount, ReviewSamples
 from mtfast.data.sampler import plan_epoch
 from mtfast.data.tokens import tokenize_task
 from mtfast.recipes import PAPER_TASKS
@@ -53,7 +55,6 @@ def test_a_batch_packed_by_hand(tables):
     assert (rows["sst"].labels.tolist(), rows["sst"].labels.dtype) == ([0, 2], torch.int64)
     assert (rows["quora"].labels.tolist(), rows["quora"].labels.dtype) == ([1.0], torch.float32)
     assert (rows["sts"].labels.tolist(), rows["sts"].labels.dtype) == ([3.5], torch.float32)
-    assert rows["sst"].examples.tolist() == [2, 0]
     assert [rows[name].step_count for name in rows] == [7, 5, 3]
     assert set(batch.encoder_inputs()) == {
         "input_ids", "token_type_ids", "position_ids", "cu_seqlens", "max_seqlen",
@@ -93,15 +94,79 @@ def test_tables_without_labels(tables):
     unlabelled = tokenize_task(table_of("sst", ["a film"]), small_tokenizer(), max_length=32)
     batch = pack_tasks({"sst": unlabelled}, {"sst": np.array([0])}, {})
     assert batch.tasks["sst"].labels is None
-    assert batch.to("cpu").tasks["sst"].labels is None
 
 
-def test_to_moves_every_tensor(tables):
-    batch = pack_tasks(tables, {"sst": np.array([0]), "quora": np.array([1])}, {"sst": 1}).to("meta")
-    assert isinstance(batch, PackedBatch)
-    assert all(getattr(batch, name).device.type == "meta" for name in ("input_ids", "cu_seqlens"))
-    assert batch.tasks["quora"].sequences.device.type == "meta" and batch.tasks["sst"].step_count == 1
-    assert batch.max_seqlen == 5
+def tensors_of(batch: PackedBatch | ReviewBatch) -> dict[str, torch.Tensor]:
+    """Every tensor of a batch but its buffer, by a name of its own."""
+    tasks = batch.tasks if isinstance(batch, PackedBatch) else {}
+    found = dict(vars(batch)) | {f"{name} {key}": x for name in tasks for key, x in vars(tasks[name]).items()}
+    return {name: x for name, x in found.items() if isinstance(x, torch.Tensor) and name != "buffer"}
+
+
+def odd_batches(tables) -> list[PackedBatch | ReviewBatch]:
+    """Of mixed tasks, one of them without rows, and of reviews; both with parts of odd lengths."""
+    sequences, ones = tables["sst"].sequences, np.ones(3, np.int64)
+    account = ReviewAccount(3, 3, samples=3, single_sentence_reviews=0, long_sentences=0)
+    samples = ReviewSamples(sequences, ones, ones, ones, account)
+    reviews = {"mlm_probability": 0.15, "step_masked": 1, "step_samples": 1}
+    return [
+        pack_tasks(tables, {"sst": np.array([2, 0, 1]), "quora": np.array([1])}, {"sst": 3}, bucket_tokens=7),
+        pack_reviews(samples, np.array([2, 0, 1]), **reviews, bucket_tokens=7),
+    ]
+
+
+def test_a_batch_is_one_run_of_bytes(tables):
+    for batch, parts in zip(odd_batches(tables), (10, 6), strict=True):
+        first, last = batch.buffer.data_ptr(), batch.buffer.data_ptr() + batch.buffer.nbytes
+        spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors_of(batch).values() if x.numel()]
+        assert len(tensors_of(batch)) == parts and batch.buffer.dtype == torch.uint8
+        assert all(first <= begin < end <= last and begin % 16 == 0 for begin, end in spans)
+        spans.sort()
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+        assert sum(end - begin for begin, end in spans) > batch.buffer.nbytes - 16 * parts  # and little else
+
+
+@pytest.mark.parametrize("how", ["sent_to", "to"])
+def test_a_batch_moves_in_one_copy(tables, how, monkeypatch):
+    made = []
+
+    def to(x: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        made.append((x.nbytes, device.type, non_blocking))
+        return x.clone()
+
+    for batch in odd_batches(tables):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", to)
+            patch.setattr(torch.Tensor, "pin_memory", lambda x: made.append(x.nbytes) or x.clone())
+            moved = getattr(batch, how)(torch.device("cuda"))
+        size, sending = batch.buffer.nbytes, how == "sent_to"
+        assert made == [size] * sending + [(size, "cuda", sending)]
+        made.clear()
+        assert type(moved) is type(batch) and moved.max_seqlen == batch.max_seqlen
+        here, there = tensors_of(batch), tensors_of(moved)
+        assert list(there) == list(here)
+        for name, x in here.items():
+            assert torch.equal(there[name], x) and there[name].dtype == x.dtype
+            assert there[name].untyped_storage().data_ptr() == moved.buffer.data_ptr()
+
+
+def test_on_the_host_nothing_is_copied(tables):
+    for batch in odd_batches(tables):
+        assert batch.sent_to(torch.device("cpu")) is batch
+
+
+def test_what_only_the_host_reads_stays_there(tables):
+    sst, tokenizer = table_of("sst", ["a film", "bad"], labels=[2, 0], head="lstm"), small_tokenizer()
+    read = {"sst": tokenize_task(sst, tokenizer, max_length=32), "quora": tables["quora"]}
+    rows = {"sst": np.array([1, 0]), "quora": np.array([0])}
+    batch = pack_tasks(read, rows, None)  # nothing is trained
+    assert set(tensors_of(batch)) == {
+        *("input_ids", "token_type_ids", "position_ids", "cu_seqlens"),
+        *("sst sequences", "quora sequences"),
+    }
+    moved = batch.to("cpu")
+    assert isinstance(moved.tasks["sst"].token_bounds, np.ndarray) and moved.tasks["quora"].labels is None
+    assert moved.token_bounds["sst"].tolist() == [[1, 3], [4, 7]]
 
 
 def test_wrong_arguments(tables):
@@ -121,9 +186,10 @@ def test_real_steps_hold_each_example_with_its_tokens_and_label(data_dir, checkp
         batch = pack_tasks(tables, step.micro_batches[0], step.step_counts, bucket_tokens=512)
         offsets = batch.cu_seqlens.tolist()
         for name, rows in batch.tasks.items():
-            assert len(rows.examples) == step.step_counts[name] == rows.step_count
+            examples = step.micro_batches[0][name]
+            assert len(examples) == step.step_counts[name] == rows.step_count
             for example, label, sequences in zip(
-                rows.examples[::8], rows.labels[::8], rows.sequences[::8], strict=True
+                examples[::8], rows.labels[::8], rows.sequences[::8], strict=True
             ):
                 assert label == raw[name].labels[example]
                 for column, index in zip(raw[name].texts, sequences.reshape(-1).tolist(), strict=True):

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,48 +10,27 @@ import numpy as np
 import torch
 
 from mtfast.data.sampler import StepPlan
-from mtfast.data.tokens import Sequences, TokenizedTask, gather_indices, offsets_of
+from mtfast.data.tokens import Sequences, TokenizedTask, offsets_of
 
 if TYPE_CHECKING:
     from mtfast.data.reviews import ReviewSamples
 
 T = TypeVar("T")
-_B = TypeVar("_B", bound="_Movable")
+_P = TypeVar("_P", bound="_Packed")
 
+_ALIGNMENT = 16  # bytes: a kernel may load as many at once
+_DTYPES = (torch.int32, torch.int64, torch.float32)
 
-class _Movable:
-    """A frozen dataclass of tensors, and of dicts of such dataclasses, that moves as a whole."""
-
-    def to(self: _B, device: torch.device | str, non_blocking: bool = False) -> _B:
-        """A copy with every tensor on ``device``; sizes and counts stay on the host."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self: _B) -> _B:
-        """A copy with every tensor in page-locked host memory."""
-        return self._map(torch.Tensor.pin_memory)
-
-    def sent_to(self: _B, device: torch.device) -> _B:
-        """On ``device``, without waiting for the copy to a GPU."""
-        return self.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else self
-
-    def _map(self: _B, function: Any) -> _B:
-        def apply(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return function(value)
-            if isinstance(value, dict):
-                return {name: apply(item) for name, item in value.items()}
-            return value._map(function) if isinstance(value, _Movable) else value
-
-        return type(self)(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+_Parts = list[tuple[Sequences, np.ndarray]]  # tables, and which sequences of each
+_Shapes = dict[Any, tuple[Any, int]]  # dtype and length of arrays by name
 
 
 @dataclass(frozen=True)
-class TaskRows(_Movable):
+class TaskRows:
     """A task's examples in a packed batch.
 
     sequences: int64 [n], or [n, 2] for separately encoded pairs: indices of their sequences in the batch.
-    labels: int64 [n] for classification, float32 [n] else; None where the data has none.
-    examples: int64 [n], each example's index in its table.
+    labels: int64 [n] for classification, float32 [n] else; None where the data has none or none are read.
     step_count: examples of this task in the whole optimizer step, over all ranks and micro-batches.
     token_bounds: int64 [n, 2], begin and end of each sequence in the packed tokens, without [CLS]; for tasks
     with an LSTM head alone, and an array since it stays on the host.
@@ -59,21 +38,23 @@ class TaskRows(_Movable):
 
     sequences: torch.Tensor
     labels: torch.Tensor | None
-    examples: torch.Tensor
     step_count: int
     token_bounds: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
-class _Packed(_Movable):
+class _Packed:
     """The packed tokens.
 
+    buffer: uint8 [bytes], of which all tensors of the batch are parts, so that it moves in one copy; each
+    begins at a multiple of 16 bytes.
     input_ids, token_type_ids, position_ids: int32 [total].
     cu_seqlens: int32 [sequences + 1], where each sequence begins and, last, the total.
     max_seqlen: length of the longest sequence.
     tokens: their number without the filler at the end.
     """
 
+    buffer: torch.Tensor
     input_ids: torch.Tensor
     token_type_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -86,6 +67,30 @@ class _Packed(_Movable):
         names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "max_seqlen")
         return {name: getattr(self, name) for name in names}
 
+    def to(self: _P, device: torch.device | str, non_blocking: bool = False) -> _P:
+        """The batch with every tensor on ``device``, in one copy; what is no tensor stays on the host."""
+        return self._on(self.buffer.to(device, non_blocking=non_blocking))
+
+    def sent_to(self: _P, device: torch.device) -> _P:
+        """On ``device``, without waiting for the copy to a GPU."""
+        # torch keeps page-locked memory for later batches and gives it away no sooner than its copy is done.
+        return self if device.type == "cpu" else self._on(sent(self.buffer, device))
+
+    def _on(self: _P, buffer: torch.Tensor) -> _P:
+        """The batch with the parts of ``buffer``, a copy of its own, for tensors."""
+        begin, whole = self.buffer.data_ptr(), {dtype: buffer.view(dtype) for dtype in _DTYPES}
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                first = (value.data_ptr() - begin) // value.itemsize if value.numel() else 0
+                return whole[value.dtype].as_strided(value.shape, value.stride(), first)
+            if isinstance(value, TaskRows):
+                return replace(value, sequences=moved(value.sequences), labels=moved(value.labels))
+            return {name: moved(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+        parts = {f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "buffer"}
+        return type(self)(buffer=buffer, **parts)
+
 
 @dataclass(frozen=True)
 class PackedBatch(_Packed):
@@ -96,7 +101,7 @@ class PackedBatch(_Packed):
     @property
     def size(self) -> int:
         """Examples, of all tasks."""
-        return sum(len(rows.examples) for rows in self.tasks.values())
+        return sum(len(rows.sequences) for rows in self.tasks.values())
 
     @property
     def sequences(self) -> dict[str, torch.Tensor]:
@@ -139,43 +144,59 @@ class ReviewBatch(_Packed):
         return len(self.nsp_labels)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on ``device``, without waiting for the copy to a GPU."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def pack_tasks(
     tables: Mapping[str, TokenizedTask],
     micro_batch: Mapping[str, np.ndarray],
-    step_counts: Mapping[str, int],
+    step_counts: Mapping[str, int] | None,
     *,
     bucket_tokens: int = 1,
 ) -> PackedBatch:
     """Packs the examples ``micro_batch[task]`` (indices) of every table, in the tables' order.
 
-    The total is rounded up to a multiple of ``bucket_tokens`` with filler: sequences of [PAD] at the end that
-    belong to no example and are no longer than the longest real one. A micro-batch without any example has
-    filler only, so that every rank can always run a step.
+    ``step_counts`` is None where nothing is trained, and the labels then stay behind. The total is rounded up
+    to a multiple of ``bucket_tokens`` with filler: sequences of [PAD] at the end that belong to no example
+    and are no longer than the longest real one. A micro-batch without any example has filler only, so that
+    every rank can always run a step.
     """
     if not tables:
         raise ValueError("tables is empty: there is no task to pack")
-    parts, tasks, rows_of, begin = [], {}, {}, 0
+    rows: dict[str, np.ndarray] = {}
+    parts: _Parts = []
+    more: _Shapes = {}
     for name, table in tables.items():
-        rows = np.asarray(micro_batch.get(name, ()), dtype=np.int64)
+        examples = rows[name] = np.asarray(micro_batch.get(name, ()), dtype=np.int64)
         per = table.task.sequences_per_example
-        wanted = (rows[:, None] * per + np.arange(per)).ravel()
+        wanted = examples if per == 1 else (examples[:, None] * per + np.arange(per)).ravel()
         parts.append((table.sequences, wanted))
-        sequences = begin + np.arange(len(wanted))
-        begin += len(wanted)
-        rows_of[name] = sequences
+        more[name, "sequences"] = np.int64, len(wanted)
+        if table.labels is not None and step_counts is not None:
+            more[name, "labels"] = table.labels.dtype, len(examples)
+    cu_seqlens = _cu_seqlens(parts, bucket_tokens)
+    packed, arrays = _pack(parts, cu_seqlens, more)
+    tasks, begin = {}, 0
+    for name, table in tables.items():
+        sequences, labels = arrays[name, "sequences"], arrays.get((name, "labels"))
+        end = begin + len(sequences)
+        sequences[:] = np.arange(begin, end)
+        if labels is not None and table.labels is not None:
+            labels[:] = table.labels[rows[name]]
+        bounds = None
+        if table.task.head == "lstm":
+            bounds = np.stack([cu_seqlens[begin:end] + 1, cu_seqlens[begin + 1 : end + 1]], axis=1)
+        per = table.task.sequences_per_example
         tasks[name] = TaskRows(
             torch.from_numpy(sequences if per == 1 else sequences.reshape(-1, per)),
-            None if table.labels is None else torch.from_numpy(table.labels[rows]),
-            torch.from_numpy(rows),
-            int(step_counts.get(name, 0)),
+            None if labels is None else torch.from_numpy(labels),
+            int((step_counts or {}).get(name, 0)),
+            bounds,
         )
-    encoder, cu_seqlens = _pack(parts, bucket_tokens)
-    for name, table in tables.items():
-        if table.task.head == "lstm":
-            rows = rows_of[name]
-            bounds = np.stack([cu_seqlens[rows] + 1, cu_seqlens[rows + 1]], axis=1)
-            tasks[name] = replace(tasks[name], token_bounds=bounds)
-    return PackedBatch(**encoder, tasks=tasks)
+        begin = end
+    return PackedBatch(**packed, tasks=tasks)
 
 
 def packed_steps(
@@ -208,13 +229,19 @@ def pack_reviews(
     the batch or rank; filler tokens have positions beyond the corpus.
     """
     rows = np.asarray(micro_batch, dtype=np.int64)
-    encoder, cu_seqlens = _pack([(samples.sequences, rows)], bucket_tokens)
+    parts = [(samples.sequences, rows)]
+    cu_seqlens = _cu_seqlens(parts, bucket_tokens)
+    more = {"positions": (np.int64, int(cu_seqlens[-1])), "nsp_labels": (np.int64, len(rows))}
+    packed, arrays = _pack(parts, cu_seqlens, more)
     filler = np.arange(len(samples), len(samples) + len(cu_seqlens) - 1 - len(rows))
     owner = np.concatenate([rows, filler]) * samples.sequences.max_length
+    begins = np.repeat(owner, np.diff(cu_seqlens))
+    np.add(begins, packed["position_ids"].numpy(), out=arrays["positions"])
+    arrays["nsp_labels"][:] = samples.nsp_labels[rows]
     return ReviewBatch(
-        **encoder,
-        positions=torch.from_numpy(gather_indices(owner, cu_seqlens)),
-        nsp_labels=torch.from_numpy(samples.nsp_labels[rows]),
+        **packed,
+        positions=torch.from_numpy(arrays["positions"]),
+        nsp_labels=torch.from_numpy(arrays["nsp_labels"]),
         masked=int(samples.masked_counts(mlm_probability, rows).sum()),
         step_masked=step_masked,
         step_samples=step_samples,
@@ -222,39 +249,60 @@ def pack_reviews(
     )
 
 
-def _pack(parts: list[tuple[Sequences, np.ndarray]], bucket_tokens: int) -> tuple[dict[str, Any], np.ndarray]:
-    """The fields of `_Packed`, and cu_seqlens as int64, from ``parts``: tables and the sequences of each."""
+def _cu_seqlens(parts: _Parts, bucket_tokens: int) -> np.ndarray:
+    """Where each sequence of a batch begins, those of the filler too, and the total: int64."""
     if bucket_tokens < 1:
         raise ValueError(f"bucket_tokens must be at least 1, found {bucket_tokens}")
     lengths = np.concatenate([table.offsets[rows + 1] - table.offsets[rows] for table, rows in parts])
-    real = int(lengths.sum())
-    longest = int(lengths.max(initial=0))
-    filler = max(-(-real // bucket_tokens), 1) * bucket_tokens - real
-    chunk = longest or parts[0][0].max_length or bucket_tokens
-    fillers = np.minimum(np.full(-(-filler // chunk), chunk), filler - chunk * np.arange(-(-filler // chunk)))
-    lengths = np.concatenate([lengths, fillers])
-    cu_seqlens = offsets_of(lengths)
-    within = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    real, longest = int(lengths.sum()), int(lengths.max(initial=0))
+    total = max(-(-real // bucket_tokens), 1) * bucket_tokens
+    fillers = np.arange(real, total, longest or parts[0][0].max_length or bucket_tokens)
+    return np.concatenate([offsets_of(lengths)[:-1], fillers, [total]])
 
-    input_ids = np.full(cu_seqlens[-1], parts[0][0].special.pad, np.int32)
-    segment_b = np.concatenate([*(table.segment_b_start[rows] for table, rows in parts), fillers])
-    begin = first = 0
+
+def _pack(
+    parts: _Parts, cu_seqlens: np.ndarray, more: _Shapes
+) -> tuple[dict[str, Any], dict[Any, np.ndarray]]:
+    """The fields of `_Packed`, and unset arrays of the dtypes and lengths of ``more`` in the same buffer."""
+    lengths, total = np.diff(cu_seqlens), int(cu_seqlens[-1])
+    count = sum(len(rows) for _, rows in parts)
+    real = int(cu_seqlens[count])
+    per_token = dict.fromkeys(("input_ids", "token_type_ids", "position_ids"), (np.int32, total))
+    shapes = per_token | {"cu_seqlens": (np.int32, len(cu_seqlens))}
+    buffer, arrays = _reserve({**shapes, **more})
+    mine = {name: arrays.pop(name) for name in shapes}
+    input_ids, token_type_ids, position_ids, begins = mine.values()
+
+    begins[:] = cu_seqlens
+    np.subtract(np.arange(total, dtype=np.int32), np.repeat(begins[:-1], lengths), out=position_ids)
+    segment_b = np.concatenate([*(table.segment_b_start[rows] for table, rows in parts), lengths[count:]])
+    np.greater_equal(position_ids, np.repeat(segment_b, lengths), out=token_type_ids)
+    source = np.repeat(np.concatenate([table.offsets[rows] for table, rows in parts]), lengths[:count])
+    source += position_ids[:real]
+    first = 0
     for table, rows in parts:
-        local = cu_seqlens[first : first + len(rows) + 1] - begin
-        input_ids[begin : begin + local[-1]] = table.tokens[gather_indices(table.offsets[rows], local)]
-        begin, first = begin + int(local[-1]), first + len(rows)
-    fields_ = {
-        "input_ids": torch.from_numpy(input_ids),
-        "token_type_ids": torch.from_numpy((within >= np.repeat(segment_b, lengths)).astype(np.int32)),
-        "position_ids": torch.from_numpy(within.astype(np.int32)),
-        "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)),
-        "max_seqlen": int(lengths.max()),
-        "tokens": real,
-    }
-    return fields_, cu_seqlens
+        tokens = slice(cu_seqlens[first], cu_seqlens[first + len(rows)])
+        # "clip" writes where it should without a copy; no index is clipped.
+        np.take(table.tokens, source[tokens], out=input_ids[tokens], mode="clip")
+        first += len(rows)
+    input_ids[real:] = parts[0][0].special.pad
+    tensors = {name: torch.from_numpy(array) for name, array in mine.items()}
+    return {"buffer": buffer, **tensors, "max_seqlen": int(lengths.max()), "tokens": real}, arrays
 
 
-def prefetch(iterable: Iterable[T], depth: int = 2) -> Iterator[T]:
+def _reserve(shapes: _Shapes) -> tuple[torch.Tensor, dict[Any, np.ndarray]]:
+    """A buffer, and arrays of these dtypes and lengths that are parts of it, each aligned; nothing is set."""
+    parts, end = {}, 0
+    for name, (dtype, length) in shapes.items():
+        begin, dtype = end, np.dtype(dtype)
+        parts[name] = slice(begin, begin + length * dtype.itemsize), dtype
+        end += -(-length * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(end, dtype=torch.uint8, device="cpu")
+    memory = buffer.numpy()
+    return buffer, {name: memory[part].view(dtype) for name, (part, dtype) in parts.items()}
+
+
+def prefetch(iterable: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """Yields the items of ``iterable``, up to ``depth`` of them made ahead in a background thread.
 
     An exception of the iterable is raised here, after the items before it; closing or dropping the

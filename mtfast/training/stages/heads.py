@@ -131,7 +131,6 @@ class Heads(TaskStage):
                 task: TaskRows(
                     features.sequences[task],
                     self.labels[task][examples.to(self.engine.device)],
-                    examples,
                     batch.step_counts[task],
                 )
                 for task, examples in batch.examples.items()
