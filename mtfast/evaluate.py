@@ -50,7 +50,7 @@ class Evaluation:
             DataError: no task has labels.
         """
         tables = self.inputs.load("dev") if split == "dev" else self._labelled_test()
-        metrics = labelled_metrics(tables, self._predict(tables))
+        metrics = labelled_metrics(tables, self._predict(split, tables))
         if set(tables) != set(self.inputs.tasks):
             metrics = {name: value for name, value in metrics.items() if name not in OVER_TASKS}
         self.inputs.run.summarize(**{split: metrics})
@@ -66,7 +66,7 @@ class Evaluation:
             for name in self.inputs.tasks:
                 if (table := self._own(name, split)) is None:
                     continue
-                values = self._predict({name: table})[name]
+                values = self._predict(f"{name} {split}", {name: table})[name]
                 file, text = _prediction_file(name, split, table, values)
                 path = self.inputs.run.path / "predictions" / file
                 ranks.on_main(write_text, path, text)
@@ -74,8 +74,8 @@ class Evaluation:
         say("\n".join(f"wrote {path}" for path in written))
         return written
 
-    def _predict(self, tables: Mapping[str, TokenizedTask]) -> dict[str, np.ndarray]:
-        return predict_packed(lambda batch: self.model(**batch.model_inputs()), tables, self.device)
+    def _predict(self, what: str, tables: Mapping[str, TokenizedTask]) -> dict[str, np.ndarray]:
+        return predict_packed(what, lambda batch: self.model(**batch.model_inputs()), tables, self.device)
 
     def _own(self, name: str, split: Split) -> TokenizedTask | None:
         """A task's examples of a split; None, and that is said, where it has none of its own."""

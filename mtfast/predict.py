@@ -13,6 +13,7 @@ import torch
 
 from mtfast.config import CONFIG_FILE, ConfigError, DataConfig
 from mtfast.config_file import read_config_file
+from mtfast.data.packing import PackedBatch
 from mtfast.data.rows import RowAccount, listed, shown
 from mtfast.data.tables import TaskTable
 from mtfast.data.tokens import tokenize_task
@@ -118,7 +119,11 @@ class Model:
         assert whole is not None
         width = () if declared.outputs == 1 else (declared.outputs,)
         columns = _columns(texts, task, len(declared.texts))
-        found = self._run(task, declared, columns, lambda batch: whole(**batch.model_inputs()), width)
+
+        def forward(batch: PackedBatch) -> Mapping[str, torch.Tensor]:
+            return whole(**batch.model_inputs())
+
+        found = self._run(f"predicting {task}", task, declared, columns, forward, width)
         outputs = torch.from_numpy(found)
         values, probabilities = predictions_of(declared, outputs), KINDS[declared.kind].probabilities
         if probabilities is None:
@@ -141,23 +146,29 @@ class Model:
         """
         encoder, columns = self._encoder, _columns(texts, "encode", 1)
 
-        def forward(batch: Any) -> dict[str, torch.Tensor]:
+        def forward(batch: PackedBatch) -> dict[str, torch.Tensor]:
             return {"text": encoder(**batch.encoder_inputs(), cls_only=True)}
 
-        return self._run("text", _TEXT, columns, forward, (encoder.config.hidden_size,))
+        return self._run("encoding", "text", _TEXT, columns, forward, (encoder.config.hidden_size,))
 
     def _run(
-        self, name: str, task: Task, columns: list[list[str]], forward: Forward, width: tuple[int, ...]
+        self,
+        what: str,
+        name: str,
+        task: Task,
+        columns: list[list[str]],
+        forward: Forward,
+        width: tuple[int, ...],
     ) -> np.ndarray:
         """What `forward` gives for the task's examples, float32 [n, *width], from a list of n texts for each
-        of its columns."""
+        of its columns. `what` is the name under which progress is shown."""
         count = len(columns[0])
         ids = [str(number) for number in range(count)]
         texts = TaskTable(name, task, "test", ids, columns, None, RowAccount(count, count))
         table = tokenize_task(texts, self._tokenizer, max_length=self._max_length)
         parts = [
-            {name: (rows, outputs.cpu().numpy()) for name, (rows, outputs) in part.items()}
-            for part in packed_outputs(forward, {name: table}, self._device)
+            {name: (rows, outputs.numpy()) for name, (rows, outputs) in part.items()}
+            for part in packed_outputs(what, forward, {name: table}, self._device)
         ]
         return in_order(parts, name, count).reshape(count, *width)
 

@@ -1,12 +1,13 @@
 """What a person sees of a running stage: plain lines or one live line on a terminal, from rank 0 alone."""
 
 import io
+from dataclasses import dataclass
 
 import pytest
 from rich.console import Console
 
 from mtfast.training.run import progress
-from mtfast.training.run.progress import StageProgress, peak_flops, say, say_once
+from mtfast.training.run.progress import StageProgress, peak_flops, say, say_once, watched
 
 
 @pytest.fixture
@@ -17,10 +18,10 @@ def clock(monkeypatch):
     return now
 
 
-def console(monkeypatch, terminal: bool) -> io.StringIO:
+def console(monkeypatch, terminal: bool, name: str = "_console") -> io.StringIO:
     out = io.StringIO()
     made = Console(file=out, force_terminal=terminal, width=120, highlight=False, soft_wrap=True)
-    monkeypatch.setattr(progress, "_console", made)
+    monkeypatch.setattr(progress, name, made)
     return out
 
 
@@ -70,14 +71,82 @@ def test_a_live_line_on_a_terminal(monkeypatch):
     assert "4/10" in text and "sts 2.125" in text and "finetune epoch 1" in text and "\x1b[" in text
 
 
+@dataclass(frozen=True)
+class Batch:
+    size: int
+    tokens: int
+
+
+def passing(clock, seconds: list[float], world_size: int = 1, live: bool = False) -> int:
+    """How many batches of 10 examples and 600 tokens come through, that take so long."""
+    batches = [Batch(10, 600)] * len(seconds)
+    found = watched("dev", iter(batches), len(batches), world_size)
+    for (batch, taken), seen in zip(zip(batches, seconds, strict=True), found, strict=True):
+        assert batch is seen
+        if live:
+            progress._Line._live.refresh()
+        clock[0] += taken
+    return len(seconds)
+
+
 @pytest.mark.parametrize("terminal", [False, True])
-def test_other_ranks_are_silent(monkeypatch, terminal):
+@pytest.mark.parametrize(
+    "seconds", [[], [0.5, 2], [2.9, 60]], ids=["nothing", "short", "short until its end"]
+)
+def test_short_passes_show_nothing(clock, monkeypatch, terminal, seconds):
+    out = console(monkeypatch, terminal, "_errors")
+    assert passing(clock, seconds) == len(seconds)
+    assert out.getvalue() == ""
+
+
+def test_long_passes_show_plain_lines_on_standard_error(clock, monkeypatch):
+    out, errors = console(monkeypatch, False), console(monkeypatch, False, "_errors")
+    passing(clock, [4, 2, 6, 4, 4, 4], world_size=2)
+    # Lines after 12 s, 24 s (the end), of 2 ranks.
+    assert errors.getvalue().splitlines() == [
+        "dev 3/6 | 5 examples/s 300 tokens/s | 0:00:12 left",
+        "dev 6/6 | 5 examples/s 300 tokens/s | 0:00:00 left",
+    ]
+    assert out.getvalue() == ""
+
+
+def test_long_passes_have_a_live_line_on_a_terminal(clock, monkeypatch, capsys):
+    out = console(monkeypatch, True, "_errors")
+    batches = watched("dev", iter([Batch(10, 600)] * 3), 3)
+    for _ in range(2):
+        next(batches)
+        clock[0] += 4
+    next(batches)
+    progress._Line._live.refresh()
+    print("id,label")  # what a command writes is not drawn into the line's console
+    assert "2/3" in out.getvalue() and "dev" in out.getvalue() and "\x1b[" in out.getvalue()
+    batches.close()
+    assert capsys.readouterr().out == "id,label\n" and "id,label" not in out.getvalue()
+    assert progress._Line._live is None
+
+
+def test_a_pass_within_a_stage_is_a_line_below_it(clock, monkeypatch):
+    out, errors = console(monkeypatch, True), console(monkeypatch, True, "_errors")
+    with StageProgress("finetune", 10, 0, 0.0, None) as bar:
+        bar.update(4, {"sts": 2.125}, examples=1, tokens=1)
+        passing(clock, [4, 4, 4], live=True)
+        bar.update(5, {"sts": 2.0}, examples=1, tokens=1)
+    *_, with_pass, end = out.getvalue().split("finetune")
+    assert "4/10" in with_pass and "dev" in with_pass and "2/3" in with_pass
+    assert "5/10" in end and "dev" not in end
+    assert errors.getvalue() == "" and progress._Line._live is None
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_other_ranks_are_silent(clock, monkeypatch, terminal):
     out = console(monkeypatch, terminal)
     monkeypatch.setenv("RANK", "1")
+    errors = console(monkeypatch, terminal, "_errors")
     with StageProgress("finetune", 1, 0, 0.0, None) as bar:
         bar.update(1, {"sts": 2.0}, examples=1, tokens=1)
+    passing(clock, [20, 20, 20])
     say("hello")
-    assert out.getvalue() == ""
+    assert out.getvalue() == errors.getvalue() == ""
 
 
 def test_said_once(monkeypatch):

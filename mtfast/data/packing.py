@@ -30,7 +30,7 @@ class TaskRows:
     """A task's examples in a packed batch.
 
     sequences: int64 [n], or [n, 2] for separately encoded pairs: indices of their sequences in the batch.
-    labels: int64 [n] for classification, float32 [n] else; None where the data has none or none are read.
+    labels: int64 [n] for classification, float32 [n] else; None where the data has none or they are not read.
     step_count: examples of this task in the whole optimizer step, over all ranks and micro-batches.
     token_bounds: int64 [n, 2], begin and end of each sequence in the packed tokens, without [CLS]; for tasks
     with an LSTM head alone, and an array since it stays on the host.
@@ -77,7 +77,7 @@ class _Packed:
         return self if device.type == "cpu" else self._on(sent(self.buffer, device))
 
     def _on(self: _P, buffer: torch.Tensor) -> _P:
-        """The batch with the parts of ``buffer``, a copy of its own, for tensors."""
+        """The batch with parts of ``buffer``, a copy of its own one, for tensors."""
         begin, whole = self.buffer.data_ptr(), {dtype: buffer.view(dtype) for dtype in _DTYPES}
 
         def moved(value: Any) -> Any:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mtfast.data.packing import pack_tasks
-from mtfast.data.sampler import Layout, plan_evaluation
+from mtfast.data.packing import sent
+from mtfast.data.sampler import Layout
 from mtfast.data.tokens import TokenizedTask
 from mtfast.files import naming
 from mtfast.models.bert import PackedBert, first_rows
 from mtfast.training.engine import ranks
-from mtfast.training.prediction import EVALUATION_TOKENS
+from mtfast.training.prediction import packed_batches
 
 SHARED_ROWS = 65536
 
@@ -102,6 +102,7 @@ class FeatureTable:
 
 
 def encode(
+    what: str,
     encoder: PackedBert,
     tables: Mapping[str, TokenizedTask],
     device: torch.device,
@@ -111,6 +112,7 @@ def encode(
     """Encode every sequence once, in evaluation mode, sharded over the ranks and then shared.
 
     Args:
+        what: the name under which progress is shown.
         directory: where the table goes as a file when it is too large for half the device's memory.
         token_tasks: tasks with one sequence to an example whose token states are kept too.
     """
@@ -128,18 +130,21 @@ def encode(
     storage = _allocate(heights, hidden, dtype, device, directory)
     cls, tokens = storage["cls"], storage.get("tokens")
     features = FeatureTable(cls, first_row, per_example, tokens, offsets, device)
-    lengths = {task: table.lengths for task, table in tables.items()}
     layout = Layout(ranks.rank(), ranks.world_size())
-    for examples in plan_evaluation(lengths, tokens_per_batch=EVALUATION_TOKENS, layout=layout):
-        batch = pack_tasks(tables, examples, {task: 0 for task in tables}).to(device)
-        with torch.no_grad():
-            states = encoder(**batch.encoder_inputs(), cls_only=not token_tasks)
-        first = states.index_select(0, first_rows(batch.cu_seqlens, len(states))) if token_tasks else states
-        for task, rows in batch.tasks.items():
-            target = features.rows(task, torch.from_numpy(examples[task])).reshape(-1).to(cls.device)
-            cls[target] = first[rows.sequences.reshape(-1)].to(cls.device)
-            if tokens is not None and task in offsets:
-                _copy_tokens(tokens, offsets[task], batch.cu_seqlens, rows.sequences, examples[task], states)
+    with closing(packed_batches(what, tables, device, layout)) as batches:
+        for numbers, batch in batches:
+            with torch.no_grad():
+                states = encoder(**batch.encoder_inputs(), cls_only=not token_tasks)
+            first = states if tokens is None else states[first_rows(batch.cu_seqlens, len(states))]
+            examples = {task: torch.from_numpy(index) for task, index in numbers.items()}
+            # The sequences of a batch are in this order too, filler last.
+            rows = torch.cat([features.rows(task, index).flatten() for task, index in examples.items()])
+            _put(cls, rows, first[: len(rows)])
+            for task, bounds in batch.token_bounds.items():
+                if tokens is not None and len(bounds):
+                    begins, ends = offsets[task][examples[task]], offsets[task][examples[task] + 1]
+                    packed = states[int(bounds[0, 0]) - 1 : int(bounds[-1, 1])]  # with [CLS]
+                    _put(tokens, _ranges(begins, ends - begins), packed)
     # A row that another rank encoded is zero here, so the sum over the ranks is the table.
     for table_part in storage.values():
         for block in table_part.split(SHARED_ROWS) if ranks.world_size() > 1 else ():
@@ -184,17 +189,6 @@ def _ranges(begins: Tensor, lengths: Tensor) -> Tensor:
     return begins.repeat_interleave(lengths) + within
 
 
-def _copy_tokens(
-    tokens: Tensor,
-    offsets: Tensor,
-    cu_seqlens: Tensor,
-    sequences: Tensor,
-    examples: np.ndarray,
-    states: Tensor,
-) -> None:
-    """Copies the states of a task's sequences in a batch to where its examples have theirs in `tokens`."""
-    index = torch.from_numpy(examples)
-    begins = offsets[index]
-    lengths = offsets[index + 1] - begins
-    packed = _ranges(cu_seqlens.long()[sequences], lengths.to(states.device))
-    tokens[_ranges(begins, lengths).to(tokens.device)] = states[packed].to(tokens.device)
+def _put(table: Tensor, rows: Tensor, states: Tensor) -> None:
+    """Copies states [n, hidden] to these rows of a table; int64 [n], on the host."""
+    table[sent(rows, table.device)] = states.to(table.device)

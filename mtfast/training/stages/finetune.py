@@ -42,7 +42,10 @@ class Finetune(TaskStage):
 
     def predict_dev(self) -> dict[str, np.ndarray]:
         return predict_packed(
-            lambda batch: self.engine.model(**batch.model_inputs()), self.dev, self.engine.device
+            "finetune dev",
+            lambda batch: self.engine.model(**batch.model_inputs()),
+            self.dev,
+            self.engine.device,
         )
 
     def save(self, directory: Path, state: dict[str, Tensor]) -> None:

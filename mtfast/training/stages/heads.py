@@ -81,7 +81,14 @@ class Heads(TaskStage):
         if self.cached:
             device = self.engine.device
             self.table, self.dev_table = (
-                encode(self.encoder, tables, device, directory / f"features-{split}", self.token_tasks)
+                encode(
+                    f"encoding {split}",
+                    self.encoder,
+                    tables,
+                    device,
+                    directory / f"features-{split}",
+                    self.token_tasks,
+                )
                 for split, tables in (("train", self.train), ("dev", self.dev))
             )
             self.labels = {
@@ -160,7 +167,7 @@ class Heads(TaskStage):
 
     def predict_dev(self) -> dict[str, np.ndarray]:
         if not self.cached:
-            return predict_packed(self._on_packed, self.dev, self.engine.device)
+            return predict_packed("heads dev", self._on_packed, self.dev, self.engine.device)
         table = self.dev_table
         predictions: dict[str, list[np.ndarray]] = {task: [] for task in self.dev}
         longest = max(map(len, self.dev.values()))

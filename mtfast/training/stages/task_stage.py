@@ -92,12 +92,16 @@ def labelled_metrics(
 
 
 def predict_packed(
-    forward: Forward, tables: Mapping[str, TokenizedTask], device: torch.device
+    what: str, forward: Forward, tables: Mapping[str, TokenizedTask], device: torch.device
 ) -> dict[str, np.ndarray]:
-    """Run `forward` over every example once, sharded over the ranks; predictions in input order."""
+    """Run `forward` over every example once, sharded over the ranks; predictions in input order.
+
+    what: the name under which progress is shown.
+    """
+    layout = Layout(ranks.rank(), ranks.world_size())
     parts = [
         {name: (rows, predictions_of(tables[name].task, outputs)) for name, (rows, outputs) in part.items()}
-        for part in packed_outputs(forward, tables, device, Layout(ranks.rank(), ranks.world_size()))
+        for part in packed_outputs(what, forward, tables, device, layout)
     ]
     gathered = [part for shard in ranks.gather(parts) for part in shard]
     return {name: in_order(gathered, name, len(table)) for name, table in tables.items()}
