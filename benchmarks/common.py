@@ -23,7 +23,8 @@ SOURCES = Path(__file__).parents[1]
 RESULTS = SOURCES / "benchmarks" / "results"
 COLUMNS = (
     "benchmark", "case", "variant", "median_us", "p20_us", "p80_us", "runs", "ratio_to_baseline",
-    "gb_per_s", "copy_gb_per_s", "share_of_copy", "tflop_per_s", "peak_mib", "kernels", "idle_share", "wrong",
+    "examples_per_s", "share_of_step", "gb_per_s", "copy_gb_per_s", "share_of_copy", "tflop_per_s",
+    "peak_mib", "kernels", "idle_share", "wrong",
     "device", "driver", "threads", "torch", "cuda", "python", "commit", "date",
 )  # fmt: skip
 Row = dict[str, Any]
@@ -114,6 +115,7 @@ def rows_of(
 ) -> list[Row]:
     """One row a variant. A column is a number, or entries by variant, such as gb_per_s={"mtfast": 3.1}.
 
+    The ratio to the baseline is that of examples_per_s, where those are given, else of the median times.
     "wrong" says in a few words what is wrong with the variant's result, nothing where it is right.
     """
     rows = []
@@ -132,6 +134,8 @@ def rows_of(
             entry = value.get(variant) if isinstance(value, Mapping) else value
             if entry is not None:
                 row[column] = entry if isinstance(entry, str) else float(f"{entry:.4g}")
+        if isinstance(rates := columns.get("examples_per_s"), Mapping):
+            row["ratio_to_baseline"] = round(float(rates[variant]) / float(rates[baseline]), 3)
         if "gb_per_s" in row and "copy_gb_per_s" in row:
             row["share_of_copy"] = round(row["gb_per_s"] / row["copy_gb_per_s"], 3)
         rows.append(row)
@@ -141,6 +145,8 @@ def rows_of(
 def print_rows(rows: Sequence[Row]) -> None:
     """The rows as a table."""
     units = (
+        ("examples_per_s", "examples/s"),
+        ("share_of_step", "of the step"),
         ("gb_per_s", "GB/s"),
         ("share_of_copy", "of copying"),
         ("tflop_per_s", "TFLOP/s"),

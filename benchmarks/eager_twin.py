@@ -53,6 +53,11 @@ def pad_task(table: TokenizedTask, examples: np.ndarray) -> PaddedTask:
     return PaddedTask(input_ids, mask, torch.from_numpy(table.labels[examples]))
 
 
+def total(losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the tasks' losses."""
+    return torch.stack(list(losses.values())).sum()
+
+
 class EagerHeads(nn.Module):
     """A linear head for sst and one MLP on concatenated [CLS] vectors for quora and sts, with the weights of
     `heads`."""

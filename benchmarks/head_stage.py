@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import RESULTS, default_device, rows_of, summary, write_results
-from benchmarks.eager_twin import EagerTwin, MasterAdamW, pad_task
+from benchmarks.eager_twin import EagerTwin, MasterAdamW, pad_task, total
 from benchmarks.stage_setup import (
     Clock,
     Tables,
@@ -29,13 +29,12 @@ from benchmarks.stage_setup import (
     load_tables,
     parser_of,
     recipe,
-    total,
-    twin_of,
     weights_of,
 )
 from mtfast.config import RunConfig
 from mtfast.data.packing import PackedBatch
 from mtfast.data.sampler import StepPlan
+from mtfast.models.multitask import MultiTaskHeads
 from mtfast.training.engine.engine import start, stop
 from mtfast.training.run.weights import Weights, build_multitask
 from mtfast.training.stages.heads import CachedBatch, Heads
@@ -116,7 +115,7 @@ def cached(
     clock = Clock(device)
     stage = stage_of(config, tables, weights)
     before = clock.lap()
-    twin = twin_of(config, build_multitask(weights, config.tasks)[0].heads).to(device).train()
+    twin = eager_twin(config, build_multitask(weights, config.tasks)[0].heads).to(device).train()
     heads = [p for name, p in twin.named_parameters() if not name.startswith("bert.")]
     optimizer = torch.optim.AdamW(heads, lr=config.heads.learning_rate, weight_decay=0.01, fused=True)
     check_losses(stage, twin)
@@ -131,6 +130,11 @@ def cached(
     stage.engine.close()
     measured = {name: values[1:] for name, values in seconds.items()}  # the first epoch warms up
     return Cost(before, statistics.median(measured["mtfast"])), measured
+
+
+def eager_twin(config: RunConfig, heads: MultiTaskHeads) -> EagerTwin:
+    """The eager model with the checkpoint's weights and those of `heads`, in float32."""
+    return EagerTwin(config.model.checkpoint, heads, config.model.dropout_p)
 
 
 def check_losses(stage: Heads, twin: EagerTwin) -> None:
@@ -197,7 +201,7 @@ def eager(config: RunConfig, tables: dict[str, Tables], device: torch.device, st
     plan = stage.plan(0)
     stage.engine.close()
     model, _ = build_multitask(weights, config.tasks)
-    twin = twin_of(config, model.heads).to(device, torch.bfloat16).train()
+    twin = eager_twin(config, model.heads).to(device, torch.bfloat16).train()
     twin.bert.requires_grad_(False)
     optimizer = MasterAdamW(twin, config.heads.learning_rate)
     measured = plan[:steps]

@@ -1,25 +1,52 @@
-"""What the stage benchmarks share: their options, the data, a stage of mtfast and its eager twin, a clock."""
+"""What the stage benchmarks share: their options, the data, a stage of mtfast as its command has it, a clock.
+
+A process that runs mtfast as another commit has it (benchmarks/baseline.py) imports this too: it asks of
+mtfast no more than the stages' constructors, plans, micro-batches, losses and steps.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from transformers import BertConfig
 
-from benchmarks.eager_twin import EagerTwin
 from mtfast.config import EngineConfig, HeadsConfig, ModelConfig, RunConfig
+from mtfast.data.reviews import ReviewSamples, build_samples, read_reviews
 from mtfast.data.tables import read_task
 from mtfast.data.tokens import TokenizedTask, tokenize_task
 from mtfast.models.checkpoint import load_bert_config, load_tokenizer
-from mtfast.models.multitask import MultiTaskHeads
 from mtfast.recipes import PAPER_TASKS
 from mtfast.tasks import Split
 from mtfast.training.run.weights import Weights
+from mtfast.training.stages.finetune import Finetune
+from mtfast.training.stages.pretrain import Pretrain
 
 Tables = dict[str, TokenizedTask]
+SHAPES = ("checkpoint", "bert-base")
+MEGABATCH = 50  # batches whose examples Trainer's group_by_length sorts at a time
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that makes two processes take the same steps.
+
+    stage: "finetune" or "pretrain". shape: of SHAPES; "bert-base" has random weights. max_length: of
+    pre-training samples. steps: so many of the epoch's first are made ready. threads: on the CPU.
+    """
+
+    stage: str
+    data: str
+    checkpoint: str
+    shape: str
+    max_length: int
+    steps: int
+    threads: int
 
 
 def parser_of(name: str, description: str) -> argparse.ArgumentParser:
@@ -56,22 +83,66 @@ def load_tables(data: str, config: RunConfig, split: Split) -> Tables:
     }
 
 
-def weights_of(config: RunConfig) -> Weights:
-    """The checkpoint's weights, with the recipe's dropout."""
+def weights_of(config: RunConfig, shape: str = "checkpoint") -> Weights:
+    """The checkpoint's weights, or random ones of BERT-base's shape for its vocabulary, with the recipe's
+    dropout."""
     checkpoint = config.model.checkpoint
     bert = load_bert_config(checkpoint)
+    if shape == "bert-base":
+        bert = BertConfig(vocab_size=bert.vocab_size, pad_token_id=bert.pad_token_id)
     bert.hidden_dropout_prob = bert.attention_probs_dropout_prob = config.model.dropout_p
-    return Weights(bert, load_tokenizer(checkpoint), checkpoint, None, config.model.mlp, config.seed)
+    encoder = checkpoint if shape == "checkpoint" else None
+    return Weights(bert, load_tokenizer(checkpoint), encoder, None, config.model.mlp, config.seed)
 
 
-def twin_of(config: RunConfig, heads: MultiTaskHeads) -> EagerTwin:
-    """The eager model with the checkpoint's weights and those of `heads`, in float32."""
-    return EagerTwin(config.model.checkpoint, heads, config.model.dropout_p)
+def load_samples(setup: Setup, config: RunConfig) -> ReviewSamples:
+    """Pre-training samples of reviews from all over the data, at least as many as the steps take, and as
+    grouping by length does."""
+    source = Path(setup.data) / "imdb" if (Path(setup.data) / "imdb").is_dir() else Path(setup.data)
+    limit = max(setup.steps, MEGABATCH) * config.pretrain.batch_size  # a review gives one sample or more
+    tokenizer = load_tokenizer(setup.checkpoint)
+    return build_samples(
+        read_reviews(source, limit), tokenizer, max_length=setup.max_length, seed=config.seed
+    )
 
 
-def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The sum of the tasks' losses."""
-    return torch.stack(list(losses.values())).sum()
+class StageMaker:
+    """Makes the stage of a setup; reads its data once."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.config = setup, recipe(setup.checkpoint)
+        self.weights = weights_of(self.config, setup.shape)
+        self._data = (
+            load_tables(setup.data, self.config, "train")
+            if setup.stage == "finetune"
+            else (load_samples(setup, self.config))
+        )
+
+    def make(self, precision: Literal["bf16", "fp32"] = "bf16") -> Finetune | Pretrain:
+        """The stage under its engine, as mtfast's command has it."""
+        config = self.config
+        engine = replace(config.engine, precision=precision)
+        if isinstance(self._data, ReviewSamples):
+            return Pretrain(self._data, self.weights, config.pretrain, engine, config.seed)
+        load = {"train": self._data, "dev": {}}.__getitem__
+        return Finetune(load, self.weights, config.finetune, engine, config.seed)
+
+    def losses(self) -> dict[str, float]:
+        """mtfast's losses of the first step, in float32 and without dropout."""
+        stage = self.make("fp32")
+        stage.engine.train(False)
+        with torch.no_grad():
+            losses = {name: loss.item() for name, loss in stage.losses(packed_batches(stage, 1)[0]).items()}
+        stage.engine.close()
+        return losses
+
+
+def packed_batches(stage: Finetune | Pretrain, count: int) -> list[Any]:
+    """The micro-batches of the first steps of the first epoch, one of each, ready on the device."""
+    plan: Any = stage.plan(0)[:count]
+    if len(plan) < count:
+        raise SystemExit(f"the data has {len(plan)} steps and {count} are wanted; ask for fewer with --steps")
+    return [batch for (batch,) in stage.micro_batches(plan, 0)]
 
 
 class Clock:

@@ -44,25 +44,27 @@ class HfReviews:
     """Pre-training samples for Hugging Face's models.
 
     inputs: their keyword arguments. special: bool, the shape of the input_ids, what is never masked. masked:
-    input_ids and labels as mask_tokens masks them.
+    input_ids and labels as mask_tokens masks them. nsp_labels: int64 [samples].
     """
 
     inputs: dict[str, Any]
     special: Tensor
     masked: tuple[Tensor, Tensor]
+    nsp_labels: Tensor
 
 
 @dataclass(frozen=True)
 class PretrainBatch:
     """Samples packed with mtfast's filler, padded, and as one row without filler.
 
-    cls_rows: int64 [samples], the row's [CLS] tokens.
+    cls_rows: int64 [samples], the row's [CLS] tokens. masking: keyword arguments of mask_tokens.
     """
 
     packed: ReviewBatch
     padded: HfReviews
     row: HfReviews
     cls_rows: Tensor
+    masking: Mapping[str, Any]
 
     @property
     def padded_tokens(self) -> int:
@@ -137,9 +139,19 @@ def pretrain_batch(samples: int, seed: int, device: torch.device) -> PretrainBat
         ).to(device)
         for bucket_tokens in (BUCKET_TOKENS, 1)
     )
+    padded, row = hf_reviews(flat, OPTIONS)
+    return PretrainBatch(packed, padded, row, flat.cu_seqlens[:-1].long(), OPTIONS)
+
+
+def hf_reviews(flat: ReviewBatch, masking: Mapping[str, Any]) -> tuple[HfReviews, HfReviews]:
+    """A batch packed without filler, padded to its longest sample and as one row.
+
+    masking: keyword arguments of mask_tokens.
+    """
+    device = flat.input_ids.device
     ids = flat.input_ids.long()
-    masked = mask_tokens(ids, positions=flat.positions, cu_seqlens=flat.cu_seqlens, **OPTIONS)
-    special = torch.isin(ids, torch.tensor(SPECIAL, device=device))
+    masked = mask_tokens(ids, positions=flat.positions, cu_seqlens=flat.cu_seqlens, **masking)
+    special = torch.isin(ids, torch.tensor(masking["special_ids"], device=device))
     inside = torch.arange(flat.max_seqlen, device=device) < flat.cu_seqlens.diff()[:, None]
 
     def padded(values: Tensor, filler: int | bool) -> Tensor:
@@ -150,33 +162,19 @@ def pretrain_batch(samples: int, seed: int, device: torch.device) -> PretrainBat
         "token_type_ids": padded(flat.token_type_ids.long(), 0),
         "attention_mask": inside.long(),
     }
-    return PretrainBatch(
-        packed,
+    both = (padded(masked.input_ids, TOKENS.pad), padded(masked.labels, -100))
+    return (
+        HfReviews(inputs, padded(special, True), both, flat.nsp_labels),
         HfReviews(
-            inputs,
-            padded(special, True),
-            (padded(masked.input_ids, TOKENS.pad), padded(masked.labels, -100)),
+            row_of(flat), special[None], (masked.input_ids[None], masked.labels[None]), flat.nsp_labels
         ),
-        HfReviews(row_of(flat), special[None], (masked.input_ids[None], masked.labels[None])),
-        flat.cu_seqlens[:-1].long(),
     )
 
 
 def finetune_batch(examples: int, seed: int, device: torch.device) -> FinetuneBatch:
     """Examples of the three tasks in the full data's proportions."""
-    random = np.random.default_rng(seed)
-    counts = task_counts(examples)
-    labels = random_labels(counts, seed)
-    tables = {
-        task: TokenizedTask(
-            task=TASKS[task],
-            sequences=sequences_of(draw_examples(task, count, seed), random),
-            labels=labels[task],
-            ids=[str(row) for row in range(count)],
-            account=RowAccount(count, count),
-        )
-        for task, count in counts.items()
-    }
+    tables = random_tables(examples, seed)
+    counts = {task: len(table) for task, table in tables.items()}
     rows = {task: np.arange(count) for task, count in counts.items()}
     packed, flat = (
         pack_tasks(tables, rows, counts, bucket_tokens=bucket_tokens).to(device)
@@ -189,6 +187,23 @@ def finetune_batch(examples: int, seed: int, device: torch.device) -> FinetuneBa
         row_of(flat),
         {task: begins[first_then_second(part.sequences)] for task, part in flat.tasks.items()},
     )
+
+
+def random_tables(examples: int, seed: int) -> dict[str, TokenizedTask]:
+    """So many examples of the three tasks, with random words and labels."""
+    random = np.random.default_rng(seed)
+    counts = task_counts(examples)
+    labels = random_labels(counts, seed)
+    return {
+        task: TokenizedTask(
+            task=TASKS[task],
+            sequences=sequences_of(draw_examples(task, count, seed), random),
+            labels=labels[task],
+            ids=[str(row) for row in range(count)],
+            account=RowAccount(count, count),
+        )
+        for task, count in counts.items()
+    }
 
 
 def row_of(flat: PackedBatch | ReviewBatch) -> dict[str, Any]:

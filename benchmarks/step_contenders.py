@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForPreTraining, BertModel
 
 from benchmarks.eager_twin import VARLEN, EagerHeads, EagerTwin, MasterAdamW
-from benchmarks.mask_tokens import OPTIONS, masking_by_where
+from benchmarks.mask_tokens import masking_by_where
 from benchmarks.step_batches import (
     TASKS,
     CachedFeatures,
@@ -92,7 +92,7 @@ class PackedPretrain(Contender):
     def losses(self, batch: PretrainBatch) -> Losses:
         packed = batch.packed
         masked = mask_tokens(
-            packed.input_ids, positions=packed.positions, cu_seqlens=packed.cu_seqlens, **OPTIONS
+            packed.input_ids, positions=packed.positions, cu_seqlens=packed.cu_seqlens, **batch.masking
         )
         chosen = torch.nonzero_static(masked.labels != -100, size=packed.masked).squeeze(1)
         inputs = packed.encoder_inputs() | {"input_ids": masked.input_ids}
@@ -127,10 +127,9 @@ class PaddedPretrain(Contender):
 
     def of_masked(self, batch: PretrainBatch, input_ids: Tensor, labels: Tensor) -> Losses:
         """The losses with these words masked."""
-        inputs = batch.padded.inputs | {"input_ids": input_ids}
-        return {
-            "mlm + nsp": self.model(**inputs, labels=labels, next_sentence_label=batch.packed.nsp_labels).loss
-        }
+        reviews = batch.padded
+        inputs = reviews.inputs | {"input_ids": input_ids}
+        return {"mlm + nsp": self.model(**inputs, labels=labels, next_sentence_label=reviews.nsp_labels).loss}
 
 
 class UnpaddedPretrain(PaddedPretrain):
@@ -146,9 +145,7 @@ class UnpaddedPretrain(PaddedPretrain):
         states = model.bert(**batch.row.inputs | {"input_ids": input_ids}).last_hidden_state[0]
         pooled = model.bert.pooler(states[batch.cls_rows][:, None])
         words, order = model.cls(states, pooled)
-        return {
-            "mlm + nsp": F.cross_entropy(words, labels[0]) + F.cross_entropy(order, batch.packed.nsp_labels)
-        }
+        return {"mlm + nsp": F.cross_entropy(words, labels[0]) + F.cross_entropy(order, batch.row.nsp_labels)}
 
 
 class PackedFinetune(Contender):

@@ -1,0 +1,103 @@
+"""mtfast as another commit has it, built in a directory of its own and run in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import SOURCES, git
+from benchmarks.stage_setup import Setup
+
+
+class Child:
+    """A process that makes steps when it is told to, and waits in between.
+
+    losses: those of its first step in float32, without dropout.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.losses: dict[str, float] = json.loads(self._answer())
+
+    def turn(self, index: int) -> float:
+        """Make the step of a turn; its seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{index}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            raise SystemExit(
+                f"the baseline's process ended with status {self._process.wait()}; what it wrote is above"
+            )
+        return line
+
+
+class Baseline:
+    """The code of a commit, until `stack` is left."""
+
+    def __init__(self, commit: str, stack: ExitStack) -> None:
+        self.commit = commit
+        self._path = stack.enter_context(_built(commit))
+
+    @contextmanager
+    def child(self, setup: Setup) -> Iterator[Child]:
+        """The commit's mtfast, taking the steps of the setup."""
+        # The benchmark is that of today. Threads that wait must not take time from the other process's.
+        path = os.pathsep.join([str(self._path), str(SOURCES)])
+        environment = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
+        command = [sys.executable, "-m", "benchmarks.baseline_child", json.dumps(asdict(setup))]
+        with subprocess.Popen(
+            command,
+            env=environment,
+            cwd=self._path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                yield Child(process)
+            finally:
+                assert process.stdin is not None
+                process.stdin.close()  # which ends it
+
+
+@contextmanager
+def _built(commit: str) -> Iterator[Path]:
+    """A directory with the commit's mtfast, its extension built, and nothing else.
+
+    Raises SystemExit where there is no such commit or it cannot be built.
+    """
+    if not git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"):
+        raise SystemExit(f"--baseline {commit}: git knows no such commit of {SOURCES}")
+    with tempfile.TemporaryDirectory(prefix="mtfast-baseline-") as directory:
+        sources, path = Path(directory) / "sources", Path(directory) / "path"
+        _run(["git", "-C", str(SOURCES), "worktree", "add", "--detach", str(sources), commit], SOURCES)
+        try:
+            print(f"building mtfast as {commit} has it", flush=True)
+            _run([sys.executable, "setup.py", "build_ext", "--inplace"], sources)
+            path.mkdir()
+            (path / "mtfast").symlink_to(sources / "mtfast")
+            yield path
+        finally:
+            _run(["git", "-C", str(SOURCES), "worktree", "remove", "--force", str(sources)], SOURCES)
+
+
+def _run(command: list[str], directory: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(directory)}
+    if not torch.cuda.is_available():
+        environment["MTFAST_SKIP_CUDA_BUILD"] = "1"
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")

@@ -1,0 +1,100 @@
+"""Counts what a step asks torch to compute: kernels on a GPU, calls on the CPU.
+
+    python -m benchmarks op_count
+
+prints them for a fine-tuning step of mtfast under its engine, at the shape of BERT-base, by how often each op
+is called. The number follows from the layers and the engine, neither from the machine nor from the examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig
+
+from benchmarks.step_batches import random_tables
+from mtfast.config import EngineConfig, TaskStageConfig
+from mtfast.tasks import MlpConfig
+from mtfast.training.engine.engine import start, stop
+from mtfast.training.run.weights import Weights
+from mtfast.training.stages.finetune import Finetune
+
+EXAMPLES = 9
+# Memory that is set aside, other views of it, what is read from its header: no kernel runs for these.
+NO_KERNEL = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"),
+    *(
+        "detach",
+        "detach_",
+        "alias",
+        "view",
+        "view_as",
+        "_unsafe_view",
+        "_reshape_alias",
+        "reshape",
+        "flatten",
+    ),
+    *("t", "t_", "transpose", "permute", "expand", "as_strided", "slice", "select", "narrow", "squeeze"),
+    *("unsqueeze", "split", "split_with_sizes", "unsafe_split", "chunk", "unbind", "unfold", "diagonal"),
+    *("lift_fresh", "sym_size", "sym_stride", "sym_numel", "size", "stride", "is_pinned", "record_stream"),
+}
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__ not in NO_KERNEL:
+            self.calls[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_ops(call: Callable[[], Any]) -> Counter[str]:
+    """How often each op that computes something is called, by name: "aten.mm", "mtfast.mask_tokens".
+
+    A call counts once, whatever it does: an op of mtfast, a fused or foreach op. Backward passes count, also
+    where threads of a GPU's make them, since those take over what watches the forward pass.
+    """
+    with _Counting() as counting:
+        call()
+    return counting.calls
+
+
+def finetune_ops(config: BertConfig | None = None) -> Counter[str]:
+    """`count_ops` of one fine-tuning step under the engine, in a process group of this process alone, which
+    must have been started. config: of the encoder, BERT-base's by default, with random weights."""
+    tables = random_tables(EXAMPLES, seed=0)
+    settings = TaskStageConfig(batch_size=EXAMPLES)
+    weights = Weights(config or BertConfig(), None, None, None, MlpConfig(), 0)
+    engine = EngineConfig(precision="bf16", zero_stage=0)
+    stage = Finetune({"train": tables, "dev": {}}.__getitem__, weights, settings, engine, 0)
+    stage.engine.train()
+    ((batch,),) = stage.micro_batches(stage.plan(0)[:1], 0)
+    stage.step(batch)  # which makes the optimizer's state
+    found = count_ops(lambda: stage.step(batch))
+    stage.engine.close()
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Print the table."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks op_count", description=__doc__.split("\n")[0]
+    ).parse_args(argv)
+    start()
+    try:
+        found = finetune_ops()
+    finally:
+        stop()
+    for name, count in found.most_common():
+        print(f"{count:6} {name}")
+    print(f"{found.total():6} in all")
