@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig
 
@@ -26,23 +25,15 @@ from mtfast.training.stages.finetune import Finetune
 
 EXAMPLES = 9
 # Memory that is set aside, other views of it, what is read from its header: no kernel runs for these.
-NO_KERNEL = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"),
-    *(
-        "detach",
-        "detach_",
-        "alias",
-        "view",
-        "view_as",
-        "_unsafe_view",
-        "_reshape_alias",
-        "reshape",
-        "flatten",
-    ),
-    *("t", "t_", "transpose", "permute", "expand", "as_strided", "slice", "select", "narrow", "squeeze"),
-    *("unsqueeze", "split", "split_with_sizes", "unsafe_split", "chunk", "unbind", "unfold", "diagonal"),
-    *("lift_fresh", "sym_size", "sym_stride", "sym_numel", "size", "stride", "is_pinned", "record_stream"),
-}
+NO_KERNEL = set(
+    """
+    empty empty_like empty_strided new_empty new_empty_strided resize_ set_ lift_fresh
+    detach detach_ alias view view_as _unsafe_view _reshape_alias reshape flatten t t_ transpose permute expand
+    as_strided slice select narrow squeeze unsqueeze split split_with_sizes unsafe_split chunk unbind unfold
+    diagonal sym_size sym_stride sym_numel size stride is_pinned record_stream
+    _record_function_enter_new _record_function_exit
+    """.split()
+)
 
 
 class _Counting(TorchDispatchMode):

@@ -29,6 +29,13 @@ class Layouts:
     masking: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def size(self) -> int:
+        """Examples."""
+        if isinstance(self.padded, HfReviews):
+            return len(self.padded.nsp_labels)
+        return sum(len(task.labels) for task in self.padded.values())
+
+    @property
     def padded_tokens(self) -> int:
         """Tokens and padding."""
         if isinstance(self.padded, HfReviews):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.baseline import Baseline, Child
-from benchmarks.common import RESULTS, Row, default_device, print_rows, rows_of, summary, write_results
+from benchmarks.common import RESULTS, Row, print_rows, rows_of, summary, write_results
 from benchmarks.op_count import count_ops
 from benchmarks.real_batches import Layouts
 from benchmarks.stage_setup import SHAPES, Clock, Setup, StageMaker, parser_of
@@ -136,8 +136,12 @@ def compare(
             if isinstance(entrant, Entrant) and name != COMPILED
         }
     timings = {name: summary(values) for name, values in seconds.items()}
-    rates = {name: packed[0].size * len(values) / sum(values) for name, values in seconds.items()}
-    named = case_of(maker, case, field.batches[WARM_UP:])
+    examples = {
+        name: sum(layouts.size for layouts in (field.grouped if name == GROUPED else field.batches)[WARM_UP:])
+        for name in seconds
+    }
+    rates = {name: examples[name] / sum(values) for name, values in seconds.items()}
+    named = case_of(maker, f"{stage.settings.batch_size} {case}", field.batches[WARM_UP:])
     return rows_of(benchmark, named, timings, REFERENCE, examples_per_s=rates, kernels=kernels)
 
 
@@ -193,7 +197,7 @@ def take_turns(turns: Mapping[str, Turn], count: int) -> dict[str, list[float]]:
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for index in range(count):
-        for name in turns if index % 2 == 0 else reversed(turns):
+        for name in list(turns)[:: -1 if index % 2 else 1]:
             seconds[name].append(turns[name](index))
     return {name: values[WARM_UP:] for name, values in seconds.items()}
 
@@ -204,4 +208,4 @@ def case_of(maker: StageMaker, case: str, batches: Sequence[Layouts]) -> str:
     real = mean(layouts.packed.tokens for layouts in batches)
     padded = mean(layouts.padded_tokens for layouts in batches)
     shape = f"{config.num_hidden_layers} x {config.hidden_size}"
-    return f"{shape} {batches[0].packed.size} {case}, {real:.0f} real tokens, {padded:.0f} padded"
+    return f"{shape} {case}, {real:.0f} real tokens, {padded:.0f} padded"

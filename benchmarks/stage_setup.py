@@ -128,13 +128,16 @@ class StageMaker:
         return Finetune(load, self.weights, config.finetune, engine, config.seed)
 
     def losses(self) -> dict[str, float]:
-        """mtfast's losses of the first step, in float32 and without dropout."""
+        """mtfast's losses of the first step, in float32 and without dropout; of pre-training their sum, as
+        Hugging Face's model has it."""
         stage = self.make("fp32")
         stage.engine.train(False)
         with torch.no_grad():
-            losses = {name: loss.item() for name, loss in stage.losses(packed_batches(stage, 1)[0]).items()}
+            losses = stage.losses(packed_batches(stage, 1)[0])
+        if isinstance(stage, Pretrain):
+            losses = {" + ".join(losses): stage.total(losses)}
         stage.engine.close()
-        return losses
+        return {name: loss.item() for name, loss in losses.items()}
 
 
 def packed_batches(stage: Finetune | Pretrain, count: int) -> list[Any]:
