@@ -24,16 +24,8 @@ from mtfast.training.run.weights import Weights
 from mtfast.training.stages.finetune import Finetune
 
 EXAMPLES = 9
-# Memory that is set aside, other views of it, what is read from its header: no kernel runs for these.
-NO_KERNEL = set(
-    """
-    empty empty_like empty_strided new_empty new_empty_strided resize_ set_ lift_fresh
-    detach detach_ alias view view_as _unsafe_view _reshape_alias reshape flatten t t_ transpose permute expand
-    as_strided slice select narrow squeeze unsqueeze split split_with_sizes unsafe_split chunk unbind unfold
-    diagonal sym_size sym_stride sym_numel size stride is_pinned record_stream
-    _record_function_enter_new _record_function_exit
-    """.split()
-)
+# Beside views: memory that is set aside, and a view that says it is none.
+NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 
 
 class _Counting(TorchDispatchMode):
@@ -44,8 +36,9 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.overloadpacket.__name__ not in NO_KERNEL:
-            self.calls[str(func.overloadpacket)] += 1
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name in NO_KERNEL or func.namespace == "profiler"):
+            self.calls[f"{func.namespace}.{name}"] += 1
         return func(*args, **(kwargs or {}))
 
 

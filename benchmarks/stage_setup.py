@@ -95,14 +95,18 @@ def weights_of(config: RunConfig, shape: str = "checkpoint") -> Weights:
     return Weights(bert, load_tokenizer(checkpoint), encoder, None, config.model.mlp, config.seed)
 
 
+def reviews_of(setup: Setup) -> Path:
+    """Where the reviews are."""
+    return Path(setup.data) / "imdb" if (Path(setup.data) / "imdb").is_dir() else Path(setup.data)
+
+
 def load_samples(setup: Setup, config: RunConfig) -> ReviewSamples:
     """Pre-training samples of reviews from all over the data, at least as many as the steps take, and as
     grouping by length does."""
-    source = Path(setup.data) / "imdb" if (Path(setup.data) / "imdb").is_dir() else Path(setup.data)
     limit = max(setup.steps, MEGABATCH) * config.pretrain.batch_size  # a review gives one sample or more
     tokenizer = load_tokenizer(setup.checkpoint)
     return build_samples(
-        read_reviews(source, limit), tokenizer, max_length=setup.max_length, seed=config.seed
+        read_reviews(reviews_of(setup), limit), tokenizer, max_length=setup.max_length, seed=config.seed
     )
 
 
@@ -126,6 +130,13 @@ class StageMaker:
             return Pretrain(self._data, self.weights, config.pretrain, engine, config.seed)
         load = {"train": self._data, "dev": {}}.__getitem__
         return Finetune(load, self.weights, config.finetune, engine, config.seed)
+
+    def epoch_steps(self, stage: Finetune | Pretrain) -> int:
+        """Steps of an epoch of the whole data, of which pre-training has a part here."""
+        steps = len(stage.plan(0))
+        if isinstance(stage, Finetune):
+            return steps
+        return round(steps * len(read_reviews(reviews_of(self.setup))) / stage.samples.account.read)
 
     def losses(self) -> dict[str, float]:
         """mtfast's losses of the first step, in float32 and without dropout; of pre-training their sum, as
