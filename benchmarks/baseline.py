@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -44,24 +44,24 @@ class Child:
         return line
 
 
+@dataclass(frozen=True)
 class Baseline:
-    """The code of a commit, until `stack` is left."""
+    """mtfast of a commit. path: a directory with that and nothing else."""
 
-    def __init__(self, commit: str, stack: ExitStack) -> None:
-        self.commit = commit
-        self._path = stack.enter_context(_built(commit))
+    commit: str
+    path: Path
 
     @contextmanager
     def child(self, setup: Setup) -> Iterator[Child]:
         """The commit's mtfast, taking the steps of the setup."""
         # The benchmark is that of today. Threads that wait must not take time from the other process's.
-        path = os.pathsep.join([str(self._path), str(SOURCES)])
+        path = os.pathsep.join([str(self.path), str(SOURCES)])
         environment = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
         command = [sys.executable, "-m", "benchmarks.baseline_child", json.dumps(asdict(setup))]
         with subprocess.Popen(
             command,
             env=environment,
-            cwd=self._path,
+            cwd=self.path,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -74,8 +74,8 @@ class Baseline:
 
 
 @contextmanager
-def _built(commit: str) -> Iterator[Path]:
-    """A directory with the commit's mtfast, its extension built, and nothing else.
+def built(commit: str) -> Iterator[Baseline]:
+    """The commit's mtfast, with its extension, until this is left.
 
     Raises SystemExit where there is no such commit or it cannot be built.
     """
@@ -89,7 +89,7 @@ def _built(commit: str) -> Iterator[Path]:
             _run([sys.executable, "setup.py", "build_ext", "--inplace"], sources)
             path.mkdir()
             (path / "mtfast").symlink_to(sources / "mtfast")
-            yield path
+            yield Baseline(commit, path)
         finally:
             _run(["git", "-C", str(SOURCES), "worktree", "remove", "--force", str(sources)], SOURCES)
 

@@ -83,7 +83,7 @@ def compare(table: ReviewTable, tokenizer: Any, max_length: int, budget_s: float
         BASELINE: theirs.batches,
         "datasets.map, collator": theirs.collated,
     }
-    check(pipelines, plan)
+    check(pipelines)
     timings = measure(
         {name: [partial(exhaust, batches)] for name, batches in pipelines.items()}, CPU, budget_s=budget_s
     )
@@ -251,7 +251,7 @@ def unpacked(batch: Any) -> list[Unpacked]:
     return [Unpacked(ids, types, labels, order) for ids, types, labels, order in rows]
 
 
-def check(pipelines: Mapping[str, Callable[[], Iterator[Any]]], plan: Sequence[ReviewStepPlan]) -> None:
+def check(pipelines: Mapping[str, Callable[[], Iterator[Any]]]) -> None:
     """SystemExit unless all make the same batches; the collator's may have other words masked."""
     expected = [unpacked(batch) for batch in pipelines["mtfast"]()]
     for name, batches in pipelines.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.baseline import Baseline, Child
+from benchmarks.baseline import Baseline, Child, built
 from benchmarks.common import RESULTS, Row, print_rows, rows_of, summary, write_results
 from benchmarks.op_count import count_ops
 from benchmarks.real_batches import Layouts
@@ -83,7 +83,7 @@ def run_race(
     device = start()
     try:
         with ExitStack() as stack:
-            baseline = Baseline(options.baseline, stack) if options.baseline else None
+            baseline = stack.enter_context(built(options.baseline)) if options.baseline else None
             for case, setup in setups.items():
                 rows = compare(benchmark, case, setup, field_of, baseline, compiled=options.compile)
                 path = write_results(rows, device, options.results)

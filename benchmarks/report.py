@@ -92,17 +92,22 @@ def _natural(case: str) -> list[tuple[int, str]]:
 
 
 def _cell(row: dict[str, str]) -> str:
-    """Time, its ratio to the baseline's unless it is the baseline, and memory where it was measured.
+    """Time or examples a second, the ratio to the baseline unless it is that, and memory where it was
+    measured; of a part of a step its share.
 
     The time of a wrong result is none.
     """
     if row.get("wrong"):
         return "wrong"
+    if row.get("share_of_step"):
+        return f"{_time(float(row['median_us']))} ({float(row['share_of_step']):.1%})"
     facts = [] if row["ratio_to_baseline"] == "1.0" else [f"{float(row['ratio_to_baseline']):.2f}x"]
     if row.get("peak_mib"):
         size = float(row["peak_mib"])
         facts.append(f"{size:,.0f} MiB" if size >= 100 else f"{size:.3g} MiB")
-    return _time(float(row["median_us"])) + (f" ({', '.join(facts)})" if facts else "")
+    rate = row.get("examples_per_s")
+    what = f"{float(rate):,.1f}/s" if rate else _time(float(row["median_us"]))
+    return what + (f" ({', '.join(facts)})" if facts else "")
 
 
 def _runs_table(runs: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ without those inside mtfast's ops. The picture shows the cases of the results fi
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Row, print_rows, rows_of, summary, write_results
+from benchmarks.common import Row, rows_of, summary, write_results
 from benchmarks.pretrain_step import MAX_LENGTHS
 from benchmarks.real_steps import WARM_UP, setup_of, step_parser
 from benchmarks.stage_setup import Clock, StageMaker, packed_batches
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
         for case, setup in setups.items():
             rows = parts_of_stage(case, StageMaker(setup), setup.steps)
             path = write_results(rows, device, options.results)
-            print_rows(rows)
+            print(describe(rows), flush=True)
     finally:
         stop()
     print(f"written to {path}")
@@ -80,7 +81,7 @@ def parts_of_stage(case: str, maker: StageMaker, turns: int) -> list[Row]:
     found = {STEP: [sum(parts.values()) for parts in seconds]}
     found |= {part: [parts[part] for parts in seconds] for part in PARTS}
     whole = mean(found[STEP])
-    found[PRODUCTS] = [product_seconds(stage, batch) for batch in batches[-2:]]
+    found[PRODUCTS] = [whole * product_share(stage, batch) for batch in batches[-2:]]
     found[INPUT] = input_seconds(stage, turns)
     found[KEEPING] = [keeping_seconds(stage) / maker.epoch_steps(stage)]
     stage.engine.close()
@@ -92,6 +93,14 @@ def parts_of_stage(case: str, maker: StageMaker, turns: int) -> list[Row]:
         STEP,
         share_of_step={name: mean(values) / whole for name, values in found.items()},
     )
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """The rows of a case as a table for people."""
+    lines = [
+        f"{row['variant']:26} {row['median_us'] / 1e6:9.4f} s {row['share_of_step']:7.1%}" for row in rows
+    ]
+    return "\n".join([rows[0]["case"], *lines])
 
 
 class Cuts:
@@ -141,15 +150,17 @@ class Cuts:
         self.seconds[part] += self.clock.lap()
 
 
-def product_seconds(stage: Any, batch: Any) -> float:
-    """Seconds that a step spends in matrix products."""
+def product_share(stage: Any, batch: Any) -> float:
+    """The part of a step's time that it spends in matrix products."""
+    clock = Clock(stage.engine.device)
     on_gpu = stage.engine.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiled:
+        clock.lap()
         stage.step(batch)
-        Clock(stage.engine.device)  # waits for it
+        seconds = clock.lap()
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return sum(getattr(e, own) for e in profiled.key_averages() if e.key in PRODUCT_OPS) / 1e6
+    return sum(getattr(e, own) for e in profiled.key_averages() if e.key in PRODUCT_OPS) / 1e6 / seconds
 
 
 def input_seconds(stage: Any, turns: int) -> list[float]:

@@ -1,5 +1,6 @@
 """The stage benchmarks run, and refuse to time two things that are not the same."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -9,14 +10,40 @@ import pytest
 import torch
 from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
-from benchmarks import finetune_step
-from benchmarks.stage_setup import load_tables, recipe
+from benchmarks import finetune_step, pretrain_step, real_steps, step_parts
+from benchmarks.real_steps import WARM_UP
+from benchmarks.stage_setup import Setup
 from mtfast.data.demo import write_demo_corpus
 
+SOURCES = Path(__file__).parents[1]
+HEAD_STAGE = """
+from benchmarks import head_stage
+result = head_stage.compare(data, checkpoint, 1)
+"""
+STEPS = """
+from dataclasses import asdict
+from benchmarks import finetune_step, pretrain_step, step_parts
+from benchmarks.op_count import finetune_ops
+from benchmarks.real_steps import compare
+from benchmarks.stage_setup import Setup, StageMaker
+from mtfast.training.engine.engine import start, stop
+from transformers import BertConfig
+start()
+finetune = Setup("finetune", data, checkpoint, "checkpoint", 512, 4, 1)
+pretrain = Setup("pretrain", data, checkpoint, "checkpoint", 64, 4, 1)
+small = dict(hidden_size=64, num_attention_heads=2, intermediate_size=64, vocab_size=30522)
+result = {
+    "finetune": compare("finetune_step", "examples", finetune, finetune_step.field_of),
+    "pretrain": compare("pretrain_step", "samples", pretrain, pretrain_step.field_of),
+    "parts": step_parts.parts_of_stage("pretrain at most 64", StageMaker(pretrain), 4),
+    "ops": {n: finetune_ops(BertConfig(num_hidden_layers=n, **small)) for n in (1, 2)},
+}
+stop()
+"""
 RUN = """
-import importlib, json, sys
-name, out, data, checkpoint, steps = sys.argv[1:]
-result = importlib.import_module(f"benchmarks.{name}").compare(data, checkpoint, int(steps))
+import json, sys
+out, data, checkpoint = sys.argv[1:]
+{}
 json.dump(result, open(out, "w"))
 """
 
@@ -32,49 +59,113 @@ def inputs(tmp_path_factory):
     return str(corpus.tasks), str(checkpoint)
 
 
-def run(name, inputs, tmp_path, steps):
-    """The result of a benchmark, in a process of its own, because DeepSpeed starts but once."""
-    out = tmp_path / "result.json"
-    command = [sys.executable, "-c", RUN, name, str(out), *inputs, str(steps)]
+def run(code, inputs, out):
+    """What the code leaves, in a process of its own, because DeepSpeed starts but once."""
     done = subprocess.run(
-        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", RUN.format(code), str(out), *inputs],
+        cwd=SOURCES,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
 
 
-def test_finetune_step(inputs, tmp_path):
-    result = run("finetune_step", inputs, tmp_path, 2)
-    assert result["examples_per_step"] == 160
-    assert len(result["mtfast"]["seconds"]) == len(result["eager"]["seconds"]) == 2
-    assert result["padded_tokens_per_step"] > result["real_tokens_per_step"] > 160
-    assert result["ratio"] == result["eager"]["median_s"] / result["mtfast"]["median_s"]
-    assert f"ratio {result['ratio']:.2f}" in finetune_step.describe(result)
+@pytest.fixture(scope="module")
+def steps(inputs, tmp_path_factory):
+    """Rows of the benchmarks of whole steps on two measured steps, and ops of steps by layers."""
+    return run(STEPS, inputs, tmp_path_factory.mktemp("steps") / "result.json")
 
 
 def test_head_stage(inputs, tmp_path):
-    result = run("head_stage", inputs, tmp_path, 1)
+    result = run(HEAD_STAGE, inputs, tmp_path / "result.json")
     cached, live, eager = (result[name] for name in ("cached", "live", "eager"))
     assert cached["stage_s"] == pytest.approx(cached["before_s"] + 48 * cached["epoch_s"])
     assert live["ratio"] == pytest.approx(48 * live["epoch_s"] / cached["stage_s"])
     assert eager["stage_s"] > 0 and cached["ratio"] == 1
 
 
-@pytest.mark.parametrize("spoilt", [False, True])
-def test_losses_are_compared_first(inputs, monkeypatch, spoilt):
-    data, checkpoint = inputs
-    config, device = recipe(checkpoint), torch.device("cpu")
-    (packed,), (padded,) = finetune_step.make_batches(load_tables(data, config, "train"), config, 1, device)
-    twin_of = finetune_step.twin_of
+@pytest.mark.parametrize(
+    ("stage", "case", "others"),
+    [
+        ("finetune", "160 examples, ", {"plain", "eager", "grouped"}),
+        ("pretrain", "16 samples, ", {"plain", "eager", "grouped", "masked logits"}),
+    ],
+)
+def test_whole_steps(steps, stage, case, others):
+    rows = {row["variant"]: row for row in steps[stage]}
+    assert set(rows) == {"mtfast", *others}
+    eager = rows["eager"]
+    for row in rows.values():
+        assert case in row["case"] and row["case"].endswith(" padded") and row["runs"] == 2
+        expected = row["examples_per_s"] / eager["examples_per_s"]
+        assert row["ratio_to_baseline"] == pytest.approx(expected, abs=2e-3 * expected + 1e-3)
+    assert max(rows["mtfast"]["kernels"], rows["plain"]["kernels"]) < eager["kernels"]
 
-    def other(config, heads):
-        twin = twin_of(config, heads)
-        twin.pair_out.bias.data += 0.01
-        return twin
 
-    if not spoilt:
-        finetune_step.check_losses(checkpoint, packed, padded, device)
-        return
-    monkeypatch.setattr(finetune_step, "twin_of", other)
-    with pytest.raises(SystemExit, match="quora: mtfast's loss is"):
-        finetune_step.check_losses(checkpoint, packed, padded, device)
+def test_parts_of_a_step_add_up(steps):
+    rows = {row["variant"]: row for row in steps["parts"]}
+    assert set(rows) == {
+        step_parts.STEP,
+        *step_parts.PARTS,
+        step_parts.INPUT,
+        step_parts.KEEPING,
+        step_parts.PRODUCTS,
+    }
+    shares = {name: row["share_of_step"] for name, row in rows.items()}
+    assert sum(shares[part] for part in step_parts.PARTS) == pytest.approx(1, abs=2e-3)
+    assert all(share > 0 for share in shares.values())
+    assert 0 < shares[step_parts.PRODUCTS] < 1
+
+
+def test_ops_of_a_step_grow_with_its_layers(steps):
+    """The last layer is one on [CLS] alone; what one more layer adds is an ordinary one, both ways."""
+    one, two = (steps["ops"][layers] for layers in ("1", "2"))
+    for op, per_layer in {
+        "mtfast.packed_attention_qkv": 1,
+        "mtfast.packed_attention_qkv_backward": 1,
+        "aten.native_layer_norm": 2,
+        "aten.native_layer_norm_backward": 2,
+        "aten.addmm": 4,
+        "aten.mm": 8,
+    }.items():
+        assert two.get(op, 0) - one.get(op, 0) == per_layer, op
+    assert not {"aten.view", "aten.t", "aten.detach", "aten.empty"} & set(two)
+
+
+@pytest.mark.parametrize("module", [finetune_step, pretrain_step])
+def test_options_make_the_cases(module, monkeypatch, tmp_path):
+    found = {}
+    monkeypatch.setattr(module, "run_race", lambda *arguments: found.update(arguments[1]))
+    module.main(
+        ["--data", "d", "--checkpoint", "c", "--steps", "3", "--threads", "1", "--shape", "bert-base"]
+    )
+    expected = {
+        finetune_step: {"examples": Setup("finetune", "d", "c", "bert-base", 512, WARM_UP + 3, 1)},
+        pretrain_step: {
+            f"samples of at most {most}": Setup("pretrain", "d", "c", "bert-base", most, WARM_UP + 3, 1)
+            for most in (512, 256)
+        },
+    }
+    assert found == expected[module]
+
+
+def test_a_picture_of_the_parts(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.step_parts_plot import draw
+
+    names = (step_parts.STEP, *step_parts.PARTS, step_parts.INPUT, step_parts.KEEPING, step_parts.PRODUCTS)
+    table = tmp_path / "rows.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("benchmark", "case", "variant", "median_us", "share_of_step"))
+        for case in ("6 x 384 finetune", "6 x 384 pretrain at most 512"):
+            writer.writerows(("step_parts", case, name, 1e5, 0.2) for name in names)
+        writer.writerow(("another", "case", "mtfast", 1, ""))
+    assert draw(table, tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_contender_stops_the_benchmark():
+    with pytest.raises(SystemExit, match=r"eager does not compute what mtfast does: quora loss 0\.71"):
+        real_steps.check("eager", {torch.float32: {"quora": 0.71}}, {torch.float32: {"quora": 0.7}})
