@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +21,14 @@ from benchmarks.stage_setup import Setup
 class Child:
     """A process that makes steps when it is told to, and waits in between.
 
-    losses: those of its first step in float32, without dropout.
+    losses: those of its first step in float32, without dropout. package: the directory of its mtfast.
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self.losses: dict[str, float] = json.loads(self._answer())
+        said = json.loads(self._answer())
+        self.losses: dict[str, float] = said["losses"]
+        self.package = Path(said["package"])
 
     def turn(self, index: int) -> float:
         """Make the step of a turn; its seconds."""
@@ -57,6 +59,7 @@ class Baseline:
         # The benchmark is that of today. Threads that wait must not take time from the other process's.
         path = os.pathsep.join([str(self.path), str(SOURCES)])
         environment = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
+        setup = replace(setup, data=_absolute(setup.data), checkpoint=_absolute(setup.checkpoint))
         command = [sys.executable, "-m", "benchmarks.baseline_child", json.dumps(asdict(setup))]
         with subprocess.Popen(
             command,
@@ -67,7 +70,10 @@ class Baseline:
             text=True,
         ) as process:
             try:
-                yield Child(process)
+                child = Child(process)
+                if not child.package.samefile(self.path / "mtfast"):
+                    raise SystemExit(f"the baseline's process found its mtfast in {child.package}")
+                yield child
             finally:
                 assert process.stdin is not None
                 process.stdin.close()  # which ends it
@@ -92,6 +98,11 @@ def built(commit: str) -> Iterator[Baseline]:
             yield Baseline(commit, path)
         finally:
             _run(["git", "-C", str(SOURCES), "worktree", "remove", "--force", str(sources)], SOURCES)
+
+
+def _absolute(path: str) -> str:
+    """A path that holds in another directory too; a name on the hub as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _run(command: list[str], directory: Path) -> None:

@@ -1,6 +1,6 @@
 """The process that runs mtfast as its path has it: `python -m benchmarks.baseline_child SETUP`.
 
-Its answers, one a line: the losses, then the seconds of the step of each turn that it is told.
+Its answers, one a line: the losses and where its mtfast is, then seconds of the step of each turn it is told.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+import mtfast
 from benchmarks.stage_setup import Clock, Setup, StageMaker, packed_batches
 from mtfast.training.engine.engine import start, stop
 
@@ -38,7 +40,8 @@ if __name__ == "__main__":
     torch.set_num_threads(setup.threads)
     device = start()
     maker = StageMaker(setup)
-    print(json.dumps(maker.losses()), file=answers, flush=True)
+    said = {"losses": maker.losses(), "package": str(Path(mtfast.__file__).parent)}
+    print(json.dumps(said), file=answers, flush=True)
     stage = maker.make()
     stage.engine.train()
     serve(stage.step, packed_batches(stage, setup.steps), device, sys.stdin, answers)

@@ -35,6 +35,7 @@ def draw(results: Path, picture: Path) -> Path:
                 color=colour,
                 alpha=0.45 if part in BESIDE else 1.0,
                 edgecolor="white",
+                linewidth=0.5,
                 label=part if height == 0 else None,
             )
             if share >= NARROWEST:

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_the_child_answers_the_seconds_of_each_turn():
 
 CHILD = """
 import sys
-print('{"sst": 1.5}', flush=True)
+print('{"losses": {"sst": 1.5}, "package": "/there"}', flush=True)
 for line in sys.stdin:
     print(int(line) / 2, flush=True)
     if line == "9\\n":
@@ -114,7 +115,7 @@ def test_a_child_makes_the_steps_it_is_told():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-S", "-c", CHILD], **pipes) as process:
         child = baseline.Child(process)
-        assert child.losses == {"sst": 1.5}
+        assert child.losses == {"sst": 1.5} and child.package == Path("/there")
         assert [child.turn(index) for index in (3, 0, 9)] == [1.5, 0.0, 4.5]
         with pytest.raises(SystemExit, match="ended with status 3"):
             child.turn(1)
