@@ -101,7 +101,8 @@ def test_whole_steps(steps, stage, case, others):
         assert case in row["case"] and row["case"].endswith(" padded") and row["runs"] == 2
         expected = row["examples_per_s"] / eager["examples_per_s"]
         assert row["ratio_to_baseline"] == pytest.approx(expected, abs=2e-3 * expected + 1e-3)
-    assert max(rows["mtfast"]["kernels"], rows["plain"]["kernels"]) < eager["kernels"]
+    # The engine's own calls come on top of the plain loop's.
+    assert rows["plain"]["kernels"] < min(rows["mtfast"]["kernels"], eager["kernels"])
 
 
 def test_parts_of_a_step_add_up(steps):
@@ -152,7 +153,6 @@ def test_options_make_the_cases(module, monkeypatch, tmp_path):
 
 
 def test_a_picture_of_the_parts(tmp_path):
-    pytest.importorskip("matplotlib")
     from benchmarks.step_parts_plot import draw
 
     names = (step_parts.STEP, *step_parts.PARTS, step_parts.INPUT, step_parts.KEEPING, step_parts.PRODUCTS)
