@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "bias_gelu.h"
@@ -25,19 +26,19 @@ int64_t padded(int64_t columns) { return (columns + kStep - 1) / kStep * kStep; 
 template <class T>
 using Scalar = typename Compute<T>::scalar;
 
-template <class V>
-struct Two {
-  V x[2];
-};
+template <class T>
+using Vec = typename Compute<T>::vec;
 
 template <class T>
-MTFAST_INLINE Two<typename Compute<T>::vec> unpack_two(const T* p) {
+MTFAST_INLINE void unpack_two(Vec<T> (&to)[2], const T* p) {
   if constexpr (std::is_same_v<T, bf16>) {
     u32x16 both;
     std::memcpy(&both, p, sizeof both);
-    return {reinterpret_cast<f32x16>(both << 16), reinterpret_cast<f32x16>(both & 0xffff0000u)};
+    to[0] = reinterpret_cast<f32x16>(both << 16);
+    to[1] = reinterpret_cast<f32x16>(both & 0xffff0000u);
   } else {
-    return {unpack(p), unpack(p + kLanes)};
+    to[0] = unpack(p);
+    to[1] = unpack(p + kLanes);
   }
 }
 
@@ -48,31 +49,31 @@ MTFAST_INLINE u32x16 rounded(f32x16 x) {
   return w + 0x7fffu + (w >> 16 & 1u);
 }
 
-template <class T, class V>
-MTFAST_INLINE void pack_two(T* p, const Two<V>& from) {
+template <class T>
+MTFAST_INLINE void pack_two(T* p, const Vec<T> (&from)[2]) {
   if constexpr (std::is_same_v<T, bf16>) {
-    const u32x16 both = rounded(from.x[0]) >> 16 | (rounded(from.x[1]) & 0xffff0000u);
+    const u32x16 both = rounded(from[0]) >> 16 | (rounded(from[1]) & 0xffff0000u);
     std::memcpy(p, &both, sizeof both);
   } else {
-    pack(p, from.x[0]);
-    pack(p + kLanes, from.x[1]);
+    pack(p, from[0]);
+    pack(p + kLanes, from[1]);
   }
 }
 
 // The same at the end of a row, as load and store of simd.h.
 template <class T>
-MTFAST_INLINE auto load_two(const T* p, int64_t count) {
-  if (count >= kStep) return unpack_two(p);
+MTFAST_INLINE void load_two(Vec<T> (&to)[2], const T* p, int64_t count) {
+  if (count >= kStep) return unpack_two(to, p);
   T tail[kStep] = {};
   std::memcpy(tail, p, static_cast<size_t>(count) * sizeof(T));
-  return unpack_two(tail);
+  unpack_two(to, tail);
 }
 
-template <class T, class V>
-MTFAST_INLINE void store_two(T* p, const Two<V>& x, int64_t count) {
-  if (count >= kStep) return pack_two(p, x);
+template <class T>
+MTFAST_INLINE void store_two(T* p, const Vec<T> (&from)[2], int64_t count) {
+  if (count >= kStep) return pack_two(p, from);
   T tail[kStep];
-  pack_two(tail, x);
+  pack_two(tail, from);
   std::memcpy(p, tail, static_cast<size_t>(count) * sizeof(T));
 }
 
@@ -82,8 +83,11 @@ template <class T>
 std::vector<Scalar<T>> widened(const void* bias, int64_t columns) {
   if (bias == nullptr) return {};
   std::vector<Scalar<T>> to(padded(columns));
-  for (int64_t i = 0; i < columns; i += kStep)
-    pack_two(to.data() + i, load_two(static_cast<const T*>(bias) + i, columns - i));
+  for (int64_t i = 0; i < columns; i += kStep) {
+    Vec<T> x[2];
+    load_two(x, static_cast<const T*>(bias) + i, columns - i);
+    pack_two(to.data() + i, x);
+  }
   return to;
 }
 
@@ -95,10 +99,12 @@ struct ForwardRows {
     const gelu::Gelu<isa, T> gelu;
     for (int64_t row = 0; row < rows; ++row, x += columns, y += columns)
       for (int64_t i = 0; i < columns; i += kStep) {
-        auto z = load_two(x + i, columns - i);
+        Vec<T> z[2];
+        load_two(z, x + i, columns - i);
+#pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) {
-          if (kBias) z.x[n] += unpack(bias + i + n * kLanes);
-          z.x[n] = gelu.value(gelu, z.x[n]);
+          if (kBias) z[n] += unpack(bias + i + n * kLanes);
+          z[n] = gelu.value(gelu, z[n]);
         }
         store_two(y + i, z, columns - i);
       }
@@ -114,12 +120,15 @@ struct BackwardRows {
     const gelu::Gelu<isa, T> gelu;
     for (int64_t row = 0; row < rows; ++row, dy += columns, x += columns, dx += columns)
       for (int64_t i = 0; i < columns; i += kStep) {
-        auto z = load_two(x + i, columns - i), grad = load_two(dy + i, columns - i);
+        Vec<T> z[2], grad[2];
+        load_two(z, x + i, columns - i);
+        load_two(grad, dy + i, columns - i);
+#pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) {
           const int64_t at = i + n * kLanes;
-          if (kBias) z.x[n] += unpack(bias + at);
-          grad.x[n] *= gelu.slope(gelu, z.x[n]);
-          if (kBias) pack(sums + at, unpack(sums + at) + grad.x[n]);
+          if (kBias) z[n] += unpack(bias + at);
+          grad[n] *= gelu.slope(gelu, z[n]);
+          if (kBias) pack(sums + at, unpack(sums + at) + grad[n]);
         }
         store_two(dx + i, grad, columns - i);
       }
@@ -145,12 +154,12 @@ struct AddChunks {
   template <Isa isa>
   MTFAST_INLINE void run(const double* sums, int64_t chunks, int64_t stride, T* to, int64_t columns) {
     for (int64_t i = 0; i < columns; i += kStep) {
-      Two<typename Compute<T>::vec> totals;
+      Vec<T> totals[2];
       for (int n = 0; n < 2; ++n) {
         f64x16 total = {};
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
           total += unpack(sums + chunk * stride + i + n * kLanes);
-        totals.x[n] = __builtin_convertvector(total, typename Compute<T>::vec);
+        totals[n] = __builtin_convertvector(total, Vec<T>);
       }
       store_two(to + i, totals, columns - i);
     }

@@ -9,6 +9,10 @@
 #pragma once
 #include "device/philox.cuh"
 
+#ifndef __CUDACC__
+#pragma GCC diagnostic ignored "-Wpsabi"  // as in simd.h
+#endif
+
 namespace mtfast::gelu {
 
 constexpr float kEnd = 5;                               // R beyond is taken for R(5): Phi(-5) is 3e-7

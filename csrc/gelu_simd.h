@@ -84,7 +84,10 @@ class Gelu {
   }
 
   // e(x) of gelu.h.
-  MTFAST_INLINE f32x16 exponential(f32x16 x) { return exp2(x * kToBase2 * x); }
+  MTFAST_INLINE f32x16 exponential(f32x16 x) {
+    const f32x16 power = x * kToBase2 * x, least = f32x16{} - 127.0f;
+    return exp2_in_range(select<isa, Less>(power, least, least, power));
+  }
   MTFAST_INLINE f64x16 exponential(f64x16 x) { return exp(x * x * -0.5); }
 
   MTFAST_INLINE f32x16 cdf(f32x16 x, f32x16 e) {

@@ -184,8 +184,9 @@ MTFAST_INLINE void transpose16(f32x16 (&x)[kLanes]) {
 
 // ---- exp2, exp (saturating at 88.3), erf and tanh: within 2 units in the last place of float ----
 
-// For x below 127, 0 below -126: x = n + f with |f| <= 1/2, Taylor series of 2^f, n into the exponent.
-MTFAST_INLINE f32x16 exp2(f32x16 x) {
+// For x from -127, where it is 0 exactly, to below 127: x = n + f with |f| <= 1/2, Taylor series of 2^f, n
+// into the exponent.
+MTFAST_INLINE f32x16 exp2_in_range(f32x16 x) {
   const f32x16 shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits now hold round(x)
   const f32x16 f = x - (shifted - 12582912.0f);
   f32x16 y = f * 1.5252733804e-5f + 1.5403530393e-4f;
@@ -195,8 +196,12 @@ MTFAST_INLINE f32x16 exp2(f32x16 x) {
   y = y * f + 2.4022650696e-1f;
   y = y * f + 6.9314718056e-1f;
   y = y * f + 1.0f;
-  y = reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(y) + (reinterpret_cast<u32x16>(shifted) << 23));
-  return (x >= -126.0f) ? y : (x < -126.0f) ? f32x16{} : x;
+  return reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(y) + (reinterpret_cast<u32x16>(shifted) << 23));
+}
+
+// For x below 127, 0 below -126.
+MTFAST_INLINE f32x16 exp2(f32x16 x) {
+  return (x >= -126.0f) ? exp2_in_range(x) : (x < -126.0f) ? f32x16{} : x;
 }
 
 MTFAST_INLINE f32x16 exp(f32x16 x) {

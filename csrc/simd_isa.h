@@ -122,19 +122,21 @@ struct LessEqual {
   }
 };
 
-// a < b (or a <= b) ? yes : no, by lanes. On AVX2 by halves: of all sixteen, GCC makes scalar code there.
+// a < b (or a <= b) ? yes : no, by lanes. By parts as wide as the set's registers: of all sixteen, GCC makes
+// scalar code where they are wider.
 template <Isa isa, class Comparison, class A, class V>
 MTFAST_INLINE V select(A a, A b, V yes, V no) {
-  if constexpr (isa == Isa::kAvx2 && sizeof(V) == sizeof(A)) {
-    typedef std::decay_t<decltype(A{}[0])> HalfA __attribute__((vector_size(sizeof(A) / 2)));
-    typedef std::decay_t<decltype(V{}[0])> HalfV __attribute__((vector_size(sizeof(V) / 2)));
-    HalfA x[2], y[2];
-    HalfV of_yes[2], of_no[2];
+  if constexpr (isa != Isa::kAvx512 && sizeof(V) == sizeof(A)) {
+    constexpr int kBytes = isa == Isa::kAvx2 ? 32 : 16, kParts = sizeof(V) / kBytes;
+    typedef std::decay_t<decltype(A{}[0])> PartA __attribute__((vector_size(kBytes)));
+    typedef std::decay_t<decltype(V{}[0])> PartV __attribute__((vector_size(kBytes)));
+    PartA x[kParts], y[kParts];
+    PartV of_yes[kParts], of_no[kParts];
     std::memcpy(x, &a, sizeof a);
     std::memcpy(y, &b, sizeof b);
     std::memcpy(of_yes, &yes, sizeof yes);
     std::memcpy(of_no, &no, sizeof no);
-    for (int i = 0; i < 2; ++i) of_yes[i] = Comparison::of(x[i], y[i]) ? of_yes[i] : of_no[i];
+    for (int i = 0; i < kParts; ++i) of_yes[i] = Comparison::of(x[i], y[i]) ? of_yes[i] : of_no[i];
     std::memcpy(&yes, of_yes, sizeof yes);
     return yes;
   } else if constexpr (sizeof(V) == sizeof(A)) {
