@@ -64,11 +64,11 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Opt
   if constexpr (kCuda) {
 #ifdef MTFAST_WITH_CUDA
     const OnDeviceOf device(x);
-    const int64_t floats = bias ? backward_chunks(in) * in.columns : 0;
-    Tensor partial = torch::stable::new_empty(x, {floats}, ScalarType::Float);
-    check_launch(kOp, mtfast_bias_gelu_backward(&in, dy.const_data_ptr(), dx.mutable_data_ptr(),
-                                                static_cast<float*>(partial.mutable_data_ptr()), sums,
-                                                device.stream()));
+    const int64_t chunks = bias ? backward_chunks(in.rows) : 0;
+    Tensor partial = torch::stable::new_empty(x, {chunks, in.columns}, ScalarType::Float);
+    float* scratch = bias ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr;
+    check_launch(kOp, mtfast_bias_gelu_backward(&in, dy.const_data_ptr(), dx.mutable_data_ptr(), scratch,
+                                                sums, device.stream()));
 #endif
   } else {
     cpu_backward(in, dy.const_data_ptr(), dx.mutable_data_ptr(), sums);

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
       x[e] = smem_z[at_row * Tile::kPitch + at + e] + smem_bias1[at + e];
     }
     if (z != nullptr && row < layer.batch) store8(z + row * layer.inner, column, layer.inner, z_aligned, x);
-    activate_and_drop(layer, seed, row, column, x);
+    activate_and_drop<T>(layer, seed, row, column, x);
     for (int o = 0; o < layer.outputs; ++o) {
       float sum = 0.f;
       MTFAST_UNROLL
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(256)
     const int64_t column = first + lane * 8;
     float d[8], weight[8];
     unpack(d, load8(z + row * layer.inner, column, layer.inner, aligned));
-    activate_and_drop(layer, seed, row, column, d);
+    activate_and_drop<float>(layer, seed, row, column, d);
     MTFAST_UNROLL
     for (int o = 0; o < kMaxOutputs; ++o) {
       if (o >= layer.outputs) break;

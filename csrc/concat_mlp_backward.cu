@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kOutputs <= 2 ? 2 : 1)
       for (int next = 1; next < kRows; ++next) {
         ahead[next - 1] = ahead[next];
       }
-      activate(layer.activation, h, slope);
+      activate<T>(layer.activation, h, slope);
       MTFAST_UNROLL
       for (int i = 0; i < 8; ++i) {
         const bool keep = kept >> i & 1;

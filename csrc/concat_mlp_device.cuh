@@ -2,6 +2,7 @@
 // eight, activation, dropout.
 #pragma once
 #include "concat_mlp.h"
+#include "device/gelu.cuh"
 #include "device/vector.cuh"
 
 namespace mtfast::concat_mlp {
@@ -74,7 +75,8 @@ __device__ __forceinline__ void store8(T* row, int64_t column, int64_t inner, bo
 
 // ---- activation and dropout ----
 
-// x becomes h = act(x); slope is act's there.
+// x becomes h = act(x); slope is act's there. As exactly as T can tell.
+template <class T>
 __device__ __forceinline__ void activate(Activation activation, float (&x)[8], float (&slope)[8]) {
   const auto each = [&](const auto& of) {
     MTFAST_UNROLL
@@ -88,11 +90,7 @@ __device__ __forceinline__ void activate(Activation activation, float (&x)[8], f
       x = x < 0.f ? 0.f : x;
     });
   } else if (activation == Activation::kGelu) {
-    each([](float& x, float& slope) {
-      const float cdf = 0.5f * (1.f + erff(x * 0.70710678f));
-      slope = cdf + x * expf(-0.5f * x * x) * 0.39894228f;
-      x *= cdf;
-    });
+    each([](float& x, float& slope) { gelu::value_and_slope<sizeof(T) == 2>(x, x, slope); });
   } else {
     each([](float& x, float& slope) {
       x = tanhf(x);
@@ -125,12 +123,13 @@ __device__ __forceinline__ uint32_t kept_of_eight(uint32_t threshold, uint64_t s
   return kept;
 }
 
-// x, eight columns of z, becomes d. The whole warp calls, as for kept_of_eight.
+// x, eight columns of z, becomes d, as exactly as T can tell. The whole warp calls, as for kept_of_eight.
+template <class T>
 __device__ __forceinline__ void activate_and_drop(const Layer& layer, uint64_t seed, int64_t row,
                                                   int64_t column, float (&x)[8]) {
   float slope[8];
   const uint32_t kept = kept_of_eight(layer.threshold, seed, row, column);
-  activate(layer.activation, x, slope);
+  activate<T>(layer.activation, x, slope);
   MTFAST_UNROLL
   for (int i = 0; i < 8; ++i) {
     x[i] = kept >> i & 1 ? x[i] * static_cast<float>(layer.scale) : 0.f;
