@@ -29,7 +29,9 @@ import sys, torch
 torch.ops.load_library(sys.argv[1])
 device = torch.device(sys.argv[2])
 key = device.type.upper()
-for op in ("mask_tokens", "concat_mlp", "packed_attention", "packed_attention_qkv", "packed_attention_cls"):
+ops = ("mask_tokens", "concat_mlp", "bias_gelu", "packed_attention", "packed_attention_qkv",
+       "packed_attention_cls")
+for op in ops:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mtfast::{op}", key):
         sys.exit(f"it has no {op} for {key}")
 q = torch.randn(5, 1, 32, device=device)

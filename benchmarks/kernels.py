@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.common import default_device
 from benchmarks.lengths import draw_tokens
-from mtfast.ops import concat_mlp, mask_tokens, packed_attention_cls, packed_attention_qkv
+from mtfast.ops import bias_gelu, concat_mlp, mask_tokens, packed_attention_cls, packed_attention_qkv
 
 STEP_TOKENS = 16384
 VOCAB = 30522
@@ -57,6 +57,8 @@ def small(device: torch.device) -> None:
                 attend_cls(lengths, 2, head_dim, dtype, device)
         for hidden, outputs in ((64, 2), (37, 1), (8, 3), (8, 8)):
             pair_head(33, hidden, 96, outputs, dtype, device)
+        for columns in (264, 31):
+            activate(70, columns, dtype, device)
     pair_head(1, 8, 8192, 2, torch.bfloat16, device)  # large tiles
 
 
@@ -69,6 +71,7 @@ def step(device: torch.device, tokens: int) -> None:
         attend(lengths, 12, 64, torch.bfloat16, device)
     attend_cls(mixture, 12, 64, torch.bfloat16, device)
     pair_head(tokens // 8, 768, 768, 2, torch.bfloat16, device)
+    activate(tokens, 3072, torch.bfloat16, device)
 
 
 def offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -112,3 +115,11 @@ def pair_head(
     shapes = ((batch, hidden), (batch, hidden), (inner, 2 * hidden), (inner,), (outputs, inner), (outputs,))
     operands = [torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
     concat_mlp(*operands, dropout_p=0.1, seed=1).sum().backward()
+
+
+def activate(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    """bias_gelu, forward and backward."""
+    x, bias = (
+        torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in ((rows, columns), (columns,))
+    )
+    bias_gelu(x, bias).sum().backward()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mtfast.ops import (
+    bias_gelu,
+    bias_gelu_ref,
     concat_mlp,
     concat_mlp_ref,
     mask_tokens,
@@ -28,6 +30,7 @@ LENGTHS = {"short": (20, 0, 7, 31, 1), "middle": (40, 3, 64), "long": (70, 3, 20
 # batch, hidden, inner, outputs
 SHAPES = {"64": (70, 64, 96, 2), "unaligned": (33, 37, 65, 1), "3 outputs": (40, 72, 70, 3),
           "8 outputs": (9, 8, 16, 8), "large tiles": (990, 64, 1024, 2)}  # fmt: skip
+ROWS = {"64": (70, 64), "unaligned": (33, 37), "many": (17_000, 8)}  # and columns; "many" in larger chunks
 Case = Callable[[torch.device], dict[str, Any]]
 
 
@@ -101,6 +104,22 @@ def pair_head(dtype: torch.dtype, shape: Sequence[int], activation: str, device:
     return agreement(names, results(concat_mlp, dtype), eager, exact)
 
 
+def activation(dtype: torch.dtype, shape: Sequence[int], with_bias: bool, device: torch.device):
+    """Output and gradients of bias_gelu."""
+    sizes = [tuple(shape), tuple(shape[1:])][: 1 + with_bias]
+    inputs = [torch.randn(s, device=device).to(dtype) for s in sizes]
+    dy = (1 + torch.randn(*shape, device=device)).to(dtype)
+
+    def results(function: Callable[..., Tensor], wide: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(wide).requires_grad_() for x in inputs]
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(wide))]
+
+    names = ("y", "dx", "dbias")[: 2 + with_bias]
+    eager, exact = results(bias_gelu_ref, dtype), results(bias_gelu_ref, torch.float64)
+    return agreement(names, results(bias_gelu, dtype), eager, exact)
+
+
 def masking(dtype: torch.dtype, strategy: str, kind: str, device: torch.device):
     """mask_tokens and its reference, bit for bit."""
     lengths = (1, 40, 0, 300, 17, 128)
@@ -136,6 +155,12 @@ CASES: Mapping[str, Mapping[str, Case]] = {
         for activation in (
             ACTIVATIONS if name == "64" else ["gelu"]
         )  # relu's kink makes errors a matter of luck
+    },
+    "bias_gelu": {
+        _name(dtype, name, "bias" if with_bias else "alone"): partial(activation, dtype, shape, with_bias)
+        for dtype in DTYPES
+        for name, shape in ROWS.items()
+        for with_bias in (True, False)
     },
 } | {
     op: {

@@ -93,27 +93,50 @@ struct Part {
   }
 };
 
+// Rows that a warp has in registers: row0 first, the others every kWarps.
+template <class T>
+struct Ahead {
+  Vector<T> rows[kAtOnce];
+
+  __device__ __forceinline__ void load(const Part<T>& part, const T* from, int64_t row0) {
+    MTFAST_UNROLL
+    for (int r = 0; r < kAtOnce; ++r) {
+      if (row0 + r * kWarps < part.end) rows[r] = part.load_at(from, row0 + r * kWarps);
+    }
+  }
+  __device__ __forceinline__ Vector<T> take() {
+    const Vector<T> first = rows[0];
+    MTFAST_UNROLL
+    for (int r = 1; r < kAtOnce; ++r) rows[r - 1] = rows[r];
+    return first;
+  }
+};
+
+// Calls load(row0) for every kAtOnce rows of this warp, then row(i) for each of them: a loop, since unrolled
+// it is more code than a warp comes by twice.
+template <class T, class Load, class Row>
+__device__ __forceinline__ void each_row(const Part<T>& part, const Load& load, const Row& row) {
+  constexpr int64_t kStep = kAtOnce * kWarps;
+#pragma unroll 1
+  for (int64_t row0 = part.begin + (threadIdx.x >> 5); row0 < part.end; row0 += kStep) {
+    load(row0);
+    const int64_t past = row0 + kStep < part.end ? row0 + kStep : part.end;
+#pragma unroll 1
+    for (int64_t i = row0; i < past; i += kWarps) row(i);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const Inputs in, int64_t rows, T* __restrict__ y, bool aligned) {
   const Part<T> part(in, rows, aligned);
-  const auto* x = static_cast<const T*>(in.x);
-  const int warp = static_cast<int>(threadIdx.x) >> 5;
-#pragma unroll 1
-  for (int64_t row0 = part.begin + warp; row0 < part.end; row0 += kAtOnce * kWarps) {
-    Vector<T> ahead[kAtOnce];
-    MTFAST_UNROLL
-    for (int r = 0; r < kAtOnce; ++r) {
-      if (row0 + r * kWarps < part.end) ahead[r] = part.load_at(x, row0 + r * kWarps);
-    }
-    MTFAST_UNROLL
-    for (int r = 0; r < kAtOnce; ++r) {
-      float value[kWidth<T>], slope[kWidth<T>];
-      if (row0 + r * kWarps >= part.end) break;
-      gelu_of<T>(ahead[r], part.bias, value, slope);
-      part.store_at(y, row0 + r * kWarps, value);
-    }
-  }
+  Ahead<T> x;
+  const auto load = [&](int64_t row0) { x.load(part, static_cast<const T*>(in.x), row0); };
+  each_row(part, load, [&](int64_t row) {
+    float value[kWidth<T>], slope[kWidth<T>];
+    gelu_of<T>(x.take(), part.bias, value, slope);
+    part.store_at(y, row, value);
+  });
 }
 
 // partial [chunks, columns]: sums of dx over each chunk of rows, before it is rounded.
@@ -123,34 +146,26 @@ __global__ void __launch_bounds__(kThreads)
                     float* __restrict__ partial, bool aligned) {
   constexpr int kColumns = 32 * kWidth<T>;
   const Part<T> part(in, chunk_rows, aligned);
-  const auto* x = static_cast<const T*>(in.x);
-  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = threadIdx.x & 31;
+  Ahead<T> x, of_y;
   float sums[kWidth<T>] = {};
-#pragma unroll 1
-  for (int64_t row0 = part.begin + warp; row0 < part.end; row0 += kAtOnce * kWarps) {
-    Vector<T> x_ahead[kAtOnce], dy_ahead[kAtOnce];
+  const auto load = [&](int64_t row0) {
+    x.load(part, static_cast<const T*>(in.x), row0);
+    of_y.load(part, dy, row0);
+  };
+  each_row(part, load, [&](int64_t row) {
+    float value[kWidth<T>], slope[kWidth<T>], grad[kWidth<T>];
+    gelu_of<T>(x.take(), part.bias, value, slope);
+    to_float(grad, of_y.take());
     MTFAST_UNROLL
-    for (int r = 0; r < kAtOnce; ++r) {
-      if (row0 + r * kWarps >= part.end) break;
-      x_ahead[r] = part.load_at(x, row0 + r * kWarps);
-      dy_ahead[r] = part.load_at(dy, row0 + r * kWarps);
+    for (int i = 0; i < kWidth<T>; ++i) {
+      grad[i] *= slope[i];
+      sums[i] += grad[i];
     }
-    MTFAST_UNROLL
-    for (int r = 0; r < kAtOnce; ++r) {
-      float value[kWidth<T>], slope[kWidth<T>], grad[kWidth<T>];
-      if (row0 + r * kWarps >= part.end) break;
-      gelu_of<T>(x_ahead[r], part.bias, value, slope);
-      to_float(grad, dy_ahead[r]);
-      MTFAST_UNROLL
-      for (int i = 0; i < kWidth<T>; ++i) {
-        grad[i] *= slope[i];
-        sums[i] += grad[i];
-      }
-      part.store_at(dx, row0 + r * kWarps, grad);
-    }
-  }
+    part.store_at(dx, row, grad);
+  });
   if (partial == nullptr) return;
 
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = threadIdx.x & 31;
   float* of_warps = shared_memory<float>();  // [kWarps, kColumns]
   MTFAST_UNROLL
   for (int i = 0; i < kWidth<T>; i += 4) {

@@ -56,8 +56,8 @@ def check_errors(
 ) -> None:
     """Errors of y and of both gradients at most twice eager's, in each case and over all.
 
-    Where a result is a few numbers, eager's error can happen to be all but nothing. There it is its usual one:
-    relative to the result, that over all cases.
+    Where a result is a few numbers, eager's error can happen to be all but nothing. There it is its usual
+    one: relative to the result, that over all cases.
     """
     found = defaultdict(list)
     for seed, (rows, columns) in enumerate(shapes):
@@ -86,7 +86,7 @@ def check_every_number(run: Run, dtype: torch.dtype, device: str = "cpu", step: 
     else:
         x = torch.arange(-(2**15), 2**15, step, dtype=torch.int16).view(dtype)
         x = x[x.isfinite()]
-    x = x[: len(x) // 8 * 8].view(-1, 8).to(device)
+    x = x[: len(x) // 8 * 8].reshape(-1, 8).contiguous().to(device)
     y, slope, _ = run(x, torch.zeros_like(x[0]), torch.ones_like(x))
     exact, exact_slope, _ = in_float64(x, torch.zeros_like(x[0]), torch.ones_like(x))
     precision = torch.finfo(dtype).eps

@@ -14,7 +14,7 @@ from mask_tokens_cases import BERT, ordinary_ids
 from packed_attention_cases import make_batch
 from torch import Tensor
 
-from mtfast.ops import concat_mlp, mask_tokens, packed_attention, packed_attention_qkv
+from mtfast.ops import bias_gelu, concat_mlp, mask_tokens, packed_attention, packed_attention_qkv
 
 ops = torch.ops.mtfast
 
@@ -54,6 +54,17 @@ def test_weight1_that_is_not_contiguous_is_refused():
         ops.concat_mlp(u, v, strided, bias1, weight2, bias2, None, None, 0, 0.0, None, False)
     y = concat_mlp(u, v, strided, bias1, weight2, bias2)
     assert torch.equal(y, concat_mlp(u, v, weight1, bias1, weight2, bias2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_misaligned_rows_of_bias_gelu_give_the_same(dtype):
+    x, bias, dy = torch.randn(70, 40).to(dtype), torch.randn(40).to(dtype), torch.randn(70, 40).to(dtype)
+    results = []
+    for place in (lambda x: x, off_by_one):
+        leaves = [place(x).requires_grad_(), place(bias).requires_grad_()]
+        y = bias_gelu(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, place(dy))])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("bounds", [[0, 500, 120], [120, 7, 120], [5, 100], [0]])

@@ -216,6 +216,7 @@ def test_smoke_has_every_op_dtype_and_head_dim():
         assert len(smoke_cases.CASES[op]) == 3 * 3 * 3
     assert len(smoke_cases.CASES["mask_tokens"]) == 2 * 2 * 3
     assert len(smoke_cases.CASES["concat_mlp"]) == 3 * 7
+    assert len(smoke_cases.CASES["bias_gelu"]) == 3 * 3 * 2
 
 
 # ---- the whole ----

@@ -21,8 +21,8 @@ from mtfast.ops import concat_mlp
 raw = torch.ops.mtfast
 CU = torch.tensor([0, 4, 10], dtype=torch.int32)
 OPS = (
-    *("mask_tokens", "concat_mlp", "packed_attention", "packed_attention_qkv", "packed_attention_cls"),
-    "balance",
+    *("mask_tokens", "concat_mlp", "bias_gelu"),
+    *("packed_attention", "packed_attention_qkv", "packed_attention_cls", "balance"),
 )
 
 

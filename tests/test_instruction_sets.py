@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtfast.ops import concat_mlp, packed_attention
+from mtfast.ops import bias_gelu, concat_mlp, packed_attention
 
 CALLS = """
 import sys, torch
@@ -18,7 +18,7 @@ torch.save(results(), sys.argv[1])
 
 
 def results() -> list[torch.Tensor]:
-    """Outputs and gradients of both ops with dropout, in every dtype."""
+    """Outputs and gradients of each op, in every dtype."""
     torch.manual_seed(0)
     cu_seqlens = torch.tensor([0, 5, 5, 75, 92], dtype=torch.int32)
     found = []
@@ -30,6 +30,9 @@ def results() -> list[torch.Tensor]:
         operands = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
         y = concat_mlp(*operands, activation="gelu", dropout_p=0.3, seed=1)
         found += [y, *torch.autograd.grad(y, operands, torch.ones_like(y))]
+        x, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 70), (70,)))
+        y = bias_gelu(x, bias)
+        found += [y, *torch.autograd.grad(y, (x, bias), torch.ones_like(y))]
     return [x.detach() for x in found]
 
 

@@ -12,10 +12,12 @@ import ctypes
 
 import pytest
 import torch
+from bias_gelu_cases import draw
 from cuda_on_cpu.costs import Costs
 from cuda_on_cpu.harness import Case, load, load_all
 from mask_tokens_cases import BERT, offsets, ordinary_ids
 from packed_attention_cases import make_batch
+from test_bias_gelu_kernels import emulated as bias_gelu_by
 from test_concat_mlp_kernels import Inputs, Sums, chunk_sums
 from test_mask_tokens_kernels import emulated
 from test_packed_attention_kernels import CBackward, CForward, CTensor, shape_of
@@ -87,6 +89,15 @@ def concat_mlp(batch: int, hidden: int, inner: int, outputs: int, backward: bool
     return forward_kernels.costs, 2 * sum(x.numel() for x in (*operands, z, y))
 
 
+def bias_gelu(rows: int, columns: int, dtype: torch.dtype, backward: bool) -> tuple[Costs, int]:
+    """Costs and floor of bias_gelu in one direction."""
+    kernels = load("bias_gelu.cu", COUNTED)
+    x, bias, dy = draw(rows, columns, dtype)
+    bias_gelu_by(kernels, only="backward" if backward else "forward")(x, bias, dy)
+    matrices, vectors = (3, 2) if backward else (2, 1)
+    return kernels.costs, matrices * x.nbytes + vectors * bias.nbytes
+
+
 def check(measured: tuple[Costs, int], limit: float) -> None:
     costs, floor = measured
     assert costs.moved <= limit * floor, f"{costs.moved / floor:.3f} times the floor: {costs}"
@@ -137,3 +148,10 @@ def test_concat_mlp_forward(layer, full_sweep):
 
 def test_concat_mlp_backward(layer):
     check(concat_mlp(*layer, backward=True), 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_bias_gelu(backward, dtype, full_sweep):
+    rows, columns = (4096, 1536) if full_sweep else (512, 256)
+    check(bias_gelu(rows, columns, dtype, backward), 1.1)

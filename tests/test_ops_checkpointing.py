@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mtfast.ops import (
     ConcatMLP,
     PackedSelfAttention,
+    bias_gelu,
     concat_mlp,
     packed_attention,
     packed_attention_cls,
@@ -19,7 +21,7 @@ MAX_SEQLEN = 14
 
 
 class Region(nn.Module):
-    """A linear layer and, last, an op with dropout: nothing after it is saved for the backward pass."""
+    """A linear layer and, last, an op, mostly with dropout: nothing after it is saved for the backward pass."""
 
     def __init__(self, op: str) -> None:
         super().__init__()
@@ -40,6 +42,8 @@ class Region(nn.Module):
             return self.attention(x, CU, MAX_SEQLEN)
         if self.op == "ConcatMLP":
             return self.mlp(x * 2, x)
+        if self.op == "bias_gelu":
+            return bias_gelu(F.linear(x, self.linear.weight), self.linear.bias)
         weights = [
             self.mlp.dense.weight,
             self.mlp.dense.bias,
@@ -57,6 +61,7 @@ OPS = (
     "PackedSelfAttention",
     "ConcatMLP",
     "concat_mlp",
+    "bias_gelu",
 )
 
 

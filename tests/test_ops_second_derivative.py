@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from mtfast.ops import concat_mlp, packed_attention, packed_attention_cls, packed_attention_qkv
+from mtfast.ops import bias_gelu, concat_mlp, packed_attention, packed_attention_cls, packed_attention_qkv
 
 CU = torch.tensor([0, 5], dtype=torch.int32)
 MLP = [
@@ -39,6 +39,7 @@ OPS = {
     "packed_attention_qkv": attention_qkv,
     "packed_attention_cls": attention_cls,
     "concat_mlp": mlp,
+    "bias_gelu": lambda x: bias_gelu(x, MLP[1].repeat(8)),
     "torch.ops": raw_attention,
 }
 

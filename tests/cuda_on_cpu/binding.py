@@ -21,6 +21,7 @@ import torch
 from .harness import CSRC, HERE, LINKED, compile_with, kernel_objects, object_of, toolkit, written_at_once
 
 BINDINGS = (
+    "bias_gelu.cpp",
     "bindings.cpp",
     "concat_mlp.cpp",
     "concat_mlp_on_cuda.cpp",

@@ -94,6 +94,16 @@ def concat_mlp(rng: random.Random, op: str = "concat_mlp") -> Case:
     return Case(ops.concat_mlp, arguments, ops.concat_mlp_ref)
 
 
+def bias_gelu(rng: random.Random, op: str = "bias_gelu") -> Case:
+    columns = rng.choice([0, 1, 2, 7, 16, 33, 130])
+    shape = [*rng.choice([(), (0,), (1,), (5,), (70,), (3, 0), (3, 4)]), columns]
+    dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    arguments = {"x": torch.randn(shape).to(dtype).requires_grad_(rng.random() < 0.7), "bias": None}
+    if rng.random() < 0.7:
+        arguments["bias"] = torch.randn(columns).to(dtype).requires_grad_(rng.random() < 0.7)
+    return Case(ops.bias_gelu, arguments, ops.bias_gelu_ref)
+
+
 def mask_tokens(rng: random.Random, op: str = "mask_tokens") -> Case:
     vocab_size = rng.choice([1, 2, 100, 1000])
     shape = rng.choice([[rng.choice([0, 1, 7, 100, 2000])], [rng.choice([0, 1, 3]), rng.choice([0, 1, 50])]])
@@ -142,6 +152,10 @@ def registered(rng: random.Random, op: str) -> Case:
         options = {name: given.pop(name, None) for name in ("positions", "cu_seqlens", "subword")}
         exact = {"exact": given.pop("strategy") == "exact", "seed": rng.choice([1, -1, 2**63 - 1])}
         return Case(raw.mask_tokens, given | options | exact)
+    if op == "bias_gelu":
+        if rng.random() < 0.4:
+            return Case(raw.bias_gelu, given)
+        return Case(raw.bias_gelu_backward, {"dy": torch.randn_like(given["x"]), **given})
     seed = given["seed"]
     given["seed"] = seed if isinstance(seed, Tensor) else rng.choice([None, torch.tensor([1])])
     if given["dropout_p"] and given["seed"] is None:
@@ -165,6 +179,7 @@ def registered(rng: random.Random, op: str) -> Case:
 CASES: dict[str, Callable[[random.Random, str], Case]] = {
     "mask_tokens": mask_tokens,
     "concat_mlp": concat_mlp,
+    "bias_gelu": bias_gelu,
     "packed_attention": attention,
     "packed_attention_qkv": attention,
     "packed_attention_cls": attention,
