@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import attention_peers as peers
-from benchmarks import cases, common, concat_mlp, mask_tokens, packed_attention, report, timing
+from benchmarks import bias_gelu, cases, common, concat_mlp, mask_tokens, packed_attention, report, timing
 
 CPU = torch.device("cpu")
 
@@ -41,11 +41,13 @@ def test_rows_have_rates_and_shares(capsys):
 
 
 SMALL = {  # each benchmark cut down to a few cases
+    bias_gelu: ["--rows", "40", "--columns", "64", "--dtypes", "bfloat16", "--no-compile"],
     mask_tokens: ["--most-tokens", "8192", "--no-compile"],
     concat_mlp: ["--batches", "4", "--hidden", "64", "--dtypes", "bfloat16", "--no-compile"],
     packed_attention: ["--distributions", "sst", "--tokens", "60", "--dtypes", "float32"],
 }
 VARIANTS = {
+    bias_gelu: {"eager", "mtfast"},
     mask_tokens: {"eager", "bernoulli", "exact"},
     concat_mlp: {"eager", "mtfast", "products"},
     packed_attention: {"mtfast", *(kind.name for kind in peers.PEERS["cpu"])},
@@ -58,7 +60,12 @@ def forget():
     """What one test has found out or told does not hold for the next; all draw the same."""
     torch.manual_seed(0)
     yield
-    for cached in (concat_mlp.difference, packed_attention.wrong_result, timing.say_once):
+    for cached in (
+        bias_gelu.difference,
+        concat_mlp.difference,
+        packed_attention.wrong_result,
+        timing.say_once,
+    ):
         cached.cache_clear()
 
 
@@ -102,6 +109,11 @@ def spoil_concat_mlp(monkeypatch):
     monkeypatch.setattr(concat_mlp, "concat_mlp", lambda *x, **options: 1.5 * right(*x, **options))
 
 
+def spoil_bias_gelu(monkeypatch):
+    right = bias_gelu.bias_gelu
+    monkeypatch.setattr(bias_gelu, "bias_gelu", lambda *x: 1.5 * right(*x))
+
+
 def spoil_packed_attention(monkeypatch):
     right = peers.packed_attention_qkv
     monkeypatch.setattr(peers, "packed_attention_qkv", lambda *x, **options: 1.5 * right(*x, **options))
@@ -115,6 +127,7 @@ def spoil_mask_tokens(monkeypatch):
 
 
 SPOILED = {
+    bias_gelu: (spoil_bias_gelu, {"mtfast"}, "y off by 0."),
     concat_mlp: (spoil_concat_mlp, {"mtfast"}, "y off by 0."),
     packed_attention: (spoil_packed_attention, {"mtfast"}, "out off by 0."),
     mask_tokens: (spoil_mask_tokens, {"bernoulli", "exact"}, "are not the reference's"),
@@ -278,7 +291,12 @@ def test_a_paused_clock_counts_what_is_outside_once(monkeypatch):
     assert clock.now() == 8
 
 
-FIRST_CALLS = {concat_mlp: "running", mask_tokens: "running", packed_attention: "wrong_result"}
+FIRST_CALLS = {
+    bias_gelu: "running",
+    concat_mlp: "running",
+    mask_tokens: "running",
+    packed_attention: "wrong_result",
+}
 
 
 @each_op
@@ -317,6 +335,7 @@ def test_a_case_that_fails_takes_no_other_with_it(tmp_path, capsys):
 
 
 INPUTS = {  # what a variant calls, with its inputs first
+    bias_gelu: {"mtfast": (bias_gelu, "bias_gelu"), "eager": (bias_gelu, "bias_gelu_ref")},
     concat_mlp: {"mtfast": (concat_mlp, "concat_mlp"), "eager": (concat_mlp, "concat_mlp_ref")},
     mask_tokens: {"bernoulli": (mask_tokens, "mask_tokens"), "eager": (mask_tokens, "eager_masking")},
     packed_attention: {"mtfast": (peers, "packed_attention_qkv")},

@@ -266,7 +266,7 @@ def test_rehearsal(tmp_path):
     assert {"visit-1.log", "visit-1.json", "visit-2.log", "visit-2.json", "smoke.jsonl"} <= names
     assert len(names) <= 8  # with ncu.csv: what can be brought back
     report = json.loads((results / "visit-1.json").read_text())
-    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 6
+    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 7
     (table,) = results.glob("*.csv")
     measured = {line.split(",")[0] for line in table.read_text().split("\n")[1:-1]}
     assert measured == {"peaks", *gpu.OPS, "steps"}
