@@ -16,6 +16,7 @@ using namespace simd;
 
 constexpr int kStrip = 128;  // columns that one vector of sixteen Philox calls serves
 constexpr int kFewRows = 4;  // rows of a backward at a time, whose terms of a column's sums are added first
+constexpr int kChunkRows = 64;  // rows whose sums are one term of the sum over all
 enum Sum { kWeight, kBias, kXBias, kSums };
 
 int64_t padded(int64_t hidden) { return (hidden + kStrip - 1) / kStrip * kStrip; }
@@ -102,13 +103,18 @@ struct Rows {
   const T *x, *residual;
   const S *weight, *bias, *x_bias;  // padded with zeros to whole strips
 
-  // Sixteen columns of s; 0 beyond the row.
+  // Sixteen columns of s, of which `count` are there; the others are 0.
   template <Isa isa>
-  MTFAST_HOST_DEVICE V sum(int64_t row, int64_t column, const uint16_t* draws) const {
-    const int64_t at = row * layer.hidden + column, count = layer.hidden - column;
+  MTFAST_HOST_DEVICE V sum(int64_t row, int64_t column, int64_t count, const uint16_t* draws) const {
+    const int64_t at = row * layer.hidden + column;
     V s = load(x + at, count) + unpack(x_bias + column);
     if (layer.threshold != 0) s = drop<isa>(layer, draws + column, s);
     return residual == nullptr ? s : s + load(residual + at, count);
+  }
+  // Asks for what a pass will read of a row: a row is too short for the processor to see where it goes on.
+  MTFAST_HOST_DEVICE void prefetch(int64_t row, int64_t column) const {
+    __builtin_prefetch(x + row * layer.hidden + column);
+    if (residual != nullptr) __builtin_prefetch(residual + row * layer.hidden + column);
   }
 };
 
@@ -118,119 +124,177 @@ struct Rows {
 template <class T>
 struct ForwardRows {
   using S = typename Compute<T>::scalar;
+  using V = typename Compute<T>::vec;
   template <Isa isa>
-  MTFAST_INLINE void run(const Rows<T>& in, T* y, S* stats, S* scratch, uint16_t* draws, int64_t begin,
+  MTFAST_INLINE void run(const Rows<T>& from, T* y, S* stats, S* scratch, uint16_t* draws, int64_t begin,
                          int64_t end) {
-    using V = typename Compute<T>::vec;
-    const int64_t hidden = in.layer.hidden;
+    const Rows<T> in = from;  // which no store can change
+    const int64_t hidden = in.layer.hidden, whole = hidden / kLanes * kLanes, rest = hidden - whole;
     const S size = static_cast<S>(hidden);
     for (int64_t row = begin; row < end; ++row) {
       if (in.layer.threshold != 0) draw_row<isa>(in.seed, row, hidden, draws);
       V total = {};
-      for (int64_t column = 0; column < hidden; column += kLanes) {
-        const V s = in.template sum<isa>(row, column, draws);
-        pack(scratch + column, s);
-        total += s;
-      }
+      for (int64_t column = 0; column < whole; column += kLanes)
+        total += keep(scratch + column, in.template sum<isa>(row, column, kLanes, draws));
+      if (rest > 0) total += keep(scratch + whole, in.template sum<isa>(row, whole, rest, draws));
       // Deviations from this mean give the variance, and what rounding left the mean itself off by (Chan,
       // Golub and LeVeque, "Algorithms for computing the sample variance", 1983).
-      const S near = sum(total) / size;
+      const S near = simd::sum(total) / size;
       V off = {}, squares = {};
-      for (int64_t column = 0; column < hidden; column += kLanes) {
-        V deviation = unpack(scratch + column) - near;
-        if (hidden - column < kLanes) deviation = first_lanes<isa>(hidden - column, deviation);
-        off += deviation;
-        squares += deviation * deviation;
+      for (int64_t column = 0; column < whole; column += kLanes) {
+        in.prefetch(row + 1, column);
+        add_deviation(unpack(scratch + column) - near, off, squares);
       }
-      const S rest = sum(off) / size, spread = sum(squares) / size - rest * rest;
-      const S variance = spread < 0 ? 0 : spread, mean = near + rest;
+      if (rest > 0) add_deviation(first_lanes<isa>(rest, unpack(scratch + whole) - near), off, squares);
+      const S shift = simd::sum(off) / size, spread = simd::sum(squares) / size - shift * shift;
+      const S variance = spread < 0 ? 0 : spread, mean = near + shift;
       const S rstd = 1 / std::sqrt(variance + static_cast<S>(in.layer.eps));
-      for (int64_t column = 0; column < hidden; column += kLanes) {
-        const V normal = (unpack(scratch + column) - mean) * rstd;
-        store(y + row * hidden + column, normal * unpack(in.weight + column) + unpack(in.bias + column),
-              hidden - column);
-      }
+      T* to = y + row * hidden;
+      for (int64_t column = 0; column < whole; column += kLanes)
+        pack(to + column, result(in, column, (unpack(scratch + column) - mean) * rstd));
+      if (rest > 0) store(to + whole, result(in, whole, (unpack(scratch + whole) - mean) * rstd), rest);
       if (stats != nullptr) stats[2 * row] = mean, stats[2 * row + 1] = rstd;
     }
   }
 
  private:
-  template <Isa isa, class V>
+  MTFAST_INLINE V keep(S* to, V x) {
+    pack(to, x);
+    return x;
+  }
+  MTFAST_INLINE void add_deviation(V deviation, V& sum, V& squares) {
+    sum += deviation;
+    squares += deviation * deviation;
+  }
+  template <Isa isa>
   MTFAST_INLINE V first_lanes(int64_t count, V x) {
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return select<isa, Less>(lanes, i32x16{} + static_cast<int32_t>(count), x, V{});
+  }
+  MTFAST_INLINE V result(const Rows<T>& in, int64_t column, V normal) {
+    return normal * unpack(in.weight + column) + unpack(in.bias + column);
   }
 };
 
 // ---- backward ----
 
-// Rows begin .. end, whose terms are added to sums [kSums, stride]. `scratch` has room for twice kFewRows
-// rows, `draws` for kFewRows.
+// What a backward reads besides, and writes. `sums` is [kSums, stride] of a chunk of rows, `scratch` has room
+// for two values of kFewRows rows, `draws` for those rows' draws.
 template <class T>
-struct BackwardRows {
+struct Back {
+  using S = typename Compute<T>::scalar;
+  const T* dy;
+  const S* stats;
+  T *dx, *dresidual;
+  S *sums, *scratch;
+  uint16_t* draws;
+};
+
+// kRows rows from `row` on: first what is summed over their columns, then, with that, their gradients.
+template <class T, int kRows>
+struct FewRows {
   using S = typename Compute<T>::scalar;
   using V = typename Compute<T>::vec;
+  const Rows<T> in;
+  const Back<T> back;
+  const int64_t row, stride;
+  S mean[kRows], rstd[kRows];
+  V along_one[kRows], along_normal[kRows];  // of dy * weight, sums
+  S mean_one[kRows], mean_normal[kRows];    // and means
+
   template <Isa isa>
-  MTFAST_INLINE void run(const Rows<T>& in, const T* dy, const S* stats, T* dx, T* dresidual, double* sums,
-                         S* scratch, uint16_t* draws, int64_t begin, int64_t end) {
-    for (; begin + kFewRows <= end; begin += kFewRows)
-      few<isa, kFewRows>(in, dy, stats, dx, dresidual, sums, scratch, draws, begin);
-    for (; begin < end; ++begin) few<isa, 1>(in, dy, stats, dx, dresidual, sums, scratch, draws, begin);
+  MTFAST_HOST_DEVICE void run() {
+    const int64_t hidden = in.layer.hidden, whole = hidden / kLanes * kLanes, rest = hidden - whole;
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      if (in.layer.threshold != 0) draw_row<isa>(in.seed, row + i, hidden, back.draws + i * stride);
+      mean[i] = back.stats[2 * (row + i)], rstd[i] = back.stats[2 * (row + i) + 1];
+      along_one[i] = along_normal[i] = V{};
+    }
+    for (int64_t column = 0; column < whole; column += kLanes) add_up<isa>(column, kLanes);
+    if (rest > 0) add_up<isa>(whole, rest);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      mean_one[i] = sum(along_one[i]) / static_cast<S>(hidden);
+      mean_normal[i] = sum(along_normal[i]) / static_cast<S>(hidden);
+    }
+    for (int64_t column = 0; column < whole; column += kLanes) write<isa>(column, kLanes);
+    if (rest > 0) write<isa>(whole, rest);
   }
 
  private:
-  template <Isa isa, int kRows>
-  MTFAST_INLINE void few(const Rows<T>& in, const T* dy, const S* stats, T* dx, T* dresidual, double* sums,
-                         S* scratch, uint16_t* draws, int64_t row) {
-    const int64_t hidden = in.layer.hidden, stride = padded(hidden);
-    const bool drops = in.layer.threshold != 0;
-    const S size = static_cast<S>(hidden);
-    S* const normals = scratch;  // of each row, and dy * weight
-    S* const to_normals = scratch + kRows * stride;
-    V along_one[kRows] = {}, along_normal[kRows] = {};
-    if (drops)
-      for (int i = 0; i < kRows; ++i) draw_row<isa>(in.seed, row + i, hidden, draws + i * stride);
-    for (int64_t column = 0; column < hidden; column += kLanes) {
-      const V weight = unpack(in.weight + column);
-      V dweight = {}, dbias = {};
+  MTFAST_HOST_DEVICE S* normals(int i) const { return back.scratch + 2 * i * stride; }
+  MTFAST_HOST_DEVICE S* to_normals(int i) const { return normals(i) + stride; }
+
+  template <Isa isa>
+  MTFAST_HOST_DEVICE void add_up(int64_t column, int64_t count) {
+    const V weight = unpack(in.weight + column);
+    V dweight = {}, dbias = {};
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        const S mean = stats[2 * (row + i)], rstd = stats[2 * (row + i) + 1];
-        const V s = in.template sum<isa>(row + i, column, draws + i * stride), normal = (s - mean) * rstd;
-        const V given = load(dy + (row + i) * hidden + column, hidden - column), to_normal = given * weight;
-        pack(normals + i * stride + column, normal);
-        pack(to_normals + i * stride + column, to_normal);
-        dweight += given * normal;
-        dbias += given;
-        along_one[i] += to_normal;
-        along_normal[i] += to_normal * normal;
-      }
-      add(sums + kWeight * stride + column, dweight);
-      add(sums + kBias * stride + column, dbias);
-    }
-    S mean_one[kRows], mean_normal[kRows];
     for (int i = 0; i < kRows; ++i) {
-      mean_one[i] = sum(along_one[i]) / size;
-      mean_normal[i] = sum(along_normal[i]) / size;
+      const V s = in.template sum<isa>(row + i, column, count, back.draws + i * stride);
+      const V dy = load(back.dy + (row + i) * in.layer.hidden + column, count);
+      const V normal = (s - mean[i]) * rstd[i], to_normal = dy * weight;
+      pack(normals(i) + column, normal);
+      pack(to_normals(i) + column, to_normal);
+      dweight += dy * normal;
+      dbias += dy;
+      along_one[i] += to_normal;
+      along_normal[i] += to_normal * normal;
     }
-    for (int64_t column = 0; column < hidden; column += kLanes) {
-      V dx_bias = {};
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        const int64_t at = (row + i) * hidden + column, count = hidden - column;
-        const V normal = unpack(normals + i * stride + column);
-        const V to_normal = unpack(to_normals + i * stride + column);
-        V grad = (to_normal - mean_one[i] - normal * mean_normal[i]) * stats[2 * (row + i) + 1];
-        if (dresidual != nullptr) store(dresidual + at, grad, count);
-        if (drops) grad = drop<isa>(in.layer, draws + i * stride + column, grad);
-        if (dx != nullptr) store(dx + at, grad, count);
-        dx_bias += grad;
-      }
-      add(sums + kXBias * stride + column, dx_bias);
-    }
+    add(kWeight, column, dweight);
+    add(kBias, column, dbias);
   }
 
-  MTFAST_INLINE void add(double* to, V x) { pack(to, unpack(to) + __builtin_convertvector(x, f64x16)); }
+  template <Isa isa>
+  MTFAST_HOST_DEVICE void write(int64_t column, int64_t count) {
+    V dx_bias = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t at = (row + i) * in.layer.hidden + column;
+      in.prefetch(row + i + kRows, column);
+      __builtin_prefetch(back.dy + at + kRows * in.layer.hidden);
+      const V normal = unpack(normals(i) + column), to_normal = unpack(to_normals(i) + column);
+      V grad = (to_normal - mean_one[i] - normal * mean_normal[i]) * rstd[i];
+      if (back.dresidual != nullptr) store(back.dresidual + at, grad, count);
+      if (in.layer.threshold != 0) grad = drop<isa>(in.layer, back.draws + i * stride + column, grad);
+      if (back.dx != nullptr) store(back.dx + at, grad, count);
+      dx_bias += grad;
+    }
+    add(kXBias, column, dx_bias);
+  }
+
+  MTFAST_HOST_DEVICE void add(Sum which, int64_t column, V x) const {
+    S* to = back.sums + which * stride + column;
+    pack(to, unpack(to) + x);
+  }
+};
+
+template <class T>
+struct BackwardRows {
+  template <Isa isa>
+  MTFAST_INLINE void run(const Rows<T>& in, const Back<T>& back, int64_t begin, int64_t end) {
+    const int64_t stride = padded(in.layer.hidden);
+    for (; begin + kFewRows <= end; begin += kFewRows)
+      FewRows<T, kFewRows>{in, back, begin, stride}.template run<isa>();
+    for (; begin < end; ++begin) FewRows<T, 1>{in, back, begin, stride}.template run<isa>();
+  }
+};
+
+// to [hidden] = the sum of `chunks` vectors, each `size` after the one before, made in double.
+template <class T>
+struct AddChunks {
+  using V = typename Compute<T>::vec;
+  template <Isa isa>
+  MTFAST_INLINE void run(const typename Compute<T>::scalar* sums, int64_t chunks, int64_t size, T* to,
+                         int64_t hidden) {
+    for (int64_t column = 0; column < hidden; column += kLanes) {
+      f64x16 total = {};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        total += __builtin_convertvector(unpack(sums + chunk * size + column), f64x16);
+      store(to + column, __builtin_convertvector(total, V), hidden - column);
+    }
+  }
 };
 
 // ---- all rows ----
@@ -262,9 +326,6 @@ struct Widened {
              x_bias.data()} {}
 };
 
-// Rows whose sums are one term of the sum over all.
-int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(32, (rows + 63) / 64); }
-
 }  // namespace
 
 void cpu_forward(const Inputs& in, void* y, void* stats) {
@@ -286,27 +347,31 @@ void cpu_backward(const Inputs& in, const void* dy, const void* stats, const Gra
   for_dtype(in.layer.dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = typename Compute<T>::scalar;
-    using V = typename Compute<T>::vec;
     const Widened<T> from(in);
     // Sums over fixed chunks of rows, added in order: the same bits for every number of threads.
-    const int64_t rows = chunk_rows(in.layer.rows), chunks = (in.layer.rows + rows - 1) / rows;
     const int64_t hidden = in.layer.hidden, stride = padded(hidden), size = kSums * stride;
-    std::vector<double> sums(std::max<int64_t>(1, chunks) * size);
+    const int64_t chunks = (in.layer.rows + kChunkRows - 1) / kChunkRows;
+    std::vector<S> sums(chunks * size);
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       std::vector<S> scratch(2 * kFewRows * stride);
       std::vector<uint16_t> draws(kFewRows * stride);
-      for (int64_t chunk = begin; chunk < end; ++chunk)
-        call_best(BackwardRows<T>{}, from.rows, static_cast<const T*>(dy), static_cast<const S*>(stats),
-                  static_cast<T*>(to.dx), static_cast<T*>(to.dresidual), sums.data() + chunk * size,
-                  scratch.data(), draws.data(), chunk * rows, std::min(in.layer.rows, (chunk + 1) * rows));
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const Back<T> back{static_cast<const T*>(dy),
+                           static_cast<const S*>(stats),
+                           static_cast<T*>(to.dx),
+                           static_cast<T*>(to.dresidual),
+                           sums.data() + chunk * size,
+                           scratch.data(),
+                           draws.data()};
+        call_best(BackwardRows<T>{}, from.rows, back, chunk * kChunkRows,
+                  std::min(in.layer.rows, (chunk + 1) * kChunkRows));
+      }
     });
-    for (int64_t chunk = 1; chunk < chunks; ++chunk)
-      for (int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
     void* const vectors[kSums] = {to.dweight, to.dbias, to.dx_bias};
     for (int v = 0; v < kSums; ++v)
-      for (int64_t i = 0; vectors[v] != nullptr && i < hidden; i += kLanes)
-        store(static_cast<T*>(vectors[v]) + i,
-              __builtin_convertvector(unpack(sums.data() + v * stride + i), V), hidden - i);
+      if (vectors[v] != nullptr)
+        call_best(AddChunks<T>{}, sums.data() + v * stride, chunks, size, static_cast<T*>(vectors[v]),
+                  hidden);
   });
 }
 
