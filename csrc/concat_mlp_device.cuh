@@ -1,13 +1,12 @@
-// What both directions of concat_mlp do to rows and to elements of the hidden layer: loads and stores of
-// eight, activation, dropout.
+// What both directions of concat_mlp do to rows and to elements of the hidden layer: activation, dropout.
 #pragma once
 #include "concat_mlp.h"
+#include "device/eight.cuh"
 #include "device/gelu.cuh"
-#include "device/vector.cuh"
 
 namespace mtfast::concat_mlp {
 
-// ---- rows and eight of their elements ----
+// ---- rows ----
 
 // The row of `from` that row `i` of the product reads; -1 where there is none.
 __device__ __forceinline__ int64_t source_row(const Source& from, int64_t i, int64_t batch) {
@@ -17,60 +16,6 @@ __device__ __forceinline__ int64_t source_row(const Source& from, int64_t i, int
     row = from.wide_rows ? static_cast<const int64_t*>(from.rows)[i]
                          : static_cast<const int32_t*>(from.rows)[i];
   return row >= 0 && row < from.count ? row : -1;
-}
-
-template <class T>
-struct Eight {
-  static constexpr int kSize = Vector<T>::kSize;
-  Vector<T> parts[8 / kSize];
-};
-
-// Columns column .. column + 7 of a row that has `inner`; those beyond read 0. Whole rows start on 16 bytes
-// when `aligned`, and then so do eight columns.
-template <class T>
-__device__ __forceinline__ Eight<T> load8(const T* row, int64_t column, int64_t inner, bool aligned) {
-  constexpr int kSize = Eight<T>::kSize;
-  Eight<T> eight{};
-  MTFAST_UNROLL
-  for (int i = 0; i < 8; i += kSize) {
-    Vector<T>& part = eight.parts[i / kSize];
-    if (aligned) {
-      if (column < inner) part = load(row + column + i);
-    } else {
-      MTFAST_UNROLL
-      for (int e = 0; e < kSize; ++e) {
-        if (column + i + e < inner) part.x[e] = row[column + i + e];
-      }
-    }
-  }
-  return eight;
-}
-
-template <class T>
-__device__ __forceinline__ void unpack(float (&to)[8], const Eight<T>& from) {
-  MTFAST_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    to[i] = to_float(from.parts[i / Eight<T>::kSize].x[i % Eight<T>::kSize]);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store8(T* row, int64_t column, int64_t inner, bool aligned,
-                                       const float (&in)[8]) {
-  constexpr int kSize = Eight<T>::kSize;
-  MTFAST_UNROLL
-  for (int i = 0; i < 8; i += kSize) {
-    if (aligned) {
-      float part[kSize];
-      memcpy(part, in + i, sizeof part);
-      if (column < inner) store(row + column + i, round_to<T>(part));
-    } else {
-      MTFAST_UNROLL
-      for (int e = 0; e < kSize; ++e) {
-        if (column + i + e < inner) round_to(row[column + i + e], in[i + e]);
-      }
-    }
-  }
 }
 
 // ---- activation and dropout ----

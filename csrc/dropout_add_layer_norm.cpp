@@ -67,7 +67,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& residu
       torch::stable::new_empty(x, {save_stats ? in.layer.rows : 0, 2}, stats_dtype(in.layer));
   if (in.layer.rows == 0) return {y, stats};
   void* const stats_data = save_stats ? stats.mutable_data_ptr() : nullptr;
-  cpu_forward(in, y.mutable_data_ptr(), stats_data);
+  if constexpr (kCuda) {
+#ifdef MTFAST_WITH_CUDA
+    const OnDeviceOf device(x);
+    check_launch(kOp, mtfast_dropout_add_layer_norm_forward(
+                          &in, y.mutable_data_ptr(), static_cast<float*>(stats_data), device.stream()));
+#endif
+  } else {
+    cpu_forward(in, y.mutable_data_ptr(), stats_data);
+  }
   return {y, stats};
 }
 
@@ -97,7 +105,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, co
   };
   const Gradients to{data(kNeedX, dx), data(kNeedResidual, dresidual), data(kNeedWeight, dweight),
                      data(kNeedBias, dbias), data(kNeedXBias, dx_bias)};
-  cpu_backward(in, dy.const_data_ptr(), stats.const_data_ptr(), to);
+  if constexpr (kCuda) {
+#ifdef MTFAST_WITH_CUDA
+    const OnDeviceOf device(x);
+    const int64_t sums = to.any_sum() ? kSums * chunks(in.layer.rows) * in.layer.hidden : 0;
+    const Tensor partial = torch::stable::new_empty(x, {sums}, ScalarType::Float);
+    check_launch(kOp, mtfast_dropout_add_layer_norm_backward(
+                          &in, dy.const_data_ptr(), static_cast<const float*>(stats.const_data_ptr()), &to,
+                          static_cast<float*>(partial.mutable_data_ptr()), device.stream()));
+#endif
+  } else {
+    cpu_backward(in, dy.const_data_ptr(), stats.const_data_ptr(), to);
+  }
   return {dx, dresidual, dweight, dbias, dx_bias};
 }
 

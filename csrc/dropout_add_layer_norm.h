@@ -32,6 +32,9 @@ struct Inputs {
   const void *weight, *bias, *x_bias;
 };
 
+// What a backward adds up over the rows, in this order.
+enum Sum { kWeight, kBias, kXBias, kSums };
+
 // What a backward writes; null: not wanted. Without dropout dx and dresidual are equal, and dresidual null.
 struct Gradients {
   void *dx, *dresidual;
@@ -42,7 +45,28 @@ struct Gradients {
 
 // stats [rows, 2], float (double for kFloat64): mean and rstd of each row; null: not wanted.
 
+// ---- CPU ----
+
 void cpu_forward(const Inputs& in, void* y, void* stats);
 void cpu_backward(const Inputs& in, const void* dy, const void* stats, const Gradients& to);
+
+// ---- CUDA ----
+
+constexpr int kChunkRows = 32;    // rows that a block takes, or a multiple of them,
+constexpr int kMostChunks = 512;  // so that there are no more blocks than about this
+
+inline int64_t chunk_rows(int64_t rows) {
+  const int64_t most = kChunkRows * kMostChunks;
+  return kChunkRows * (rows <= most ? 1 : (rows + most - 1) / most);
+}
+inline int64_t chunks(int64_t rows) { return (rows + chunk_rows(rows) - 1) / chunk_rows(rows); }
+
+// Launch functions: 0 or a cudaError_t. partial: float [kSums, chunks(rows), hidden] of scratch, for a
+// backward of which any of the sums is wanted.
+extern "C" {
+int mtfast_dropout_add_layer_norm_forward(const Inputs* in, void* y, float* stats, void* stream);
+int mtfast_dropout_add_layer_norm_backward(const Inputs* in, const void* dy, const float* stats,
+                                           const Gradients* to, float* partial, void* stream);
+}
 
 }  // namespace mtfast::dropout_add_layer_norm

@@ -14,10 +14,9 @@ namespace {
 
 using namespace simd;
 
-constexpr int kStrip = 128;  // columns that one vector of sixteen Philox calls serves
-constexpr int kFewRows = 4;  // rows of a backward at a time, whose terms of a column's sums are added first
-constexpr int kChunkRows = 64;  // rows whose sums are one term of the sum over all
-enum Sum { kWeight, kBias, kXBias, kSums };
+constexpr int kStrip = 128;   // columns that one vector of sixteen Philox calls serves
+constexpr int kFewRows = 4;   // rows of a backward at a time, whose terms of a column's sums are added first
+constexpr int kSumRows = 64;  // rows whose sums are one term of the sum over all
 
 int64_t padded(int64_t hidden) { return (hidden + kStrip - 1) / kStrip * kStrip; }
 
@@ -350,7 +349,7 @@ void cpu_backward(const Inputs& in, const void* dy, const void* stats, const Gra
     const Widened<T> from(in);
     // Sums over fixed chunks of rows, added in order: the same bits for every number of threads.
     const int64_t hidden = in.layer.hidden, stride = padded(hidden), size = kSums * stride;
-    const int64_t chunks = (in.layer.rows + kChunkRows - 1) / kChunkRows;
+    const int64_t chunks = (in.layer.rows + kSumRows - 1) / kSumRows;
     std::vector<S> sums(chunks * size);
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       std::vector<S> scratch(2 * kFewRows * stride);
@@ -363,8 +362,8 @@ void cpu_backward(const Inputs& in, const void* dy, const void* stats, const Gra
                            sums.data() + chunk * size,
                            scratch.data(),
                            draws.data()};
-        call_best(BackwardRows<T>{}, from.rows, back, chunk * kChunkRows,
-                  std::min(in.layer.rows, (chunk + 1) * kChunkRows));
+        call_best(BackwardRows<T>{}, from.rows, back, chunk * kSumRows,
+                  std::min(in.layer.rows, (chunk + 1) * kSumRows));
       }
     });
     void* const vectors[kSums] = {to.dweight, to.dbias, to.dx_bias};

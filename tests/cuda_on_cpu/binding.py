@@ -25,6 +25,7 @@ BINDINGS = (
     "bindings.cpp",
     "concat_mlp.cpp",
     "concat_mlp_on_cuda.cpp",
+    "dropout_add_layer_norm.cpp",
     "mask_tokens.cpp",
     "packed_attention.cpp",
 )
