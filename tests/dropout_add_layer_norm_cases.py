@@ -37,7 +37,7 @@ class Error(NamedTuple):
 
 
 def draw(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float64, mean: float = 0.0) -> Operands:
-    """Operands in float64, of numbers that `dtype` has, at a trained layer's scale; the residual about `mean`."""
+    """Operands in float64, of numbers that `dtype` has, at a trained layer's scale; residual about `mean`."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0, about: float = 0.0) -> Tensor:
