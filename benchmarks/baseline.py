@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,8 @@ class Child:
     losses: those of its first step in float32, without dropout. package: the directory of its mtfast.
     """
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        """process: has unbuffered pipes."""
         self._process = process
         said = json.loads(self._answer())
         self.losses: dict[str, float] = said["losses"]
@@ -33,11 +34,11 @@ class Child:
     def turn(self, index: int) -> float:
         """Make the step of a turn; its seconds."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{index}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # of a process that has ended, which has no answer either
+            self._process.stdin.write(f"{index}\n".encode())
         return float(self._answer())
 
-    def _answer(self) -> str:
+    def _answer(self) -> bytes:
         assert self._process.stdout is not None
         if not (line := self._process.stdout.readline()):
             raise SystemExit(
@@ -67,7 +68,7 @@ class Baseline:
             cwd=self.path,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            bufsize=0,
         ) as process:
             try:
                 child = Child(process)

@@ -112,11 +112,12 @@ for line in sys.stdin:
 
 
 def test_a_child_makes_the_steps_it_is_told():
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
     with subprocess.Popen([sys.executable, "-S", "-c", CHILD], **pipes) as process:
         child = baseline.Child(process)
         assert child.losses == {"sst": 1.5} and child.package == Path("/there")
         assert [child.turn(index) for index in (3, 0, 9)] == [1.5, 0.0, 4.5]
+        assert process.wait() == 3
         with pytest.raises(SystemExit, match="ended with status 3"):
             child.turn(1)
 
