@@ -79,12 +79,14 @@ class AddNorm(nn.LayerNorm):
         seed: Tensor | None = None,
     ) -> Tensor:
         """`layer_norm(residual + dropout(x + x_bias))` of x and residual [..., hidden], x_bias [hidden]."""
-        options = {"dropout_p": dropout_p, "eps": self.eps, "seed": seed, "training": self.training}
-        return dropout_add_layer_norm(x, residual, self.weight, self.bias, x_bias=x_bias, **options)
+        options: dict[str, Any] = {"eps": self.eps, "seed": seed, "training": self.training}
+        return dropout_add_layer_norm(
+            x, residual, self.weight, self.bias, x_bias=x_bias, dropout_p=dropout_p, **options
+        )
 
 
 class Product(nn.Linear):
-    """A linear layer's product alone. What reads it adds the bias, and gives that its gradient, in passing."""
+    """A linear layer's product alone: what reads it adds the bias and gives that its gradient, in passing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
