@@ -104,8 +104,8 @@ def step(function: Function, x: Tensor, bias: Tensor, dy: Tensor) -> list[Tensor
 def difference(problem: Problem, device: torch.device) -> str:
     """What of the output and the gradients is not as near to float64's as eager PyTorch's; nothing if all."""
     x, bias, dy = inputs_of(problem, device)
-    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, bias)]
-    exact = step(bias_gelu_ref, *wide, dy.double())
+    wide_x, wide_bias = (t.detach().double().requires_grad_(t.requires_grad) for t in (x, bias))
+    exact = step(bias_gelu_ref, wide_x, wide_bias, dy.double())
     ours, eager = (step(function, x, bias, dy) for function in (bias_gelu, bias_gelu_ref))
     for name, found, eagers, truth in zip(("y", "dx", "dbias"), ours, eager, exact, strict=False):
         size = truth.detach().norm()

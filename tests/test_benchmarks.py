@@ -41,7 +41,7 @@ def test_rows_have_rates_and_shares(capsys):
 
 
 SMALL = {  # each benchmark cut down to a few cases
-    bias_gelu: ["--rows", "40", "--columns", "64", "--dtypes", "bfloat16", "--no-compile"],
+    bias_gelu: ["--rows", "40", "33", "--columns", "64", "--dtypes", "bfloat16", "--no-compile"],
     mask_tokens: ["--most-tokens", "8192", "--no-compile"],
     concat_mlp: ["--batches", "4", "--hidden", "64", "--dtypes", "bfloat16", "--no-compile"],
     packed_attention: ["--distributions", "sst", "--tokens", "60", "--dtypes", "float32"],
@@ -60,12 +60,8 @@ def forget():
     """What one test has found out or told does not hold for the next; all draw the same."""
     torch.manual_seed(0)
     yield
-    for cached in (
-        bias_gelu.difference,
-        concat_mlp.difference,
-        packed_attention.wrong_result,
-        timing.say_once,
-    ):
+    checks = bias_gelu.difference, concat_mlp.difference, packed_attention.wrong_result
+    for cached in (*checks, timing.say_once):
         cached.cache_clear()
 
 
@@ -291,12 +287,7 @@ def test_a_paused_clock_counts_what_is_outside_once(monkeypatch):
     assert clock.now() == 8
 
 
-FIRST_CALLS = {
-    bias_gelu: "running",
-    concat_mlp: "running",
-    mask_tokens: "running",
-    packed_attention: "wrong_result",
-}
+FIRST_CALLS = dict.fromkeys(SMALL, "running") | {packed_attention: "wrong_result"}
 
 
 @each_op

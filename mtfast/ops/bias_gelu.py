@@ -33,9 +33,10 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     _check(x, bias)
     dtype = _arguments.autocast_dtype(x)
-    if dtype is not None:
-        x, bias = (y if y is None or y.dtype == torch.float64 else y.to(dtype) for y in (x, bias))
-    return _bias_gelu(x.contiguous(), None if bias is None else bias.contiguous())
+    operands = [
+        y if y is None or dtype is None or y.dtype == torch.float64 else y.to(dtype) for y in (x, bias)
+    ]
+    return _bias_gelu(*(y if y is None else y.contiguous() for y in operands))
 
 
 def bias_gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
