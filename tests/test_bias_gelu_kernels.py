@@ -122,8 +122,8 @@ def test_sanitizers_are_silent():
 
 @pytest.mark.parametrize(("direction", "read"), [("forward", 1), ("backward", 2)])
 def test_rows_move_16_bytes_at_a_time(direction, read):
-    """Four rows of each matrix before the first is turned to; of special functions there is one exponential an
-    element, where erf and exp would be two."""
+    """Four rows of each matrix before the first is turned to; of special functions there is one exponential
+    an element, where erf and exp would be two."""
     kernels = disassembled(SOURCE, f"{direction}_kernel")
     assert len(kernels) == len(DTYPES) * len(ARCHITECTURES)
     for kernel in kernels:
