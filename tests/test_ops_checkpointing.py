@@ -21,7 +21,7 @@ MAX_SEQLEN = 14
 
 
 class Region(nn.Module):
-    """A linear layer and, last, an op, mostly with dropout: nothing after it is saved for the backward pass."""
+    """A linear layer and, last, an op, most with dropout: nothing after it is saved for the backward pass."""
 
     def __init__(self, op: str) -> None:
         super().__init__()
