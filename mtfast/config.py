@@ -96,7 +96,7 @@ class StageConfig:
     max_skipped: int = 3
     """With `skip`, stop the run after more than so many steps in a row were left out."""
     bucket_tokens: int = 64
-    """Round the tokens of a packed step up to a multiple of this, so that shapes repeat."""
+    """On a GPU round the tokens of a packed step up to a multiple of this, so that shapes repeat."""
     checkpoint_every: int = 0
     """Save the resumable state every so many steps besides at each epoch's end; 0 only there."""
     max_steps: int | None = None

@@ -67,6 +67,12 @@ class Stage(ABC):
     engine: Engine
     flops_per_token: float
 
+    @property
+    def bucket_tokens(self) -> int:
+        """A multiple of which the tokens of a packed step are; on a CPU, which gains nothing from shapes that
+        repeat, any number."""
+        return self.settings.bucket_tokens if self.engine.device.type == "cuda" else 1
+
     @abstractmethod
     def plan(self, epoch: int) -> list[Any]:
         """The epoch's optimizer steps, in order, as this rank sees them; equally many in every epoch."""

@@ -98,17 +98,22 @@ def _zero_stage(engine: EngineConfig, given: dict[str, Any], world_size: int, fl
 
 
 def _defaults(decided: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what makes the host wait for the device in every step: timing it, looking for overflows (the
-    loop looks at losses and weights when it reads them), and the norm of gradients that nobody clips."""
+    """What is cheapest. Left out is what makes the host wait for the device in every step: timing it, looking
+    for overflows (the loop looks at losses and weights when it reads them), and the norm of gradients that
+    nobody clips."""
     defaults: dict[str, Any] = {
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},
         "bf16": {"check_grad_overflow": False},
     }
-    zero = given.get("zero_optimization", {})
-    if decided["zero_optimization"]["stage"] in (1, 2) and "offload_optimizer" not in zero:
-        defaults["zero_optimization"] = {"compute_grad_norm": decided["gradient_clipping"] > 0}
+    stage, zero = decided["zero_optimization"]["stage"], defaults.setdefault("zero_optimization", {})
+    if stage in (1, 2) and "offload_optimizer" not in given.get("zero_optimization", {}):
+        zero["compute_grad_norm"] = decided["gradient_clipping"] > 0
+    if stage == 1:
+        # The same sums with a third of the copies: gradients are put in a row once, added up over the ranks
+        # and handed back, not taken apart by owner in between.
+        zero |= {"contiguous_gradients": False, "reduce_scatter": False}
     return defaults
 
 

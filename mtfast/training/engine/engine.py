@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mtfast.config import ConfigError, EngineConfig, StageConfig
 
-from . import ranks, state
+from . import memory, ranks, state
 from .deepspeed_config import deepspeed_config
 from .optimizer import WholeOptimizer, maker, parameter_groups
 
@@ -35,6 +35,7 @@ def start() -> torch.device:
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     if not torch.cuda.is_available():
+        memory.keep_freed()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -265,6 +266,7 @@ class Engine:
     def close(self) -> None:
         """Let go of DeepSpeed's buffers and hooks, so that another stage can follow in this process."""
         self._engine.destroy()
+        memory.return_freed()
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:

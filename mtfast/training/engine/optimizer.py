@@ -86,6 +86,8 @@ class WholeOptimizer(Optimizer):
             [group | {"params": [self.master_of[p] for p in group["params"]]} for group in groups]
         )
         self._copies, self._clipping, self._skip_non_finite = copies, clipping, skip_non_finite
+        # Kept over steps: on a CPU pages that the system hands out anew cost as much as the update.
+        self._sums: list[Tensor] | None = None
         self._share_state()
         self.overflow = False
 
@@ -94,17 +96,20 @@ class WholeOptimizer(Optimizer):
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Add the gradients of a backward pass to those of the ones before it."""
+        """Add the gradients of a backward pass to those of the ones before it in this step."""
         if not self._copies:
             return
-        gradients = [torch.empty_like(master) for master in self._masters]
         found = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
-        torch._foreach_copy_(gradients, found)
-        earlier = [master.grad for master in self._masters if master.grad is not None]
-        if earlier:
-            torch._foreach_add_(gradients, earlier)
-        for weight, master, gradient in zip(self._weights, self._masters, gradients, strict=True):
-            weight.grad, master.grad = None, gradient
+        if self._sums is None:
+            self._sums = [torch.empty_like(master) for master in self._masters]
+        if self._masters[0].grad is None:
+            torch._foreach_copy_(self._sums, found)
+            for master, gradient in zip(self._masters, self._sums, strict=True):
+                master.grad = gradient
+        else:
+            torch._foreach_add_(self._sums, [gradient.float() for gradient in found])
+        for weight in self._weights:
+            weight.grad = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -76,7 +76,7 @@ class Pretrain(Stage):
             step_masked=step.step_masked,
             step_samples=step.step_samples,
             mask_seed=mask_seed,
-            bucket_tokens=self.settings.bucket_tokens,
+            bucket_tokens=self.bucket_tokens,
         )
         return packed.sent_to(self.engine.device)
 

@@ -60,7 +60,7 @@ class TaskStage(Stage):
         )
 
     def micro_batches(self, steps: list[StepPlan], epoch: int) -> Iterator[Sequence[Batch]]:
-        return packed_steps(self.train, steps, self.engine.device, self.settings.bucket_tokens)
+        return packed_steps(self.train, steps, self.engine.device, self.bucket_tokens)
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         return torch.stack([losses[name] * task.weight for name, task in self.tasks.items()]).sum()
