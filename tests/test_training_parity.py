@@ -32,16 +32,29 @@ from mtfast.training.stages.finetune import Finetune
 from mtfast.training.stages.heads import Heads
 from mtfast.training.stages.pretrain import Pretrain
 
+pytestmark = pytest.mark.sweep
+
 ENGINE = EngineConfig(precision="fp32", zero_stage=0)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, checkpoint_dir, full_sweep) -> Path:
+    """The real checkpoint; two layers of it will do unless the sweep is full."""
+    if full_sweep:
+        return checkpoint_dir
+    directory = tmp_path_factory.mktemp("checkpoint")
+    BertModel.from_pretrained(checkpoint_dir, num_hidden_layers=2).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(checkpoint_dir).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
-def config(tmp_path, data_dir, checkpoint_dir) -> RunConfig:
+def config(tmp_path, data_dir, checkpoint) -> RunConfig:
     engine_module.start()
     return RunConfig(
         run_dir=str(tmp_path / "run"),
         tasks=paper_tasks(),
-        model=ModelConfig(checkpoint=str(checkpoint_dir), dropout_p=0.0, mlp=MlpConfig(96)),
+        model=ModelConfig(checkpoint=str(checkpoint), dropout_p=0.0, mlp=MlpConfig(96)),
         data=DataConfig(
             tasks=str(data_dir / "cs224n"),
             reviews=str(data_dir / "imdb"),
@@ -75,7 +88,7 @@ def compare(ours: list[dict], twin: list[dict[str, float]], steps: int) -> None:
             assert record["losses"][name] == pytest.approx(value, rel=1e-3), (record["step"], name)
 
 
-def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, checkpoint_dir):
+def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, checkpoint):
     stage_config = TaskStageConfig(epochs=1, batch_size=12, learning_rate=5e-5, max_steps=50)
     tasks = config.tasks | {"sts": replace(config.tasks["sts"], weight=0.5)}
     config = replace(config, tasks=tasks, finetune=stage_config)
@@ -87,7 +100,7 @@ def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, check
     plan = stage.plan(0)[:50]
 
     bert = BertModel.from_pretrained(
-        checkpoint_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        checkpoint, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     hidden = bert.config.hidden_size
     classifier, dense = torch.nn.Linear(hidden, 5), torch.nn.Linear(2 * hidden, 96)
@@ -97,7 +110,7 @@ def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, check
         module.load_state_dict({k: initial[f"heads.{name}.{k}"] for k in ("weight", "bias")})
     heads = torch.nn.ModuleList(modules.values())
     optimizer = torch.optim.AdamW([*bert.parameters(), *heads.parameters()], lr=5e-5, weight_decay=0.01)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     raw = {name: read_task(name, task, data_dir / "cs224n", "train") for name, task in config.tasks.items()}
 
     def cls(task: str, column: int, rows) -> torch.Tensor:
