@@ -53,7 +53,7 @@ void cpu_backward(const Inputs& in, const void* dy, const void* stats, const Gra
 // ---- CUDA ----
 
 constexpr int kChunkRows = 32;    // rows that a block takes, or a multiple of them,
-constexpr int kMostChunks = 512;  // so that there are no more blocks than about this
+constexpr int kMostChunks = 256;  // so that there are no more blocks than about this
 
 inline int64_t chunk_rows(int64_t rows) {
   const int64_t most = kChunkRows * kMostChunks;

@@ -70,7 +70,7 @@ def place_of(x: Tensor | None) -> int | None:
 
 def chunk_sums(rows: int, hidden: int) -> Tensor:
     """The backward's scratch, as csrc/dropout_add_layer_norm.h says."""
-    chunks = -(-rows // (32 * max(1, -(-rows // (32 * 512)))))
+    chunks = -(-rows // (32 * max(1, -(-rows // (32 * 256)))))
     return torch.full((3, chunks, hidden), torch.nan)
 
 
@@ -120,9 +120,9 @@ def test_error_is_at_most_twice_eagers(dtype, run, full_sweep):
 SHAPES = [
     ((21, 128), torch.bfloat16, {"dropout_p": 0.1}),
     ((9, 768), torch.float16, {"dropout_p": 0.5}),
-    ((3, 4096), torch.float32, {"dropout_p": 0.25}),
+    ((1, 4096), torch.float32, {"dropout_p": 0.25}),
     ((5, 301), torch.bfloat16, {"dropout_p": 0.1}),
-    ((2, 4104), torch.float32, {}),
+    ((1, 4104), torch.float32, {}),
     ((40, 1), torch.float32, {"dropout_p": 0.1}),
 ]
 
@@ -152,7 +152,7 @@ def test_rows_that_are_not_on_16_bytes(run):
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("rows", [1100, 20000])
+@pytest.mark.parametrize("rows", [1100, 9000])
 def test_sums_over_rows(rows, run):
     check_sums(run, rows)
 
