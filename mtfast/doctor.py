@@ -25,6 +25,7 @@ OPS = {  # op: its module in mtfast.ops, and its eager reference there
     "mask_tokens": ("mask_tokens", "mask_tokens_ref"),
     "concat_mlp": ("concat_mlp", "concat_mlp_ref"),
     "bias_gelu": ("bias_gelu", "bias_gelu_ref"),
+    "dropout_add_layer_norm": ("dropout_add_layer_norm", "dropout_add_layer_norm_ref"),
     "packed_attention": ("packed_attention", "packed_attention_ref"),
     "packed_attention_qkv": ("packed_attention", "packed_attention_ref"),
     "packed_attention_cls": ("packed_attention", "packed_attention_cls_ref"),

@@ -14,7 +14,14 @@ from mask_tokens_cases import BERT, ordinary_ids
 from packed_attention_cases import make_batch
 from torch import Tensor
 
-from mtfast.ops import bias_gelu, concat_mlp, mask_tokens, packed_attention, packed_attention_qkv
+from mtfast.ops import (
+    bias_gelu,
+    concat_mlp,
+    dropout_add_layer_norm,
+    mask_tokens,
+    packed_attention,
+    packed_attention_qkv,
+)
 
 ops = torch.ops.mtfast
 
@@ -65,6 +72,16 @@ def test_misaligned_rows_of_bias_gelu_give_the_same(dtype):
         y = bias_gelu(*leaves)
         results.append([y, *torch.autograd.grad(y, leaves, place(dy))])
     assert all(map(torch.equal, *results))
+
+
+def test_rows_of_a_layer_norm_that_are_not_on_16_bytes():
+    """They are read one by one."""
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
+    found, expected = (
+        dropout_add_layer_norm(place(x), x, weight, place(weight), dropout_p=0.1, seed=1)
+        for place in (off_by_one, lambda t: t)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("bounds", [[0, 500, 120], [120, 7, 120], [5, 100], [0]])

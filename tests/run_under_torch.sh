@@ -16,7 +16,7 @@ mkdir -p "$copy/mtfast" "$copy/tests"
 cp "$root/mtfast/__init__.py" "$root/mtfast/_C.abi3.so" "$copy/mtfast"
 cp -r "$root/mtfast/ops" "$copy/mtfast"
 cp "$root/tests/conftest.py" "$root/tests/devices.py" "$root/tests/real_lengths.py" "$copy/tests"
-for op in mask_tokens packed_attention concat_mlp bias_gelu; do
+for op in mask_tokens packed_attention concat_mlp bias_gelu dropout_add_layer_norm; do
   cp "$root/tests/${op}_cases.py" "$root/tests/test_$op.py" "$copy/tests"
 done
 cp "$root/pyproject.toml" "$copy"
@@ -30,7 +30,8 @@ if [ ! -e "$torch/lib/libtorch_cuda.so" ] || [ ! -e "$cuda/include/cuda_runtime_
   echo "the bindings are not linked: this torch has no CUDA, or there is no toolkit at $cuda"
   exit
 fi
-for source in bindings bias_gelu concat_mlp concat_mlp_on_cpu concat_mlp_on_cuda concat_mlp_bf16 mask_tokens packed_attention; do
+for source in bindings bias_gelu concat_mlp concat_mlp_on_cpu concat_mlp_on_cuda concat_mlp_bf16 \
+  dropout_add_layer_norm mask_tokens packed_attention; do
   g++ -std=c++17 -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000ULL -DMTFAST_WITH_CUDA \
     -DUSE_CUDA -isystem "$torch/include" -isystem "$cuda/include" -c "$root/csrc/$source.cpp" -o "$source.o"
 done

@@ -3,7 +3,8 @@ more than arithmetic, and what bindings must do besides."""
 
 from cuda_on_cpu.binding import run_bound
 
-FILES = [f"tests/test_{op}.py" for op in ("packed_attention", "concat_mlp", "bias_gelu", "mask_tokens")]
+OPS = ("packed_attention", "concat_mlp", "bias_gelu", "dropout_add_layer_norm", "mask_tokens")
+FILES = [f"tests/test_{op}.py" for op in OPS]
 # Left out is what is slow on the emulation and is tested on it elsewhere, float64, which is for the CPU, and
 # values that a GPU is not waited for to check.
 LEFT_OUT = (

@@ -10,7 +10,7 @@ import ctypes
 
 import pytest
 import torch
-from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load, run_sanitized
+from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load_all, run_sanitized
 from cuda_on_cpu.machine_code import ARCHITECTURES, disassembled
 from dropout_add_layer_norm_cases import (
     DTYPES,
@@ -24,7 +24,8 @@ from dropout_add_layer_norm_cases import (
 )
 from torch import Tensor
 
-SOURCE = "dropout_add_layer_norm.cu"
+# How many kernels each source has, by dtype.
+SOURCES = {"dropout_add_layer_norm.cu": 3 * 2, "dropout_add_layer_norm_backward.cu": 3 * (2 + 1)}
 
 
 class Layer(ctypes.Structure):
@@ -74,7 +75,7 @@ def chunk_sums(rows: int, hidden: int) -> Tensor:
     return torch.full((3, chunks, hidden), torch.nan)
 
 
-def emulated(kernels: Kernels) -> Run:
+def emulated(forward: Kernels, backward: Kernels) -> Run:
     """dropout_add_layer_norm by these kernels, put together as dropout_add_layer_norm.cpp does it."""
 
     def run(
@@ -86,9 +87,9 @@ def emulated(kernels: Kernels) -> Run:
         rows, hidden = x.numel() // x.size(-1), x.size(-1)
         inputs = ctypes.byref(Inputs.of(tensors, dropout_p, eps, at))
         y, stats = torch.full_like(x, torch.nan), torch.full((rows, 2), torch.nan)
-        kernels.mtfast_dropout_add_layer_norm_forward(inputs, y, stats, None)
+        forward.mtfast_dropout_add_layer_norm_forward(inputs, y, stats, None)
         alone = torch.full_like(x, torch.nan)
-        kernels.mtfast_dropout_add_layer_norm_forward(inputs, alone, None, None)
+        forward.mtfast_dropout_add_layer_norm_forward(inputs, alone, None, None)
         torch.testing.assert_close(y, alone, rtol=0, atol=0, equal_nan=True)
 
         one_gradient = dropout_p == 0 and needs[1]
@@ -97,7 +98,7 @@ def emulated(kernels: Kernels) -> Run:
         grads = [torch.full_like(t, torch.nan) if n else None for t, n in zip(likes, wanted, strict=True)]
         to = ctypes.byref(Gradients(*map(place_of, grads)))
         partial = chunk_sums(rows, hidden) if any(wanted[2:]) else None
-        kernels.mtfast_dropout_add_layer_norm_backward(inputs, dy.contiguous(), stats, to, partial, None)
+        backward.mtfast_dropout_add_layer_norm_backward(inputs, dy.contiguous(), stats, to, partial, None)
         if one_gradient:
             grads[1] = grads[0]
         return [y, *(grad for grad, need in zip(grads, needs, strict=True) if need)]
@@ -107,7 +108,7 @@ def emulated(kernels: Kernels) -> Run:
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return emulated(load(SOURCE))
+    return emulated(*load_all(SOURCES))
 
 
 @pytest.mark.sweep
@@ -139,7 +140,7 @@ def run_shapes(run: Run) -> list[list[Tensor]]:
 
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_any_thread_order_gives_the_same_without_races(case: Case, run):
-    for expected, found in zip(run_shapes(run), run_shapes(emulated(load(SOURCE, case))), strict=True):
+    for expected, found in zip(run_shapes(run), run_shapes(emulated(*load_all(SOURCES, case))), strict=True):
         assert all(map(torch.equal, expected, found))
 
 
@@ -175,25 +176,26 @@ def test_equal_numbers_have_no_gradient(run):
 
 @pytest.mark.parametrize("architecture", SHARED_KIB)
 def test_every_kernel_fits_every_architecture(architecture):
-    kernels = load(SOURCE, Case(architecture=architecture))
-    kernels.take_launched()
+    kernels = load_all(SOURCES, Case(architecture=architecture))
+    for kernel in kernels:
+        kernel.take_launched()
     for dtype in DTYPES:
         for hidden in (512, 4096, 4099):
-            emulated(kernels)(cast(draw((2, hidden), 0), dtype), torch.ones(2, hidden, dtype=dtype))
-    assert kernels.take_launched() == 3 * (2 + 2 + 1)
+            emulated(*kernels)(cast(draw((2, hidden), 0), dtype), torch.ones(2, hidden, dtype=dtype))
+    assert [kernel.take_launched() for kernel in kernels] == list(SOURCES.values())
 
 
-def small_shapes(kernels: Kernels) -> None:
-    run_shapes(emulated(kernels))
+def small_shapes(*kernels: Kernels) -> None:
+    run_shapes(emulated(*kernels))
 
 
 def test_sanitizers_are_silent():
-    run_sanitized("test_dropout_add_layer_norm_kernels:small_shapes", SOURCE)
+    run_sanitized("test_dropout_add_layer_norm_kernels:small_shapes", *SOURCES)
 
 
 def test_machine_code_loads_and_stores_16_bytes():
-    for direction in ("forward", "backward"):
-        kernels = disassembled(SOURCE, f"{direction}_kernel")
+    for source, direction in zip(SOURCES, ("forward", "backward"), strict=True):
+        kernels = disassembled(source, f"{direction}_kernel")
         assert len(kernels) == 6 * len(ARCHITECTURES)
         held = [kernel for kernel in kernels if "true" in kernel.name]
         assert len(held) == 3 * len(ARCHITECTURES)

@@ -116,7 +116,7 @@ def test_tests_of_the_ops_need_torch_and_pytest_alone():
     """They also run where there is a GPU and little else."""
     tests = Path(__file__).parent
     own = {path.stem for path in tests.glob("*.py")} | {"mtfast", "torch", "pytest"}
-    ops = ("mask_tokens", "packed_attention", "concat_mlp", "bias_gelu")
+    ops = ("mask_tokens", "packed_attention", "concat_mlp", "bias_gelu", "dropout_add_layer_norm")
     of_ops = [name for op in ops for name in (f"test_{op}.py", f"{op}_cases.py")]
     for name in ("conftest.py", "devices.py", "real_lengths.py", *of_ops):
         imported = {imported.split(".")[0] for imported in imports_of(tests / name)}

@@ -21,7 +21,7 @@ from mtfast.ops import concat_mlp
 raw = torch.ops.mtfast
 CU = torch.tensor([0, 4, 10], dtype=torch.int32)
 OPS = (
-    *("mask_tokens", "concat_mlp", "bias_gelu"),
+    *("mask_tokens", "concat_mlp", "bias_gelu", "dropout_add_layer_norm"),
     *("packed_attention", "packed_attention_qkv", "packed_attention_cls", "balance"),
 )
 

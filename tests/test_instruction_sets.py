@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtfast.ops import bias_gelu, concat_mlp, packed_attention
+from mtfast.ops import (
+    bias_gelu,
+    concat_mlp,
+    dropout_add_layer_norm,
+    packed_attention,
+)
 
 CALLS = """
 import sys, torch
@@ -33,6 +38,10 @@ def results() -> list[torch.Tensor]:
         x, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 70), (70,)))
         y = bias_gelu(x, bias)
         found += [y, *torch.autograd.grad(y, (x, bias), torch.ones_like(y))]
+        shapes = ((9, 300), (9, 300), (300,), (300,))
+        operands = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+        y = dropout_add_layer_norm(*operands, dropout_p=0.3, seed=1)
+        found += [y, *torch.autograd.grad(y, operands, torch.ones_like(y))]
     return [x.detach() for x in found]
 
 

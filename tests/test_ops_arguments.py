@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtfast.ops import (
     concat_mlp,
+    dropout_add_layer_norm,
     exact_count,
     mask_tokens,
     mask_tokens_ref,
@@ -28,6 +29,7 @@ IDS = ordinary_ids(4, 32)
 BATCH = make_batch([4, 6], 2, 32, torch.float32)
 ATTENTION = dict(zip("qkv", BATCH.tensors, strict=True)) | {"cu_seqlens": offsets([4, 6]), "max_seqlen": 6}
 PAIR = dict(zip(NAMES, cast(draw(4, 8, 5, 2, seed=0), torch.float32, "cpu"), strict=True))
+NORM = {"x": torch.randn(3, 6), "residual": None, "weight": torch.ones(6), "bias": torch.zeros(6)}
 ROWS = torch.tensor([0, 3])
 Q = ATTENTION["q"]
 
@@ -209,7 +211,11 @@ def test_a_seed_of_any_64_bits(seed):
     )
     as_int64 = torch.tensor([bits - 2**64 if bits >= 2**63 else bits])
     for one, other in ((seed, bits % 2**64), (seed, as_int64)):
-        for op, arguments in ((packed_attention, ATTENTION), (concat_mlp, PAIR)):
+        for op, arguments in (
+            (packed_attention, ATTENTION),
+            (concat_mlp, PAIR),
+            (dropout_add_layer_norm, NORM),
+        ):
             first, second = (op(**arguments, dropout_p=0.5, seed=x) for x in (one, other))
             assert torch.equal(first, second)
     kept = dropout_keep(4, 5, 0.5, bits)
@@ -243,6 +249,11 @@ def test_on_meta_tensors_results_are_meta_tensors():
     y.sum().backward()
     assert y.is_meta and y.shape == (2, 2)
     assert all(x.grad.is_meta and x.grad.shape == x.shape for x in pair.values())
+
+    norm = {name: x if x is None else x.to("meta").requires_grad_() for name, x in NORM.items()}
+    y = dropout_add_layer_norm(**norm, dropout_p=0.5)
+    y.sum().backward()
+    assert y.is_meta and y.shape == norm["x"].grad.shape == (3, 6) and norm["bias"].grad.shape == (6,)
 
     masked = mask_tokens(IDS.to("meta"), **BERT)
     assert all(x.is_meta and x.shape == IDS.shape for x in masked)

@@ -11,6 +11,7 @@ from mtfast.ops import (
     PackedSelfAttention,
     bias_gelu,
     concat_mlp,
+    dropout_add_layer_norm,
     packed_attention,
     packed_attention_cls,
     packed_attention_qkv,
@@ -28,6 +29,7 @@ class Region(nn.Module):
         self.op = op
         self.linear = nn.Linear(64, 192)
         self.attention = PackedSelfAttention(64, 2, dropout_p=0.3)
+        self.norm = nn.LayerNorm(64)
         self.mlp = ConcatMLP(64, 16, 2, dropout_p=0.3)
 
     def forward(self, x):
@@ -44,6 +46,8 @@ class Region(nn.Module):
             return self.mlp(x * 2, x)
         if self.op == "bias_gelu":
             return bias_gelu(F.linear(x, self.linear.weight), self.linear.bias)
+        if self.op == "dropout_add_layer_norm":
+            return dropout_add_layer_norm(x * 2, x, self.norm.weight, self.norm.bias, dropout_p=0.3)
         weights = [
             self.mlp.dense.weight,
             self.mlp.dense.bias,
@@ -62,6 +66,7 @@ OPS = (
     "ConcatMLP",
     "concat_mlp",
     "bias_gelu",
+    "dropout_add_layer_norm",
 )
 
 

@@ -17,6 +17,8 @@ from mtfast.models.multitask import LstmHead
 from mtfast.ops import (
     concat_mlp,
     concat_mlp_ref,
+    dropout_add_layer_norm,
+    dropout_add_layer_norm_ref,
     mask_tokens,
     mask_tokens_ref,
     packed_attention,
@@ -30,6 +32,7 @@ from mtfast.ops._library import seed_tensor
 BATCH = make_batch([5, 0, 9], 2, 32, torch.float32)
 QKV, CLS = torch.stack(BATCH.tensors, 1), BATCH.q[:3]
 WHERE = (BATCH.cu_seqlens, 9)
+ROWS, NORM = torch.randn(4, 8), (torch.randn(8), torch.randn(8))
 OPERANDS = [x.float() for x in draw(4, 8, 16, 2, seed=0)]
 IDS = torch.arange(1000, 1014)
 MASKING = {"special_ids": [0], "mask_token_id": 1, "vocab_size": 2000, "seed": 1, "mlm_probability": 0.5}
@@ -50,6 +53,12 @@ CALLS: dict[str, Callable[[int | None], object]] = {
     ),
     "concat_mlp": lambda seed: concat_mlp(*OPERANDS, dropout_p=0.5, seed=seed),
     "concat_mlp_ref": lambda seed: concat_mlp_ref(*OPERANDS, dropout_p=0.5, seed=seed),
+    "dropout_add_layer_norm": lambda seed: dropout_add_layer_norm(
+        ROWS, ROWS, *NORM, dropout_p=0.5, seed=seed
+    ),
+    "dropout_add_layer_norm_ref": lambda seed: dropout_add_layer_norm_ref(
+        ROWS, ROWS, *NORM, dropout_p=0.5, seed=seed
+    ),
     "mask_tokens": lambda _: mask_tokens(IDS, cu_seqlens=BATCH.cu_seqlens, **MASKING),
     "mask_tokens_ref": lambda _: mask_tokens_ref(IDS, cu_seqlens=BATCH.cu_seqlens, **MASKING),
     "dropout": lambda _: dropout(STATES, 0.5, True),
@@ -86,6 +95,8 @@ def test_a_seed_elsewhere_is_named(dropout_p):
         packed_attention_qkv(QKV, *WHERE, **options)
     with pytest.raises(ValueError, match="seed is on meta, u on cpu"):
         concat_mlp(*OPERANDS, **options)
+    with pytest.raises(ValueError, match="seed is on meta, x on cpu"):
+        dropout_add_layer_norm(ROWS, ROWS, *NORM, **options)
 
 
 def test_an_int_seed_is_refused_while_a_graph_is_captured(monkeypatch):

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from mtfast.ops import bias_gelu, concat_mlp, packed_attention, packed_attention_cls, packed_attention_qkv
+from mtfast.ops import (
+    bias_gelu,
+    concat_mlp,
+    dropout_add_layer_norm,
+    packed_attention,
+    packed_attention_cls,
+    packed_attention_qkv,
+)
 
 CU = torch.tensor([0, 5], dtype=torch.int32)
 MLP = [
@@ -30,6 +37,10 @@ def mlp(x):
     return concat_mlp(x, x, *MLP, activation="tanh")
 
 
+def layer_norm(x):
+    return dropout_add_layer_norm(x, x * x, torch.linspace(1, 2, 32).double(), torch.zeros(32).double())
+
+
 def raw_attention(x):
     return torch.ops.mtfast.packed_attention(x, x, x, CU, 5, 0.0, 0.2, None)[0]
 
@@ -40,6 +51,7 @@ OPS = {
     "packed_attention_cls": attention_cls,
     "concat_mlp": mlp,
     "bias_gelu": lambda x: bias_gelu(x, MLP[1].repeat(8)),
+    "dropout_add_layer_norm": layer_norm,
     "torch.ops": raw_attention,
 }
 

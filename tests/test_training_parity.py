@@ -99,9 +99,7 @@ def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, check
     initial = stage.engine.state_dict()
     plan = stage.plan(0)[:50]
 
-    bert = BertModel.from_pretrained(
-        checkpoint, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
+    bert = BertModel.from_pretrained(checkpoint, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     hidden = bert.config.hidden_size
     classifier, dense = torch.nn.Linear(hidden, 5), torch.nn.Linear(2 * hidden, 96)
     out = torch.nn.Linear(96, 2)

@@ -104,6 +104,27 @@ def bias_gelu(rng: random.Random, op: str = "bias_gelu") -> Case:
     return Case(ops.bias_gelu, arguments, ops.bias_gelu_ref)
 
 
+def dropout_add_layer_norm(rng: random.Random, op: str = "dropout_add_layer_norm") -> Case:
+    hidden = rng.choice([2, 7, 16, 40, 130])
+    shape = [*rng.choice([[], [0], [1], [5], [70], [2, 3], [3, 0, 2]]), hidden]
+    dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size).to(dtype).requires_grad_(rng.random() < 0.7)
+
+    arguments: dict[str, Any] = {
+        "x": drawn(*shape),
+        "residual": drawn(*shape) if rng.random() < 0.7 else None,
+        "weight": drawn(hidden),
+        "bias": drawn(hidden),
+        "x_bias": drawn(hidden) if rng.random() < 0.7 else None,
+        "dropout_p": rng.choice([0.0, 0.1, 0.9]),
+        "eps": rng.choice([1e-3, 1e-2]),
+        "seed": rng.choice([rng.randrange(-(2**63), 2**64), torch.tensor([rng.randrange(2**62)])]),
+    }
+    return Case(ops.dropout_add_layer_norm, arguments, ops.dropout_add_layer_norm_ref)
+
+
 def mask_tokens(rng: random.Random, op: str = "mask_tokens") -> Case:
     vocab_size = rng.choice([1, 2, 100, 1000])
     shape = rng.choice([[rng.choice([0, 1, 7, 100, 2000])], [rng.choice([0, 1, 3]), rng.choice([0, 1, 50])]])
@@ -169,6 +190,13 @@ def registered(rng: random.Random, op: str) -> Case:
         y, z = raw.concat_mlp(**given, save_hidden=True)
         del given["bias1"], given["bias2"]
         return Case(raw.concat_mlp_backward, given | {"dy": y, "z": z, "needs": rng.randrange(8)})
+    if op == "dropout_add_layer_norm":
+        if not backward:
+            return Case(raw.dropout_add_layer_norm, given | {"save_stats": rng.random() < 0.5})
+        y, stats = raw.dropout_add_layer_norm(**given, save_stats=True)
+        del given["bias"], given["eps"]
+        needs = rng.randrange(32)
+        return Case(raw.dropout_add_layer_norm_backward, given | {"dy": y, "stats": stats, "needs": needs})
     given["softmax_scale"] = 0.3
     if not backward:
         return Case(getattr(raw, op), given)
@@ -180,6 +208,7 @@ CASES: dict[str, Callable[[random.Random, str], Case]] = {
     "mask_tokens": mask_tokens,
     "concat_mlp": concat_mlp,
     "bias_gelu": bias_gelu,
+    "dropout_add_layer_norm": dropout_add_layer_norm,
     "packed_attention": attention,
     "packed_attention_qkv": attention,
     "packed_attention_cls": attention,
