@@ -29,7 +29,8 @@ import sys, torch
 torch.ops.load_library(sys.argv[1])
 device = torch.device(sys.argv[2])
 key = device.type.upper()
-ops = "mask_tokens concat_mlp bias_gelu packed_attention packed_attention_qkv packed_attention_cls"
+ops = "mask_tokens concat_mlp bias_gelu dropout_add_layer_norm"
+ops += " packed_attention packed_attention_qkv packed_attention_cls"
 for op in ops.split():
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mtfast::{op}", key):
         sys.exit(f"it has no {op} for {key}")

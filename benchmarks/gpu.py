@@ -35,7 +35,7 @@ from benchmarks.tools import SANITIZERS, profiled, sanitized
 from benchmarks.visit import Outcome, Step, Visit, grouped, share, table
 
 SECONDS = {1: 240, 2: 400}
-OPS = ("packed_attention", "concat_mlp", "bias_gelu", "mask_tokens")
+OPS = ("packed_attention", "concat_mlp", "dropout_add_layer_norm", "bias_gelu", "mask_tokens")
 WORKERS = 4  # of pytest for each op, whose references are computed on the CPU
 
 
@@ -130,10 +130,12 @@ def part_2(place: Place) -> list[Step]:
         build(place),
         measured(place, "packed_attention", 100, "--tokens 64 --distributions quora --dtypes float32"),
         measured(place, "concat_mlp", 50, "--batches 8 --hidden 16 --no-compile"),
+        measured(place, "dropout_add_layer_norm", 25, "--rows 8 --hidden 16 --no-compile"),
         measured(place, "bias_gelu", 25, "--rows 64 --columns 64 --dtypes float32 --no-compile"),
         measured(place, "mask_tokens", 25, "--most-tokens 512 --no-compile"),
         ncu(place),
-        *(sanitizer(place, name) for name in SANITIZERS),
+        # A rehearsal's are one and the same.
+        *(sanitizer(place, name) for name in (SANITIZERS[:1] if place.is_rehearsal else SANITIZERS)),
         # Last, since what is compiled there may take longer than there is time.
         measured(
             place,

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from benchmarks.common import default_device
 from benchmarks.lengths import draw_tokens
-from mtfast.ops import bias_gelu, concat_mlp, mask_tokens, packed_attention_cls, packed_attention_qkv
+from mtfast.ops import (
+    bias_gelu,
+    concat_mlp,
+    dropout_add_layer_norm,
+    mask_tokens,
+    packed_attention_cls,
+    packed_attention_qkv,
+)
 
 STEP_TOKENS = 16384
 VOCAB = 30522
@@ -59,6 +66,8 @@ def small(device: torch.device) -> None:
             pair_head(33, hidden, 96, outputs, dtype, device)
         for columns in (264, 31):
             activate(70, columns, dtype, device)
+        for hidden in (128, 768, 4096, 4099, 37):
+            layer_end(33, hidden, dtype, device)
     pair_head(1, 8, 8192, 2, torch.bfloat16, device)  # large tiles
 
 
@@ -72,6 +81,7 @@ def step(device: torch.device, tokens: int) -> None:
     attend_cls(mixture, 12, 64, torch.bfloat16, device)
     pair_head(tokens // 8, 768, 768, 2, torch.bfloat16, device)
     activate(tokens, 3072, torch.bfloat16, device)
+    layer_end(tokens, 768, torch.bfloat16, device)
 
 
 def offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -123,3 +133,10 @@ def activate(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
         torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in ((rows, columns), (columns,))
     )
     bias_gelu(x, bias).sum().backward()
+
+
+def layer_end(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+    """dropout_add_layer_norm with dropout, forward and backward."""
+    shapes = ((rows, hidden), (rows, hidden), (hidden,), (hidden,), (hidden,))
+    *operands, x_bias = (torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes)
+    dropout_add_layer_norm(*operands, x_bias=x_bias, dropout_p=0.1, seed=1).sum().backward()

@@ -14,6 +14,8 @@ from mtfast.ops import (
     bias_gelu_ref,
     concat_mlp,
     concat_mlp_ref,
+    dropout_add_layer_norm,
+    dropout_add_layer_norm_ref,
     mask_tokens,
     mask_tokens_ref,
     packed_attention,
@@ -31,6 +33,7 @@ LENGTHS = {"short": (20, 0, 7, 31, 1), "middle": (40, 3, 64), "long": (70, 3, 20
 SHAPES = {"64": (70, 64, 96, 2), "unaligned": (33, 37, 65, 1), "3 outputs": (40, 72, 70, 3),
           "8 outputs": (9, 8, 16, 8), "large tiles": (990, 64, 1024, 2)}  # fmt: skip
 ROWS = {"64": (70, 64), "unaligned": (33, 37), "many": (17_000, 8)}  # and columns; "many" in larger chunks
+WIDTHS = {"128": 128, "768": 768, "4096": 4096, "unaligned": 301, "long": 4104}
 Case = Callable[[torch.device], dict[str, Any]]
 
 
@@ -120,6 +123,22 @@ def activation(dtype: torch.dtype, shape: Sequence[int], with_bias: bool, device
     return agreement(names, results(bias_gelu, dtype), eager, exact)
 
 
+def layer_end(dtype: torch.dtype, hidden: int, dropout_p: float, device: torch.device):
+    """Output and gradients of dropout_add_layer_norm."""
+    shapes = ((70, hidden), (70, hidden), (hidden,), (hidden,), (hidden,))
+    inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    dy = 1 + torch.randn(70, hidden, device=device)
+
+    def results(function: Callable[..., Tensor], wide: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(wide).requires_grad_() for x in inputs]
+        y = function(*leaves[:4], x_bias=leaves[4], dropout_p=dropout_p, seed=3)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype).to(wide))]
+
+    names = ("y", "dx", "dresidual", "dweight", "dbias", "dx_bias")
+    eager, exact = (results(dropout_add_layer_norm_ref, wide) for wide in (dtype, torch.float64))
+    return agreement(names, results(dropout_add_layer_norm, dtype), eager, exact)
+
+
 def masking(dtype: torch.dtype, strategy: str, kind: str, device: torch.device):
     """mask_tokens and its reference, bit for bit."""
     lengths = (1, 40, 0, 300, 17, 128)
@@ -161,6 +180,12 @@ CASES: Mapping[str, Mapping[str, Case]] = {
         for dtype in DTYPES
         for name, shape in ROWS.items()
         for with_bias in (True, False)
+    },
+    "dropout_add_layer_norm": {
+        _name(dtype, name, f"p={dropout_p}"): partial(layer_end, dtype, hidden, dropout_p)
+        for dtype in DTYPES
+        for name, hidden in WIDTHS.items()
+        for dropout_p in (0.0, 0.1)
     },
 } | {
     op: {

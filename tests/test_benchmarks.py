@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from benchmarks import attention_peers as peers
-from benchmarks import bias_gelu, cases, common, concat_mlp, mask_tokens, packed_attention, report, timing
+from benchmarks import (
+    bias_gelu,
+    cases,
+    common,
+    concat_mlp,
+    dropout_add_layer_norm,
+    mask_tokens,
+    packed_attention,
+    report,
+    timing,
+)
 
 CPU = torch.device("cpu")
 
@@ -44,12 +54,14 @@ SMALL = {  # each benchmark cut down to a few cases
     bias_gelu: ["--rows", "40", "33", "--columns", "64", "--dtypes", "bfloat16", "--no-compile"],
     mask_tokens: ["--most-tokens", "8192", "--no-compile"],
     concat_mlp: ["--batches", "4", "--hidden", "64", "--dtypes", "bfloat16", "--no-compile"],
+    dropout_add_layer_norm: ["--rows", "4", "8", "--hidden", "64", "--dtypes", "bfloat16", "--no-compile"],
     packed_attention: ["--distributions", "sst", "--tokens", "60", "--dtypes", "float32"],
 }
 VARIANTS = {
     bias_gelu: {"eager", "mtfast"},
     mask_tokens: {"eager", "bernoulli", "exact"},
     concat_mlp: {"eager", "mtfast", "products"},
+    dropout_add_layer_norm: {"eager", "mtfast"},
     packed_attention: {"mtfast", *(kind.name for kind in peers.PEERS["cpu"])},
 }
 each_op = pytest.mark.parametrize("benchmark", SMALL, ids=lambda module: module.__name__.split(".")[-1])
@@ -60,9 +72,10 @@ def forget():
     """What one test has found out or told does not hold for the next; all draw the same."""
     torch.manual_seed(0)
     yield
-    checks = bias_gelu.difference, concat_mlp.difference, packed_attention.wrong_result
-    for cached in (*checks, timing.say_once):
-        cached.cache_clear()
+    for module in (bias_gelu, concat_mlp, dropout_add_layer_norm):
+        module.difference.cache_clear()
+    packed_attention.wrong_result.cache_clear()
+    timing.say_once.cache_clear()
 
 
 def run(benchmark, results, *more):
@@ -110,6 +123,11 @@ def spoil_bias_gelu(monkeypatch):
     monkeypatch.setattr(bias_gelu, "bias_gelu", lambda *x: 1.5 * right(*x))
 
 
+def spoil_dropout_add_layer_norm(monkeypatch):
+    module, right = dropout_add_layer_norm, dropout_add_layer_norm.dropout_add_layer_norm
+    monkeypatch.setattr(module, "dropout_add_layer_norm", lambda *x, **options: 1.5 * right(*x, **options))
+
+
 def spoil_packed_attention(monkeypatch):
     right = peers.packed_attention_qkv
     monkeypatch.setattr(peers, "packed_attention_qkv", lambda *x, **options: 1.5 * right(*x, **options))
@@ -125,6 +143,7 @@ def spoil_mask_tokens(monkeypatch):
 SPOILED = {
     bias_gelu: (spoil_bias_gelu, {"mtfast"}, "y off by 0."),
     concat_mlp: (spoil_concat_mlp, {"mtfast"}, "y off by 0."),
+    dropout_add_layer_norm: (spoil_dropout_add_layer_norm, {"mtfast"}, "y off by 0."),
     packed_attention: (spoil_packed_attention, {"mtfast"}, "out off by 0."),
     mask_tokens: (spoil_mask_tokens, {"bernoulli", "exact"}, "are not the reference's"),
 }
@@ -328,6 +347,10 @@ def test_a_case_that_fails_takes_no_other_with_it(tmp_path, capsys):
 INPUTS = {  # what a variant calls, with its inputs first
     bias_gelu: {"mtfast": (bias_gelu, "bias_gelu"), "eager": (bias_gelu, "bias_gelu_ref")},
     concat_mlp: {"mtfast": (concat_mlp, "concat_mlp"), "eager": (concat_mlp, "concat_mlp_ref")},
+    dropout_add_layer_norm: {
+        "mtfast": (dropout_add_layer_norm, "dropout_add_layer_norm"),
+        "eager": (dropout_add_layer_norm, "dropout_add_layer_norm_ref"),
+    },
     mask_tokens: {"bernoulli": (mask_tokens, "mask_tokens"), "eager": (mask_tokens, "eager_masking")},
     packed_attention: {"mtfast": (peers, "packed_attention_qkv")},
 }

@@ -217,6 +217,7 @@ def test_smoke_has_every_op_dtype_and_head_dim():
     assert len(smoke_cases.CASES["mask_tokens"]) == 2 * 2 * 3
     assert len(smoke_cases.CASES["concat_mlp"]) == 3 * 7
     assert len(smoke_cases.CASES["bias_gelu"]) == 3 * 3 * 2
+    assert len(smoke_cases.CASES["dropout_add_layer_norm"]) == 3 * 5 * 2
 
 
 # ---- the whole ----
@@ -266,7 +267,7 @@ def test_rehearsal(tmp_path):
     assert {"visit-1.log", "visit-1.json", "visit-2.log", "visit-2.json", "smoke.jsonl"} <= names
     assert len(names) <= 8  # with ncu.csv: what can be brought back
     report = json.loads((results / "visit-1.json").read_text())
-    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 7
+    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 8
     (table,) = results.glob("*.csv")
     measured = {line.split(",")[0] for line in table.read_text().split("\n")[1:-1]}
     assert measured == {"peaks", *gpu.OPS, "steps"}
