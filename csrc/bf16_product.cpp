@@ -7,8 +7,6 @@
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own header
 
-#define MTFAST_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
-
 namespace mtfast::concat_mlp {
 namespace {
 
@@ -76,8 +74,7 @@ MTFAST_BF16 void multiply_tile(const PanelProduct& p, int64_t row) {
 }  // namespace
 
 bool has_bf16_product() {
-  static const bool has = best_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
-                          !__builtin_cpu_supports("amx-bf16");
+  static const bool has = has_bf16_dot() && !__builtin_cpu_supports("amx-bf16");
   return has;
 }
 

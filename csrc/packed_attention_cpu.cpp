@@ -10,24 +10,13 @@
 #include <memory>
 #include <new>
 
+#include "packed_attention_bf16.h"
+
 namespace mtfast {
 namespace attention {
 namespace {
 
 constexpr int64_t kBlockRows = 64;
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 1 / kLog2E;
-
-// Hands out aligned pieces of one buffer; with a null buffer it only measures.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <class X>
-  X* take(int64_t count) {
-    X* p = reinterpret_cast<X*>(base + used);
-    used += (count * static_cast<int64_t>(sizeof(X)) + 63) / 64 * 64;
-    return p;
-  }
-};
 
 // A task's scratch; L tokens, blocks of R of them. Rows beyond the sequence hold zeros.
 template <class C>
@@ -53,29 +42,12 @@ struct Buffers {
   }
 };
 
-// A sequence's place, and lengths rounded up to what loops over lanes and tiles want.
-struct Extent {
-  int64_t begin, length, lanes, tiles;
-
-  Extent(const AttentionShape& shape, int64_t sequence)
-      : begin(shape.cu_seqlens[sequence]),
-        length(shape.cu_seqlens[sequence + 1] - begin),
-        lanes((length + kLanes - 1) / kLanes * kLanes),
-        tiles((length + 3) / 4 * 4) {}
-};
-
 // Which lanes of a row's last vector exist.
 template <class C>
 MTFAST_INLINE Mask<C> last_lanes(const Extent& at) {
   Vec<C> place;
   for (int i = 0; i < kLanes; ++i) place[i] = static_cast<C>(i);
   return place < static_cast<C>(at.length - (at.lanes - kLanes));
-}
-
-// What weights that are kept are multiplied by.
-template <class C>
-MTFAST_INLINE C keep_scale(const AttentionShape& shape) {
-  return static_cast<C>(65536.0 / (65536.0 - shape.threshold));
 }
 
 // The largest of a row of scores; what lies behind the last becomes minus infinity.
@@ -86,12 +58,6 @@ MTFAST_INLINE C largest(C* row, int64_t lanes, Mask<C> last) {
   Vec<C> top = unpack(end);
   for (C* x = row; x < end; x += kLanes) top = unpack(x) > top ? unpack(x) : top;
   return maximum(top);
-}
-
-// The two of a row's statistics, as the forward leaves them.
-template <class C>
-MTFAST_INLINE C* statistics_of(void* stats, int64_t number) {
-  return static_cast<C*>(stats) + 2 * number;
 }
 
 template <class T, class C>
@@ -296,20 +262,25 @@ char* scratch(int64_t bytes) {
   return buffer.get();
 }
 
-// Runs the kernel on every sequence and head.
-template <class Kernel, class C, class Args>
-void run(const Args& args, bool is_backward, int64_t slots, ParallelSlots parallel) {
-  const AttentionShape& shape = args.shape;
-  int64_t longest = 0;
+int64_t longest(const AttentionShape& shape) {
+  int64_t most = 0;
   for (int64_t s = 0; s < shape.sequences; ++s)
-    longest = std::max<int64_t>(longest, shape.cu_seqlens[s + 1] - shape.cu_seqlens[s]);
-  Arena measure{nullptr};
-  Buffers<C>(measure, longest, shape.head_dim, is_backward);
+    most = std::max<int64_t>(most, shape.cu_seqlens[s + 1] - shape.cu_seqlens[s]);
+  return most;
+}
+
+template <class Args>
+using Task = void (*)(const Args& args, int64_t sequence, int64_t head, char* scratch);
+
+// Runs the task on every sequence and head, with so many bytes of scratch.
+template <class Args>
+void run(const Args& args, Task<Args> task, int64_t bytes, int64_t slots, ParallelSlots parallel) {
   struct Context {
     const Args& args;
+    Task<Args> task;
     int64_t tasks, chunk, bytes;
     std::atomic<int64_t> next{0};
-  } context{args, shape.sequences * shape.heads, 1, measure.used};
+  } context{args, task, args.shape.sequences * args.shape.heads, 1, bytes};
   if (context.tasks == 0) return;
   context.chunk = context.tasks > 256 * slots ? 8 : 1;
   const auto body = [](int64_t, void* opaque) {
@@ -318,22 +289,37 @@ void run(const Args& args, bool is_backward, int64_t slots, ParallelSlots parall
     const int64_t heads = c.args.shape.heads;
     for (int64_t t; (t = c.next.fetch_add(c.chunk, std::memory_order_relaxed)) < c.tasks;)
       for (int64_t end = std::min(t + c.chunk, c.tasks); t < end; ++t)
-        call_best(Kernel{}, c.args, t / heads, t % heads, mine);
+        c.task(c.args, t / heads, t % heads, mine);
   };
   parallel(std::min(slots, context.tasks), body, &context);
 }
 
+// Runs the kernel, in arithmetic of C, on the widest instruction set.
+template <class Kernel, class C, class Args>
+void run_kernel(const Args& args, bool is_backward, int64_t slots, ParallelSlots parallel) {
+  Arena measure{nullptr};
+  Buffers<C>(measure, longest(args.shape), args.shape.head_dim, is_backward);
+  const Task<Args> task = [](const Args& all, int64_t sequence, int64_t head, char* mine) {
+    call_best(Kernel{}, all, sequence, head, mine);
+  };
+  run(args, task, measure.used, slots, parallel);
+}
+
 template <template <class, class> class All, template <class, class> class Cls, class Args>
-void run_by_dtype(const Args& args, bool cls, bool is_backward, int64_t slots, ParallelSlots parallel) {
+void run_by_dtype(const Args& args, bool cls, Task<Args> bf16_task, bool is_backward, int64_t slots,
+                  ParallelSlots parallel) {
+  const AttentionShape& shape = args.shape;
   const auto with = [&](auto element, auto scalar) {
     using T = decltype(element);
     using C = decltype(scalar);
-    cls ? run<Cls<T, C>, C>(args, is_backward, slots, parallel)
-        : run<All<T, C>, C>(args, is_backward, slots, parallel);
+    cls ? run_kernel<Cls<T, C>, C>(args, is_backward, slots, parallel)
+        : run_kernel<All<T, C>, C>(args, is_backward, slots, parallel);
   };
-  switch (args.shape.dtype) {
+  switch (shape.dtype) {
     case Dtype::kBFloat16:
-      return with(bf16{}, float{});
+      if (cls || !has_bf16_dot()) return with(bf16{}, float{});
+      return run(args, bf16_task, scratch_of_bf16(longest(shape), shape.head_dim, is_backward), slots,
+                 parallel);
     case Dtype::kFloat16:
       return with(f16{}, float{});
     case Dtype::kFloat32:
@@ -348,12 +334,14 @@ void run_by_dtype(const Args& args, bool cls, bool is_backward, int64_t slots, P
 
 void packed_attention_forward_cpu(const AttentionForward& args, bool cls, int64_t slots,
                                   ParallelSlots parallel) {
-  attention::run_by_dtype<attention::Forward, attention::ForwardCls>(args, cls, false, slots, parallel);
+  attention::run_by_dtype<attention::Forward, attention::ForwardCls>(args, cls, attention::forward_bf16,
+                                                                     false, slots, parallel);
 }
 
 void packed_attention_backward_cpu(const AttentionBackward& args, bool cls, int64_t slots,
                                    ParallelSlots parallel) {
-  attention::run_by_dtype<attention::Backward, attention::BackwardCls>(args, cls, true, slots, parallel);
+  attention::run_by_dtype<attention::Backward, attention::BackwardCls>(args, cls, attention::backward_bf16,
+                                                                       true, slots, parallel);
 }
 
 }  // namespace mtfast

@@ -15,6 +15,45 @@ using Mask = typename Compute<C>::mask;
 
 MTFAST_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// ---- tasks ----
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 1 / kLog2E;
+
+// Hands out aligned pieces of one buffer; with a null buffer it only measures.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class X>
+  X* take(int64_t count) {
+    X* p = reinterpret_cast<X*>(base + used);
+    used += (count * static_cast<int64_t>(sizeof(X)) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+// A sequence's place, and lengths rounded up to what loops over lanes and tiles want.
+struct Extent {
+  int64_t begin, length, lanes, tiles;
+
+  Extent(const AttentionShape& shape, int64_t sequence)
+      : begin(shape.cu_seqlens[sequence]),
+        length(shape.cu_seqlens[sequence + 1] - begin),
+        lanes((length + kLanes - 1) / kLanes * kLanes),
+        tiles((length + 3) / 4 * 4) {}
+};
+
+// The two of a row's statistics, as the forward leaves them.
+template <class C>
+MTFAST_INLINE C* statistics_of(void* stats, int64_t number) {
+  return static_cast<C*>(stats) + 2 * number;
+}
+
+// What weights that are kept are multiplied by.
+template <class C>
+MTFAST_INLINE C keep_scale(const AttentionShape& shape) {
+  return static_cast<C>(65536.0 / (65536.0 - shape.threshold));
+}
+
 // ---- rows ----
 
 template <class T>

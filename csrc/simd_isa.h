@@ -59,6 +59,17 @@ inline Isa best_isa() {
   return best;
 }
 
+// Whether there is the dot product instruction of AVX-512 BF16, for functions marked MTFAST_BF16.
+inline bool has_bf16_dot() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool has = best_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+#define MTFAST_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
+
 template <class Kernel, class... Arguments>
 void call_best(Kernel kernel, const Arguments&... arguments) {
   switch (best_isa()) {
