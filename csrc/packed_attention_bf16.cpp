@@ -55,14 +55,31 @@ MTFAST_BF16 void draw_keep(__mmask16* keep, const AttentionShape& shape, int64_t
 // Scores [length, 16] become ones in powers of two; returns the largest of each lane. If the length is odd,
 // a row of minus infinity follows.
 MTFAST_BF16_INLINE f32x16 scale_scores(float* scores, int64_t length, float factor) {
-  if (length % 2) pack(scores + length * kLanes, splat<f32x16>(-INFINITY));
-  f32x16 top[2] = {splat<f32x16>(-INFINITY), splat<f32x16>(-INFINITY)};
-  for (int64_t j = 0; j < length; ++j) {
-    const f32x16 x = unpack(scores + j * kLanes) * factor;
-    top[j % 2] = x > top[j % 2] ? x : top[j % 2];
-    pack(scores + j * kLanes, x);
+  const f32x16 lowest = splat<f32x16>(-INFINITY);
+  f32x16 even = lowest, odd = lowest;
+  for (int64_t j = 0; j < length; j += 2) {
+    float* to = scores + j * kLanes;
+    const f32x16 x = unpack(to) * factor, y = j + 1 < length ? unpack(to + kLanes) * factor : lowest;
+    even = x > even ? x : even;
+    odd = y > odd ? y : odd;
+    pack(to, x);
+    pack(to + kLanes, y);
   }
-  return top[0] > top[1] ? top[0] : top[1];
+  return even > odd ? even : odd;
+}
+
+// 2^x for x up to 0, which needs less than exp2: the same series.
+MTFAST_BF16_INLINE f32x16 exp2_of_negative(f32x16 x) {
+  x = splat<f32x16>(-200) > x ? splat<f32x16>(-200) : x;  // minus infinity less itself would be NaN
+  const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
+  f32x16 y = f * 1.5252733804e-5f + 1.5403530393e-4f;
+  y = y * f + 1.3333558146e-3f;
+  y = y * f + 9.6181291076e-3f;
+  y = y * f + 5.5504108665e-2f;
+  y = y * f + 2.4022650696e-1f;
+  y = y * f + 6.9314718056e-1f;
+  y = y * f + 1.0f;
+  return (f32x16)_mm512_scalef_ps((__m512)y, (__m512)n);
 }
 
 // The pairs of two rows of lanes, rounded.
@@ -76,12 +93,14 @@ MTFAST_BF16_INLINE void write_halves(bf16* to, __m512i rows) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kBlockRows), _mm512_extracti64x4_epi64(rows, 1));
 }
 
+// rows: paired; lanes: sixteen queries transposed; scores: [length, 16]; weights, or gradients of scores:
+// pairs of keys [length / 2, 16]; sums: what becomes sixteen rows of the result.
 struct Scratch {
   bf16 *rows, *lanes, *weights;
   float *scores, *sums;
   __mmask16* keep;
-  // backward: of dout as of q, and of the gradients of scores as of the weights
-  bf16 *q_rows, *dout_rows, *dout_lanes, *used, *slopes;
+  // backward; used and slopes: the weights and the gradients of scores of a block, [length, kBlockRows]
+  bf16 *q_rows, *dout_rows, *used, *slopes;
   float *dweights, *dk, *dv;
 
   Scratch(Arena& arena, int64_t length, int64_t D, bool backward) {
@@ -95,7 +114,6 @@ struct Scratch {
     if (!backward) return;
     q_rows = arena.take<bf16>(kBlockRows * D);
     dout_rows = arena.take<bf16>(kBlockRows * D);
-    dout_lanes = arena.take<bf16>(kLanes * D);
     used = arena.take<bf16>(L * kBlockRows);
     slopes = arena.take<bf16>(L * kBlockRows);
     dweights = arena.take<float>(L * kLanes);
@@ -107,46 +125,27 @@ struct Scratch {
 // to [length, 16] = the products of the sequence's rows of x and sixteen rows in `lanes`.
 void by_keys(float* to, const AttentionTensor& x, const Extent& at, int64_t head, const bf16* lanes,
              int64_t D) {
-  PairProduct product;
-  product.a = row_of<const bf16>(x, at.begin, head);
-  product.a_row = x.row_stride;
-  product.a_pair = 2;
-  product.b = lanes;
-  product.b_columns = kLanes;
-  product.pairs = D / 2;
-  product.c = to;
-  product.c_row = kLanes;
-  multiply(product, at.length, kLanes);
+  const bf16* keys = row_of<const bf16>(x, at.begin, head);
+  multiply(PairProduct{keys, x.row_stride, 2, lanes, kLanes, D / 2, to, kLanes}, at.length, kLanes);
 }
 
-// to [queries, D] = sums over the keys of what the weights' pairs [length / 2, 16] say of paired rows.
+// to [queries, D] = sums of paired rows of keys by the weights' pairs [length / 2, 16].
 void over_keys(float* to, const bf16* weights, int64_t queries, const bf16* rows, int64_t length, int64_t D) {
-  PairProduct product;
-  product.a = weights;
-  product.a_row = 2;
-  product.a_pair = 2 * kLanes;
-  product.b = rows;
-  product.b_columns = D;
-  product.pairs = (length + 1) / 2;
-  product.c = to;
-  product.c_row = D;
-  multiply(product, queries, D);
+  multiply(PairProduct{weights, 2, 2 * kLanes, rows, D, (length + 1) / 2, to, D}, queries, D);
 }
 
-// to [length, D] (+)= sums over a block's queries: weights [length, kBlockRows], paired rows of queries.
+// to [length, D] (+)= sums of a block's paired rows of queries by weights [length, kBlockRows].
 void over_queries(float* to, const bf16* weights, int64_t length, const bf16* rows, int64_t queries,
                   int64_t D, bool accumulate) {
-  PairProduct product;
-  product.a = weights;
-  product.a_row = kBlockRows;
-  product.a_pair = 2;
-  product.b = rows;
-  product.b_columns = D;
-  product.pairs = (queries + 1) / 2;
-  product.c = to;
-  product.c_row = D;
-  product.accumulate = accumulate;
-  multiply(product, length, D);
+  multiply(PairProduct{weights, kBlockRows, 2, rows, D, (queries + 1) / 2, to, D, accumulate}, length, D);
+}
+
+// Asks for rows ahead of their use, to be read or written.
+template <bool kWrite>
+MTFAST_BF16_INLINE void prefetch_rows(const AttentionTensor& x, const Extent& at, int64_t head, int64_t D) {
+  for (int64_t i = 0; i < at.length; ++i)
+    for (int64_t d = 0; d < D; d += 32)
+      __builtin_prefetch(row_of<const bf16>(x, at.begin + i, head) + d, kWrite);
 }
 
 // Scores to pairs of weights that are yet to be divided by their sums; returns those.
@@ -157,7 +156,7 @@ MTFAST_BF16_INLINE f32x16 weigh(const Scratch& b, int64_t length, f32x16 top) {
     f32x16 x[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      x[i] = exp2(unpack(b.scores + (j + i) * kLanes) - top);
+      x[i] = exp2_of_negative(unpack(b.scores + (j + i) * kLanes) - top);
       total[i] += x[i];
       x[i] = (f32x16)_mm512_maskz_mov_ps(b.keep[j + i], (__m512)x[i]);
     }
@@ -167,16 +166,17 @@ MTFAST_BF16_INLINE f32x16 weigh(const Scratch& b, int64_t length, f32x16 top) {
 }
 
 // Scores to the weights used, the weights' gradients to those of scores, for sixteen queries from `column` of
-// a block on. The softmax is taken anew, as everywhere.
-MTFAST_BF16_INLINE void differentiate(const Scratch& b, int64_t length, int64_t column, f32x16 top,
-                                      float scale) {
+// a block on; `there` says which of them exist, the others get zeros. The softmax is taken anew, as for all
+// types.
+MTFAST_BF16_INLINE void differentiate(const Scratch& b, int64_t length, int64_t column, __mmask16 there,
+                                      f32x16 top, float scale) {
   f32x16 total[2] = {}, dot[2] = {};
   if (length % 2) pack(b.dweights + length * kLanes, f32x16{});
   for (int64_t j = 0; j < length; j += 2)
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       float *score = b.scores + (j + i) * kLanes, *dweight = b.dweights + (j + i) * kLanes;
-      const f32x16 x = exp2(unpack(score) - top);
+      const f32x16 x = exp2_of_negative(unpack(score) - top);
       const f32x16 dx =
           (f32x16)_mm512_maskz_mul_ps(b.keep[j + i], (__m512)unpack(dweight), _mm512_set1_ps(scale));
       total[i] += x;
@@ -191,8 +191,9 @@ MTFAST_BF16_INLINE void differentiate(const Scratch& b, int64_t length, int64_t 
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       const f32x16 x = unpack(b.scores + (j + i) * kLanes) * factor;
-      slope[i] = x * (unpack(b.dweights + (j + i) * kLanes) - delta);
-      used[i] = (f32x16)_mm512_maskz_mul_ps(b.keep[j + i], (__m512)x, _mm512_set1_ps(scale));
+      const f32x16 dx = unpack(b.dweights + (j + i) * kLanes) - delta;
+      slope[i] = (f32x16)_mm512_maskz_mul_ps(there, (__m512)x, (__m512)dx);
+      used[i] = (f32x16)_mm512_maskz_mul_ps(there & b.keep[j + i], (__m512)x, _mm512_set1_ps(scale));
     }
     const __m512i slopes = both_rounded(slope[0], slope[1]);
     write_halves(b.used + j * kBlockRows + column, both_rounded(used[0], used[1]));
@@ -250,6 +251,7 @@ MTFAST_BF16 void backward_bf16(const AttentionBackward& args, int64_t sequence, 
   for (int64_t block = 0; block < at.length; block += kBlockRows) {
     const int64_t rows = std::min(at.length - block, kBlockRows);
     pair_rows(b.q_rows, args.q, at.begin + block, rows, head, D);
+    if (block == 0) prefetch_rows<false>(args.v, at, head, D);
     pair_rows(b.dout_rows, args.dout, at.begin + block, rows, head, D);
     for (int64_t r = 0; r < rows; r += kLanes) {
       const int64_t first = at.begin + block + r, queries = std::min<int64_t>(rows - r, kLanes);
@@ -259,9 +261,14 @@ MTFAST_BF16 void backward_bf16(const AttentionBackward& args, int64_t sequence, 
       by_keys(b.dweights, args.v, at, head, b.lanes, D);
       draw_keep(b.keep, shape, head, at.begin, block + r, at.length);
       const f32x16 top = scale_scores(b.scores, at.length, static_cast<float>(shape.softmax_scale * kLog2E));
-      differentiate(b, at.length, r, top, keep_scale<float>(shape));
+      differentiate(b, at.length, r, static_cast<__mmask16>((1u << queries) - 1), top,
+                    keep_scale<float>(shape));
       over_keys(b.sums, b.weights, queries, b.rows, at.length, D);
       write_rows(args.dq, b.sums, first, queries, head, D, &scale, 0);
+    }
+    if (block + rows == at.length) {
+      prefetch_rows<true>(args.dv, at, head, D);
+      prefetch_rows<true>(args.dk, at, head, D);
     }
     over_queries(b.dv, b.used, at.length, b.dout_rows, rows, D, block > 0);
     over_queries(b.dk, b.slopes, at.length, b.q_rows, rows, D, block > 0);

@@ -1,7 +1,7 @@
 // Packed attention on the CPU: tasks of one sequence and one head, shared out among threads as they become
-// free. A task's result does not depend on who computes it, so neither does the whole. A task widens its rows
-// to float scratch, transposes keys (and, backward, values) on the way, and goes through the queries in
-// blocks.
+// free. A task's result does not depend on who computes it, so neither does the whole. Here a task widens its
+// rows to float scratch, transposes keys (and, backward, values) on the way, and goes through the queries in
+// blocks; those of bfloat16 are elsewhere where the processor multiplies it, packed_attention_bf16.cpp.
 #include "packed_attention_cpu.h"
 
 #include <algorithm>

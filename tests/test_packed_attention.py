@@ -6,6 +6,7 @@ MTFAST_TEST_SWEEP=full runs all 300 random batches in each dtype and head_dim, o
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -139,6 +140,16 @@ def test_large_scores(dtype, cls, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inf_and_nan_are_where_eager_has_them(dtype, cls, device):
     check_what_is_not_finite(run, dtype, cls=cls, device=device)
+
+
+@pytest.mark.parametrize("length", [5, 19, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_score_of_minus_infinity_spoils_no_other_key(dtype, length):
+    """Nor do places of queries that are not there, in which it would be NaN."""
+    batch = make_batch([length], 1, 32, dtype)
+    batch.q[:, 0, 3], batch.k[-1, 0, 3] = 1, -math.inf
+    out, _, _, dk, dv = run(batch)
+    assert all(x.isfinite().all() for x in (out, dk, dv)) and (dv[-1] == 0).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
