@@ -2,11 +2,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "bias_gelu.h"
 #include "gelu_simd.h"
+#include "simd_pairs.h"
 
 namespace mtfast::bias_gelu {
 namespace {
@@ -17,83 +17,10 @@ constexpr int64_t kGrain = 16384;    // elements that are worth a thread
 constexpr int64_t kFewRows = 32;     // summed before the sum is carried on in double
 constexpr int64_t kMostChunks = 64;  // of rows, each with sums of its own
 
-// What a step takes of a row: two vectors. In bfloat16 they are the even and the odd columns, which a shift
-// and a mask tell apart; sums and the widened bias keep the same order.
-constexpr int64_t kStep = 2 * kLanes;
-
-int64_t padded(int64_t columns) { return (columns + kStep - 1) / kStep * kStep; }
-
-template <class T>
-using Scalar = typename Compute<T>::scalar;
-
-template <class T>
-using Vec = typename Compute<T>::vec;
-
-template <class T>
-MTFAST_INLINE void unpack_two(Vec<T> (&to)[2], const T* p) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    u32x16 both;
-    std::memcpy(&both, p, sizeof both);
-    to[0] = reinterpret_cast<f32x16>(both << 16);
-    to[1] = reinterpret_cast<f32x16>(both & 0xffff0000u);
-  } else {
-    to[0] = unpack(p);
-    to[1] = unpack(p + kLanes);
-  }
-}
-
-// To nearest, ties to even, in the upper half. A NaN must have nothing in the lower one, which holds where it
-// comes from arithmetic on 16 bits alone.
-MTFAST_INLINE u32x16 rounded(f32x16 x) {
-  const u32x16 w = reinterpret_cast<u32x16>(x);
-  return w + 0x7fffu + (w >> 16 & 1u);
-}
-
-template <class T>
-MTFAST_INLINE void pack_two(T* p, const Vec<T> (&from)[2]) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    const u32x16 both = rounded(from[0]) >> 16 | (rounded(from[1]) & 0xffff0000u);
-    std::memcpy(p, &both, sizeof both);
-  } else {
-    pack(p, from[0]);
-    pack(p + kLanes, from[1]);
-  }
-}
-
-// The same at the end of a row, as load and store of simd.h.
-template <class T>
-MTFAST_INLINE void load_two(Vec<T> (&to)[2], const T* p, int64_t count) {
-  if (count >= kStep) return unpack_two(to, p);
-  T tail[kStep] = {};
-  std::memcpy(tail, p, static_cast<size_t>(count) * sizeof(T));
-  unpack_two(to, tail);
-}
-
-template <class T>
-MTFAST_INLINE void store_two(T* p, const Vec<T> (&from)[2], int64_t count) {
-  if (count >= kStep) return pack_two(p, from);
-  T tail[kStep];
-  pack_two(tail, from);
-  std::memcpy(p, tail, static_cast<size_t>(count) * sizeof(T));
-}
-
-// In the type of the arithmetic and the order of steps, with zeros up to a whole number of them; nothing of
-// null.
-template <class T>
-std::vector<Scalar<T>> widened(const void* bias, int64_t columns) {
-  if (bias == nullptr) return {};
-  std::vector<Scalar<T>> to(padded(columns));
-  for (int64_t i = 0; i < columns; i += kStep) {
-    Vec<T> x[2];
-    load_two(x, static_cast<const T*>(bias) + i, columns - i);
-    pack_two(to.data() + i, x);
-  }
-  return to;
-}
-
 // kBias: whether there is one.
 template <class T, bool kBias>
 struct ForwardRows {
+  static constexpr bool kStoresBf16 = std::is_same_v<T, bf16>;
   template <Isa isa>
   MTFAST_INLINE void run(const T* x, const Scalar<T>* bias, T* y, int64_t rows, int64_t columns) {
     const gelu::Gelu<isa, T> gelu;
@@ -106,7 +33,7 @@ struct ForwardRows {
           if (kBias) z[n] += unpack(bias + i + n * kLanes);
           z[n] = gelu.value(gelu, z[n]);
         }
-        store_two(y + i, z, columns - i);
+        store_two<isa>(y + i, z, columns - i);
       }
   }
 };
@@ -114,6 +41,7 @@ struct ForwardRows {
 // Adds dx's columns, before they are rounded, to `sums` where there is a bias.
 template <class T, bool kBias>
 struct BackwardRows {
+  static constexpr bool kStoresBf16 = std::is_same_v<T, bf16>;
   template <Isa isa>
   MTFAST_INLINE void run(const T* dy, const T* x, const Scalar<T>* bias, T* dx, Scalar<T>* sums, int64_t rows,
                          int64_t columns) {
@@ -130,7 +58,7 @@ struct BackwardRows {
           grad[n] *= gelu.slope(gelu, z[n]);
           if (kBias) pack(sums + at, unpack(sums + at) + grad[n]);
         }
-        store_two(dx + i, grad, columns - i);
+        store_two<isa>(dx + i, grad, columns - i);
       }
   }
 };
@@ -161,24 +89,10 @@ struct AddChunks {
           total += unpack(sums + chunk * stride + i + n * kLanes);
         totals[n] = __builtin_convertvector(total, Vec<T>);
       }
-      store_two(to + i, totals, columns - i);
+      store_two<isa>(to + i, totals, columns - i);
     }
   }
 };
-
-template <class F>
-void for_dtype(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(float{});
-    case Dtype::kFloat64:
-      return f(double{});
-    case Dtype::kBFloat16:
-      return f(bf16{});
-    case Dtype::kFloat16:
-      return f(f16{});
-  }
-}
 
 template <class T>
 void backward_with_bias(const Inputs& in, const T* dy, T* dx, T* dbias) {

@@ -16,6 +16,7 @@ struct Pieces {
 };
 constexpr float kPerUnit = 16.0f / 3;
 constexpr int kLastPiece = 2 * kLanes - 1;
+constexpr float kEndOfPieces = kLastPiece / kPerUnit;
 
 template <class F>
 Pieces pieces_of(F f) {
@@ -42,20 +43,21 @@ inline const Pieces kTailPieces = pieces_of(tail), kSlopeTailPieces = pieces_of(
 template <Isa isa, class T>
 class Gelu {
   using V = typename Compute<T>::vec;
-  static constexpr bool kTo16Bits = sizeof(T) == 2,
-                        kByPieces = std::is_same_v<T, bf16> && isa == Isa::kAvx512;
+  static constexpr bool kTo16Bits = sizeof(T) == 2, kByPieces = std::is_same_v<T, bf16> && is_avx512(isa);
   Pieces tail_ = kTailPieces, slope_tail_ = kSlopeTailPieces;
 
  public:
   MTFAST_INLINE V value(const Gelu& gelu, V x) {
-    if constexpr (kByPieces)
-      return x * mirrored(x, by_pieces(gelu.tail_, x));
-    else
+    if constexpr (kByPieces) {  // max(x, 0) - |x| tail(|x|), and NaN of -Inf as 0 * x is
+      const V a = size_of(x, kEndOfPieces);
+      return select<isa, Less>(x, V{}, V{} * x, x) - a * by_pieces(gelu.tail_, a);
+    } else {
       return x * cdf(x, exponential(x));
+    }
   }
 
   MTFAST_INLINE V slope(const Gelu& gelu, V x) {
-    if constexpr (kByPieces) return mirrored(x, by_pieces(gelu.slope_tail_, x));
+    if constexpr (kByPieces) return mirrored(x, by_pieces(gelu.slope_tail_, size_of(x, kEndOfPieces)));
     const V e = exponential(x);
     return cdf(x, e) + x * (e * splat<V>(kDensityAtZero));
   }
@@ -73,8 +75,7 @@ class Gelu {
     return select<isa, Less>(end, a, end, a);
   }
 
-  MTFAST_INLINE f32x16 by_pieces(const Pieces& pieces, f32x16 x) {
-    const f32x16 a = size_of(x, kLastPiece / kPerUnit);
+  MTFAST_INLINE f32x16 by_pieces(const Pieces& pieces, f32x16 a) {
     const f32x16 rounded = a * kPerUnit + 12582912.0f;  // 1.5 * 2^23: an integer in the low bits
     f32x16 picked[3];
 #pragma GCC unroll 3

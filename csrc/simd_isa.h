@@ -3,13 +3,16 @@
 #pragma once
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
+#include <type_traits>
 
 #include "device/philox.cuh"
 #include "simd.h"
 
 namespace mtfast::simd {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
+constexpr bool is_avx512(Isa isa) { return isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16; }
 
 // On<isa>::call(Kernel{}, arguments...) runs Kernel::run<isa>, compiled for that instruction set. Everything
 // that `run` calls must be MTFAST_INLINE (a lambda is not); arguments must be no vectors.
@@ -37,19 +40,28 @@ struct On<Isa::kAvx512> {
     Kernel::template run<Isa::kAvx512>(arguments...);
   }
 };
+template <>
+struct On<Isa::kAvx512Bf16> {
+  template <class Kernel, class... Arguments>
+  __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512"))) static void call(
+      Kernel, const Arguments&... arguments) {
+    Kernel::template run<Isa::kAvx512Bf16>(arguments...);
+  }
+};
 #endif
 
-// The widest set of this machine; the environment's MTFAST_CPU=avx2 or MTFAST_CPU=generic asks for less.
+// The widest set of this machine; the environment's MTFAST_CPU=avx512 (without bfloat16), avx2 or generic
+// asks for less.
 inline Isa best_isa() {
   static const Isa best = [] {
 #if defined(__x86_64__) && defined(__GNUC__)
-    const char* cap = std::getenv("MTFAST_CPU");
-    if (cap != nullptr && std::strcmp(cap, "generic") == 0) return Isa::kGeneric;
-    const bool narrow = cap != nullptr && std::strcmp(cap, "avx2") == 0;
-    if (!narrow && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const char* const asked = std::getenv("MTFAST_CPU");
+    const std::string_view most = asked != nullptr ? asked : "";
+    if (most == "generic") return Isa::kGeneric;
+    if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      return Isa::kAvx512;
+      return __builtin_cpu_supports("avx512bf16") && most != "avx512" ? Isa::kAvx512Bf16 : Isa::kAvx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
         __builtin_cpu_supports("bmi2"))
       return Isa::kAvx2;
@@ -60,19 +72,30 @@ inline Isa best_isa() {
 }
 
 // Whether there is the dot product instruction of AVX-512 BF16, for functions marked MTFAST_BF16.
-inline bool has_bf16_dot() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const bool has = best_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
-  return has;
-#else
-  return false;
-#endif
-}
+inline bool has_bf16_dot() { return best_isa() == Isa::kAvx512Bf16; }
 #define MTFAST_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
+
+// Whether Kernel::kStoresBf16 is true: only then is it compiled for kAvx512Bf16, which is kAvx512 for others.
+template <class Kernel, class = void>
+constexpr bool kStoresBf16 = false;
+#if defined(__x86_64__) && defined(__GNUC__)
+template <class Kernel>
+constexpr bool kStoresBf16<Kernel, std::void_t<decltype(Kernel::kStoresBf16)>> = Kernel::kStoresBf16;
+
+// `low` and then `high`, rounded to nearest, ties to even; denormals become 0. For kAvx512Bf16.
+MTFAST_INLINE u16x32 to_bf16(f32x16 low, f32x16 high) {
+  u16x32 to;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(to) : "v"(high), "v"(low));
+  return to;
+}
+#endif
 
 template <class Kernel, class... Arguments>
 void call_best(Kernel kernel, const Arguments&... arguments) {
   switch (best_isa()) {
+    case Isa::kAvx512Bf16:
+      if constexpr (kStoresBf16<Kernel>) return On<Isa::kAvx512Bf16>::call(kernel, arguments...);
+      [[fallthrough]];
     case Isa::kAvx512:
       return On<Isa::kAvx512>::call(kernel, arguments...);
     case Isa::kAvx2:
@@ -85,7 +108,7 @@ void call_best(Kernel kernel, const Arguments&... arguments) {
 // High and low words of multiplier * c, written so that compilers find each set's instruction for it.
 template <Isa isa>
 MTFAST_INLINE void multiply(uint64_t multiplier, u32x16 c, u32x16& high, u32x16& low) {
-  if constexpr (isa == Isa::kAvx512) {
+  if constexpr (is_avx512(isa)) {
     const u64x8 even = (reinterpret_cast<u64x8>(c) & 0xffffffffu) * multiplier;
     const u64x8 odd = (reinterpret_cast<u64x8>(c) >> 32) * multiplier;
     high = reinterpret_cast<u32x16>((even >> 32) | (odd & 0xffffffff00000000u));
@@ -137,7 +160,7 @@ struct LessEqual {
 // scalar code where they are wider.
 template <Isa isa, class Comparison, class A, class V>
 MTFAST_INLINE V select(A a, A b, V yes, V no) {
-  if constexpr (isa != Isa::kAvx512 && sizeof(V) == sizeof(A)) {
+  if constexpr (!is_avx512(isa) && sizeof(V) == sizeof(A)) {
     constexpr int kBytes = isa == Isa::kAvx2 ? 32 : 16, kParts = sizeof(V) / kBytes;
     typedef std::decay_t<decltype(A{}[0])> PartA __attribute__((vector_size(kBytes)));
     typedef std::decay_t<decltype(V{}[0])> PartV __attribute__((vector_size(kBytes)));

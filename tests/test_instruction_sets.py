@@ -45,7 +45,7 @@ def results() -> list[torch.Tensor]:
     return [x.detach() for x in found]
 
 
-@pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
+@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "generic"])
 def test_results_are_those_of_this_machine(instruction_set, tmp_path):
     file = tmp_path / "results.pt"
     environment = {
