@@ -3,7 +3,8 @@
     python -m benchmarks op_count
 
 prints them for a fine-tuning step of mtfast under its engine, at the shape of BERT-base, by how often each op
-is called. The number follows from the layers and the engine, neither from the machine nor from the examples.
+is called; under `torchrun --nproc_per_node 2 -m benchmarks op_count` those of one of two ranks. The number
+follows from the layers and the engine, neither from the machine nor from the examples.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import BertConfig
 from benchmarks.step_batches import random_tables
 from mtfast.config import EngineConfig, TaskStageConfig
 from mtfast.tasks import MlpConfig
+from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import start, stop
 from mtfast.training.run.weights import Weights
 from mtfast.training.stages.finetune import Finetune
@@ -77,8 +79,11 @@ def main(argv: list[str]) -> None:
     start()
     try:
         found = finetune_ops()
+        is_main = ranks.is_main()
     finally:
         stop()
+    if not is_main:
+        return
     for name, count in found.most_common():
         print(f"{count:6} {name}")
     print(f"{found.total():6} in all")
