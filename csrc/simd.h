@@ -11,6 +11,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call: everything here is inlined
 
 #define MTFAST_INLINE static inline __attribute__((always_inline))
+#define MTFAST_INLINE_LAMBDA __attribute__((always_inline))  // between its parameters and its body
 
 namespace mtfast::simd {
 

@@ -15,7 +15,7 @@ enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
 constexpr bool is_avx512(Isa isa) { return isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16; }
 
 // On<isa>::call(Kernel{}, arguments...) runs Kernel::run<isa>, compiled for that instruction set. Everything
-// that `run` calls must be MTFAST_INLINE (a lambda is not); arguments must be no vectors.
+// that `run` calls must be MTFAST_INLINE (or MTFAST_INLINE_LAMBDA); arguments must be no vectors.
 template <Isa isa>
 struct On {
   template <class Kernel, class... Arguments>
