@@ -63,9 +63,10 @@ class Gelu {
   }
 
  private:
-  // From what it is at -|x|, a function f with f(-x) = 1 - f(x).
+  // From what it is at -|x|, a function f with f(-x) = 1 - f(x). AVX-512 subtracts by a mask, the difference
+  // being asked for first.
   MTFAST_INLINE V mirrored(V x, V at_minus) {
-    return select<isa, Less>(x, V{}, at_minus, splat<V>(1) - at_minus);
+    return select<isa, LessEqual>(V{}, x, splat<V>(1) - at_minus, at_minus);
   }
 
   // |x|, but at most `most`; NaN stays NaN.
