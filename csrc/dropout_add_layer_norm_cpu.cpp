@@ -15,8 +15,9 @@ namespace {
 
 using namespace simd;
 
-constexpr int kFewRows = 4;   // rows at a time
-constexpr int kSumRows = 64;  // rows whose sums are one term of the sum over all
+constexpr int kFewRows = 4;    // rows at a time: while one's sums are waited for, others go on
+constexpr int kLongRow = 512;  // columns from which on a forward waits for memory instead, and takes one row
+constexpr int kSumRows = 64;   // rows whose sums are one term of the sum over all
 
 int64_t draws_of(int64_t hidden) {
   return (hidden + RowDraws::kColumns - 1) / RowDraws::kColumns * RowDraws::kColumns;
@@ -115,7 +116,8 @@ struct ForwardRows {
   template <Isa isa>
   MTFAST_INLINE void run(const Rows<T>& in, T* y, Scalar<T>* stats, const Scratch<T>& scratch, int64_t begin,
                          int64_t end) {
-    for (; begin + kFewRows <= end; begin += kFewRows) few<kFewRows, isa>(in, y, stats, scratch, begin);
+    if (in.layer.hidden < kLongRow)
+      for (; begin + kFewRows <= end; begin += kFewRows) few<kFewRows, isa>(in, y, stats, scratch, begin);
     for (; begin < end; ++begin) few<1, isa>(in, y, stats, scratch, begin);
   }
 
