@@ -19,10 +19,10 @@ template <class T, int kVectors>
 __global__ void __launch_bounds__(kColumnSumsWarps * 32)
     column_sums_kernel(const float* __restrict__ partial, int64_t chunks, int64_t columns,
                        const ColumnSums<T, kVectors> sums) {
-  T* to = nullptr;
+  T* to = sums.to[0];
   MTFAST_UNROLL
-  for (int v = 0; v < kVectors; ++v) {
-    if (v == static_cast<int>(blockIdx.y)) to = sums.to[v];
+  for (int v = 1; v < kVectors; ++v) {  // not equal to: an index that the compiler sees goes to memory
+    if (v <= static_cast<int>(blockIdx.y)) to = sums.to[v];
   }
   if (to == nullptr) return;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
