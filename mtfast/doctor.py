@@ -82,10 +82,10 @@ def render() -> str:
     lines += [f"  {line}" for line in found["devices"]]
     lines += ["", "Build"]
     lines += [f"  {name:14}{value or 'none'}" for name, value in found["build"].items()]
-    lines += ["", f"{'Ops':24}{'CUDA':8}{'CPU':8}{'reference':12}here"]
+    lines += ["", f"{'Ops':26}{'CUDA':8}{'CPU':8}{'reference':12}here"]
     for name, op in found["ops"].items():
         marks = ["yes" if op[kind] else "no" for kind in ("cuda", "cpu", "reference")]
-        lines.append(f"  {name:22}{marks[0]:8}{marks[1]:8}{marks[2]:12}{op['runs']}")
+        lines.append(f"  {name:24}{marks[0]:8}{marks[1]:8}{marks[2]:12}{op['runs']}")
     lines += ["", "Missing"]
     for entry in found["problems"]:
         lines += [f"  {entry['problem']}", f"    remedy: {entry['remedy']}"]
