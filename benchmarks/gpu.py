@@ -5,9 +5,11 @@
     python -m benchmarks gpu --rehearse    every step on the CPU, on small shapes: no GPU is needed
 
 Part 1, at most 240 s, is what is right: versions and peaks, the build, every kernel once against float64,
-the ops' GPU tests. Part 2, at most 400 s, is how fast: the ops' benchmarks, whole training steps, ncu on the
-main kernels; and compute-sanitizer on small shapes. Both need a library for this GPU: --prebuilt brings one,
-else it is built.
+the ops' GPU tests, compute-sanitizer on small shapes, the demo in all its stages. Part 2, at most 400 s, is
+how fast: the ops' benchmarks, whole training steps, ncu on the main kernels. Both need a library for this
+GPU: --prebuilt brings one, else it is built. With MTFAST_TEST_DATA and MTFAST_TEST_CHECKPOINT, a directory of
+data and a checkpoint of which tokenizer and config are enough, the steps are measured as the trainer makes
+them too, in the shape of BERT-base.
 
 Each step is a process of its own with its share of the time that is left, so that none takes another with it;
 one that needs what is not installed here is left out. Results go to $OUT where that is set, else to
@@ -35,7 +37,10 @@ from benchmarks.tools import SANITIZERS, profiled, sanitized
 from benchmarks.visit import Outcome, Step, Visit, grouped, share, table
 
 SECONDS = {1: 240, 2: 400}
+TRAINER = ("deepspeed", "datasets", "transformers")  # the packages that training needs beside the ops'
+REAL = ("MTFAST_TEST_DATA", "MTFAST_TEST_CHECKPOINT")
 OPS = ("packed_attention", "concat_mlp", "dropout_add_layer_norm", "bias_gelu", "mask_tokens")
+PYTHON = (sys.executable, "-m")
 WORKERS = 4  # of pytest for each op, whose references are computed on the CPU
 
 
@@ -57,7 +62,7 @@ class Place:
 
     def benchmark(self, name: str, *arguments: str, results: bool = True, small: str = "") -> list[str]:
         """The command of a benchmark here; `small` is what cuts it down for a rehearsal."""
-        command = [sys.executable, "-m", "benchmarks", name, "--device", str(self.device), *arguments]
+        command = [*PYTHON, "benchmarks", name, "--device", str(self.device), *arguments]
         if results:
             command += ["--results", str(self.results)]
         return command + shlex.split(small if self.is_rehearsal else "")
@@ -121,11 +126,14 @@ def part_1(place: Place) -> list[Step]:
         build(place),
         Step("smoke", place.benchmark("smoke"), 50, needs="build"),
         *(gpu_tests(place, op) for op in OPS),
+        # A rehearsal's are one and the same.
+        *(sanitizer(place, name) for name in (SANITIZERS[:1] if place.is_rehearsal else SANITIZERS)),
+        demo(place),
     ]
 
 
 def part_2(place: Place) -> list[Step]:
-    """How fast, and what compute-sanitizer finds."""
+    """How fast."""
     return [
         build(place),
         measured(place, "packed_attention", 100, "--tokens 64 --distributions quora --dtypes float32"),
@@ -134,17 +142,23 @@ def part_2(place: Place) -> list[Step]:
         measured(place, "bias_gelu", 25, "--rows 64 --columns 64 --dtypes float32 --no-compile"),
         measured(place, "mask_tokens", 25, "--most-tokens 512 --no-compile"),
         ncu(place),
-        # A rehearsal's are one and the same.
-        *(sanitizer(place, name) for name in (SANITIZERS[:1] if place.is_rehearsal else SANITIZERS)),
+        real_steps(place, "finetune_step", 40),
+        real_steps(place, "pretrain_step", 40),
         # Last, since what is compiled there may take longer than there is time.
         measured(
             place,
             "steps",
             110,
             "--layers 1 --hidden 64 --heads 2 --examples 4 --no-compile",
-            why_not="" if importlib.util.find_spec("transformers") else "transformers is not installed",
+            why_not=missing("transformers"),
         ),
     ]
+
+
+def missing(*packages: str) -> str:
+    """Which of the packages are not installed; nothing when all are."""
+    absent = [name for name in packages if not importlib.util.find_spec(name)]
+    return f"not installed: {', '.join(absent)}" if absent else ""
 
 
 def measured(place: Place, name: str, seconds: int, small: str, why_not: str = "") -> Step:
@@ -161,7 +175,7 @@ def build(place: Place) -> Step:
 
 def gpu_tests(place: Place, op: str) -> Step:
     """The op's tests that are marked `gpu`."""
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", f"tests/test_{op}.py"]
+    command = [*PYTHON, "pytest", "-v", "--tb=short", "-m", "gpu", f"tests/test_{op}.py"]
     # Tests look at values that ops do not look at on a GPU otherwise; benchmarks must not wait for that.
     settings = {"MTFAST_CHECK_VALUES": "1"}
     if place.is_rehearsal:
@@ -171,6 +185,22 @@ def gpu_tests(place: Place, op: str) -> Step:
         command += ["-n", str(WORKERS)]
         settings["OMP_NUM_THREADS"] = "2"
     return Step(f"tests of {op}", command, 80, settings, needs="build", together="tests")
+
+
+def demo(place: Place) -> Step:
+    """All stages of the demo, as its command runs them."""
+    why_not = "on a CPU it takes minutes: make demo" if place.is_rehearsal else missing(*TRAINER)
+    command = [*PYTHON, "mtfast", "run", "demo", "--run-dir", str(Path(tempfile.gettempdir()) / "mtfast-demo")]
+    return Step("demo", command, 60, needs="build", why_not=why_not)
+
+
+def real_steps(place: Place, name: str, seconds: int) -> Step:
+    """Whole steps of the trainer on real data."""
+    unset = [variable for variable in REAL if not os.environ.get(variable)]
+    why_not = f"not set: {', '.join(unset)}" if unset else missing(*TRAINER)
+    command = [*PYTHON, "benchmarks", name, "--shape", "bert-base", "--no-compile", "--results"]
+    command += [str(place.results), *(("--steps", "1") if place.is_rehearsal else ("--steps", "20"))]
+    return Step(name, command, seconds, needs="build", why_not=why_not)
 
 
 def ncu(place: Place) -> Step:

@@ -10,12 +10,14 @@ template <class T, int kDim>
 struct Queries {
   RowFrags<kDim> q, dout;
   Accumulators<kDim> dq = {};
+  int rows;  // that exist, if fewer than 16
   float delta[2];
   Statistics stats[2];
 
   // With q and dout there: delta and the statistics of rows from `first` on, of which `count` exist. delta by
   // the product that gives dP: where one weight is 1 and the rest 0 they are the same bits.
   __device__ __forceinline__ void prepare(const AttentionBackward& args, int head, int first, int count) {
+    rows = count;
     RowFrags<kDim> out;
     read_frags<T, kDim>(out, HeadRows<T>(args.out, head), first, count);
     row_dots<T, kDim>(delta, dout, out);
@@ -47,9 +49,12 @@ struct Queries {
       x[n][j] = keep ? p * dropout.scale : 0.0f;
       dx[n][j] = p * (dp - delta[j >> 1]);
     });
-    if (key + 16 > to) {
+    // Scores of rows that are not there are 0 times what is, which need not be finite.
+    if (key + 16 > to || rows < 16) {
+      const int g = lane_index() >> 2;
       for_each_held([&](int n, int j) {
-        if (key + 8 * n + 2 * t + (j & 1) >= to) x[n][j] = dx[n][j] = 0.0f;
+        const bool exists = key + 8 * n + 2 * t + (j & 1) < to && g + 8 * (j >> 1) < rows;
+        if (!exists) x[n][j] = dx[n][j] = 0.0f;
       });
     }
     to_frag<T>(pd, x[0], x[1]);
@@ -122,6 +127,15 @@ struct TransposedDraws {
   }
 };
 
+// From column `count` on: products of what is not there are 0 times what is, which need not be finite.
+__device__ __forceinline__ void zero_columns(Scores& x, int count) {
+  if (count >= 16) return;
+  const int t = lane_index() & 3;
+  for_each_held([&](int n, int j) {
+    if (8 * n + 2 * t + (j & 1) >= count) x[n][j] = 0.0f;
+  });
+}
+
 // A query's part in the second pass.
 struct Row {
   Statistics stats;
@@ -170,6 +184,7 @@ __global__ void __launch_bounds__(32 * kLongWarps, 1)
               x[n][j] = rows[row + 8 * n + 2 * t + (j & 1)].stats.weight(x[n][j], scale);
               dx[n][j] = keep ? x[n][j] * dropout.scale : 0.0f;
             });
+            zero_columns(dx, to - row);
             Frag weights;
             to_frag<T>(weights, dx[0], dx[1]);
             add_product<T, kDim>(dv, weights, queries.b, row);
@@ -180,6 +195,7 @@ __global__ void __launch_bounds__(32 * kLongWarps, 1)
               const float dp = keep ? dx[n][j] * dropout.scale : 0.0f;
               dx[n][j] = x[n][j] * (dp - rows[row + 8 * n + 2 * t + (j & 1)].delta);
             });
+            zero_columns(dx, to - row);
             to_frag<T>(weights, dx[0], dx[1]);
             add_product<T, kDim>(dk, weights, queries.a, row);
           }

@@ -37,8 +37,8 @@ def test_both_parts_fit_one_visit(tmp_path, monkeypatch):
     monkeypatch.setattr(tools, "tool", lambda name: f"/cuda/bin/{name}")
     parts = [gpu.part_1(place(tmp_path)), gpu.part_2(place(tmp_path))]
     assert [[step.name for step in steps] for steps in parts] == [
-        ["peaks", "build", "smoke", *(f"tests of {op}" for op in gpu.OPS)],
-        ["build", *gpu.OPS, "ncu", "memcheck", "racecheck", "initcheck", "synccheck", "steps"],
+        ["peaks", "build", "smoke", *(f"tests of {op}" for op in gpu.OPS), *tools.SANITIZERS, "demo"],
+        ["build", *gpu.OPS, "ncu", "finetune_step", "pretrain_step", "steps"],
     ]
     assert gpu.SECONDS == {1: 240, 2: 400}
     for steps in parts:

@@ -142,11 +142,12 @@ def test_inf_and_nan_are_where_eager_has_them(dtype, cls, device):
     check_what_is_not_finite(run, dtype, cls=cls, device=device)
 
 
-@pytest.mark.parametrize("length", [5, 19, 33])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [5, 19, 33, 100, 150])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_score_of_minus_infinity_spoils_no_other_key(dtype, length):
+def test_a_score_of_minus_infinity_spoils_no_other_key(dtype, length, device):
     """Nor do places of queries that are not there, in which it would be NaN."""
-    batch = make_batch([length], 1, 32, dtype)
+    batch = make_batch([length], 1, 32, dtype, device=device)
     batch.q[:, 0, 3], batch.k[-1, 0, 3] = 1, -math.inf
     out, _, _, dk, dv = run(batch)
     assert all(x.isfinite().all() for x in (out, dk, dv)) and (dv[-1] == 0).all()
