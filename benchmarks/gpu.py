@@ -190,7 +190,14 @@ def gpu_tests(place: Place, op: str) -> Step:
 def demo(place: Place) -> Step:
     """All stages of the demo, as its command runs them."""
     why_not = "on a CPU it takes minutes: make demo" if place.is_rehearsal else missing(*TRAINER)
-    command = [*PYTHON, "mtfast", "run", "demo", "--run-dir", str(Path(tempfile.gettempdir()) / "mtfast-demo")]
+    command = [
+        *PYTHON,
+        "mtfast",
+        "run",
+        "demo",
+        "--run-dir",
+        str(Path(tempfile.gettempdir()) / "mtfast-demo"),
+    ]
     return Step("demo", command, 60, needs="build", why_not=why_not)
 
 
@@ -204,7 +211,7 @@ def real_steps(place: Place, name: str, seconds: int) -> Step:
 
 
 def ncu(place: Place) -> Step:
-    """Every metric of the main kernels."""
+    """What the main kernels reach and wait for."""
     command = place.benchmark("kernels", "--shapes", "step", results=False, small="--tokens 256")
     if place.is_rehearsal:
         return Step("ncu", command, 40, needs="build")

@@ -4,8 +4,8 @@
 // Floor: forward x is read and y written, backward x and dy are read and dx written: 25 and 38 MB at 4096
 // rows of 1536 columns in 16 bits, 5 and 8 us at 4.8 TB/s. erff alone would take an H200 longer than that;
 // with one exponential and a short polynomial an element is some 20 instructions forward, 25 backward. The
-// sums' scratch is one part in 50 of what is moved. A lane has 16 bytes of columns and a warp four rows under
-// way; eight warps are a block.
+// sums' scratch is one part in 50 of what is moved. A lane has 16 bytes of columns and a warp two rows under
+// way; eight warps are a block, and registers are few enough for four blocks on an SM.
 //
 // Sums over rows: a thread's in float, those of warps pairwise, those of chunks in double. No atomics: the
 // order of no sum varies.
@@ -17,8 +17,8 @@
 namespace mtfast::bias_gelu {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * 32;
-constexpr int kAtOnce = 4;          // rows that a warp loads before it turns to the first
+constexpr int kWarps = 8, kThreads = kWarps * 32, kBlocks = 4;
+constexpr int kAtOnce = 2;          // rows that a warp loads before it turns to the first
 constexpr int kForwardRows = 64;    // of a block, or a multiple of them, so that it reads the bias seldom
 constexpr int kMostBlocks = 65535;  // that a grid has in its second dimension
 
@@ -26,12 +26,12 @@ constexpr int kMostBlocks = 65535;  // that a grid has in its second dimension
 template <class T>
 constexpr int kWidth = Vector<T>::kSize;
 
-// Columns column .. column + kWidth - 1 of a row; those beyond its end read 0. All rows begin on 16 bytes
-// when `aligned`, and then so do a lane's columns.
-template <class T>
-__device__ __forceinline__ Vector<T> load_row(const T* row, int64_t column, int64_t columns, bool aligned) {
+// Columns column .. column + kWidth - 1 of a row; those beyond its end read 0. With kAligned all rows begin
+// on 16 bytes, and so do a lane's columns.
+template <bool kAligned, class T>
+__device__ __forceinline__ Vector<T> load_row(const T* row, int64_t column, int64_t columns) {
   Vector<T> vector{};
-  if (aligned) {
+  if constexpr (kAligned) {
     if (column < columns) vector = load(row + column);
   } else {
     MTFAST_UNROLL
@@ -42,10 +42,10 @@ __device__ __forceinline__ Vector<T> load_row(const T* row, int64_t column, int6
   return vector;
 }
 
-template <class T>
-__device__ __forceinline__ void store_row(T* row, int64_t column, int64_t columns, bool aligned,
+template <bool kAligned, class T>
+__device__ __forceinline__ void store_row(T* row, int64_t column, int64_t columns,
                                           const float (&from)[kWidth<T>]) {
-  if (aligned) {
+  if constexpr (kAligned) {
     if (column < columns) store(row + column, round_to<T>(from));
   } else {
     MTFAST_UNROLL
@@ -68,28 +68,26 @@ __device__ __forceinline__ void gelu_of(const Vector<T>& x, const float (&bias)[
 }
 
 // The matrix of a launch, and the part of it that a thread has.
-template <class T>
+template <class T, bool kAligned>
 struct Part {
   int64_t columns, column, begin, end;  // rows
-  bool aligned;
   float bias[kWidth<T>];
 
-  __device__ __forceinline__ Part(const Inputs& in, int64_t each, bool is_aligned)
+  __device__ __forceinline__ Part(const Inputs& in, int64_t each)
       : columns(in.columns),
         column((static_cast<int64_t>(blockIdx.x) * 32 + (threadIdx.x & 31)) * kWidth<T>),
         begin(blockIdx.y * each),
         end(begin + each < in.rows ? begin + each : in.rows),
-        aligned(is_aligned),
         bias{} {
     if (in.bias != nullptr)
-      to_float(bias, load_row(static_cast<const T*>(in.bias), column, columns, aligned));
+      to_float(bias, load_row<kAligned>(static_cast<const T*>(in.bias), column, columns));
   }
 
   __device__ __forceinline__ Vector<T> load_at(const T* from, int64_t row) const {
-    return load_row(from + row * columns, column, columns, aligned);
+    return load_row<kAligned>(from + row * columns, column, columns);
   }
   __device__ __forceinline__ void store_at(T* to, int64_t row, const float (&x)[kWidth<T>]) const {
-    store_row<T>(to + row * columns, column, columns, aligned, x);
+    store_row<kAligned>(to + row * columns, column, columns, x);
   }
 };
 
@@ -98,7 +96,8 @@ template <class T>
 struct Ahead {
   Vector<T> rows[kAtOnce];
 
-  __device__ __forceinline__ void load(const Part<T>& part, const T* from, int64_t row0) {
+  template <bool kAligned>
+  __device__ __forceinline__ void load(const Part<T, kAligned>& part, const T* from, int64_t row0) {
     MTFAST_UNROLL
     for (int r = 0; r < kAtOnce; ++r) {
       if (row0 + r * kWarps < part.end) rows[r] = part.load_at(from, row0 + r * kWarps);
@@ -114,8 +113,8 @@ struct Ahead {
 
 // Calls load(row0) for every kAtOnce rows of this warp, then row(i) for each of them: a loop, since unrolled
 // it is more code than a warp comes by twice.
-template <class T, class Load, class Row>
-__device__ __forceinline__ void each_row(const Part<T>& part, const Load& load, const Row& row) {
+template <class Part, class Load, class Row>
+__device__ __forceinline__ void each_row(const Part& part, const Load& load, const Row& row) {
   constexpr int64_t kStep = kAtOnce * kWarps;
 #pragma unroll 1
   for (int64_t row0 = part.begin + (threadIdx.x >> 5); row0 < part.end; row0 += kStep) {
@@ -126,10 +125,10 @@ __device__ __forceinline__ void each_row(const Part<T>& part, const Load& load, 
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    forward_kernel(const Inputs in, int64_t rows, T* __restrict__ y, bool aligned) {
-  const Part<T> part(in, rows, aligned);
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kAligned ? kBlocks : 2)
+    forward_kernel(const Inputs in, int64_t rows, T* __restrict__ y) {
+  const Part<T, kAligned> part(in, rows);
   Ahead<T> x;
   const auto load = [&](int64_t row0) { x.load(part, static_cast<const T*>(in.x), row0); };
   each_row(part, load, [&](int64_t row) {
@@ -140,12 +139,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // partial [chunks, columns]: sums of dx over each chunk of rows, before it is rounded.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kAligned ? kBlocks : 2)
     backward_kernel(const Inputs in, int64_t chunk_rows, const T* __restrict__ dy, T* __restrict__ dx,
-                    float* __restrict__ partial, bool aligned) {
+                    float* __restrict__ partial) {
   constexpr int kColumns = 32 * kWidth<T>;
-  const Part<T> part(in, chunk_rows, aligned);
+  const Part<T, kAligned> part(in, chunk_rows);
   Ahead<T> x, of_y;
   float sums[kWidth<T>] = {};
   const auto load = [&](int64_t row0) {
@@ -200,17 +199,17 @@ template <class T>
 int launch_forward(const Inputs& in, void* y, void* stream) {
   constexpr int64_t kMost = int64_t{kForwardRows} * kMostBlocks;
   const int64_t rows = kForwardRows * ((in.rows + kMost - 1) / kMost);
-  return MTFAST_LAUNCH(grid_of<T>(in, rows), dim3(kThreads), 0, stream, forward_kernel<T>, in, rows,
-                       static_cast<T*>(y), is_aligned<T>(in, y, nullptr));
+  const auto kernel = is_aligned<T>(in, y, nullptr) ? forward_kernel<T, true> : forward_kernel<T, false>;
+  return MTFAST_LAUNCH(grid_of<T>(in, rows), dim3(kThreads), 0, stream, kernel, in, rows, static_cast<T*>(y));
 }
 
 template <class T>
 int launch_backward(const Inputs& in, const void* dy, void* dx, float* partial, void* dbias, void* stream) {
   const int64_t chunk_rows = backward_chunk_rows(in.rows);
-  if (const int error =
-          MTFAST_LAUNCH(grid_of<T>(in, chunk_rows), dim3(kThreads), kWarps * 32 * kWidth<T> * sizeof(float),
-                        stream, backward_kernel<T>, in, chunk_rows, static_cast<const T*>(dy),
-                        static_cast<T*>(dx), partial, is_aligned<T>(in, dy, dx)))
+  const auto kernel = is_aligned<T>(in, dy, dx) ? backward_kernel<T, true> : backward_kernel<T, false>;
+  if (const int error = MTFAST_LAUNCH(grid_of<T>(in, chunk_rows), dim3(kThreads),
+                                      kWarps * 32 * kWidth<T> * sizeof(float), stream, kernel, in, chunk_rows,
+                                      static_cast<const T*>(dy), static_cast<T*>(dx), partial))
     return error;
   if (partial == nullptr) return 0;
   const ColumnSums<T, 1> sums{{static_cast<T*>(dbias)}};

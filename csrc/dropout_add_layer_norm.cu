@@ -4,101 +4,136 @@
 // instructions with dropout, a Philox call for eight of them included; an H200's SM issues 37 in the time
 // that its share of the memory needs for them, an H100's 53.
 //
-// A thread has eight columns, the warps beside each other a row of up to 4096, and two rows are under way at
-// once, so that their loads wait together and so do their sums over columns, at one barrier. A row stays in
-// registers from its load to its end. Eight columns are one Philox call and, in 16 bits, one load. Shorter
-// rows lie below each other in a block, which has a chunk of rows and reads the vectors once, into shared
-// memory. Longer rows, and those that do not begin on 16 bytes, are read element by element and again at each
-// step.
+// A thread has eight columns, which are one Philox call and, in 16 bits, one load; the warps beside each
+// other a row of up to 4096, which stays in registers from its load to its end. A block has 16 rows and reads
+// the vectors once, into shared memory; several blocks are on an SM, so that some load while others compute.
+// Longer rows, and those that do not begin
+// on 16 bytes, are read element by element and again at each step.
 #include "dropout_add_layer_norm_rows.cuh"
 
 namespace mtfast::dropout_add_layer_norm {
 namespace {
 
-template <class T, bool kHeld>
-__global__ void __launch_bounds__(kMostThreads)
+constexpr int64_t kForwardRows = 16;  // of a block
+enum { kOfWeight, kOfBias, kOfXBias, kVectors };
+
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, 2)
     forward_kernel(const Operands<T> in, T* __restrict__ y, float* __restrict__ stats) {
   const Layer& layer = in.layer;
   const int hidden = static_cast<int>(layer.hidden);
   const int64_t begin = blockIdx.x * in.chunk_rows;
   const int64_t end = begin + in.chunk_rows < layer.rows ? begin + in.chunk_rows : layer.rows;
   const Place place(in.warps);
+  const int column = place.column;
+  const bool is_column = column < hidden;  // of all eight columns, or of none
   const uint64_t seed = seed_of(layer);
   const float share = 1.0f / static_cast<float>(hidden), eps = static_cast<float>(layer.eps);
-  const Vectors<T, kHeld> vectors{in, shared_memory<T>(), place.tile};
-  float* of_warps = reinterpret_cast<float*>(vectors.shared + (kHeld ? kSums * place.tile : 0));
-  float* others_of_warps = of_warps + blockDim.x / 32 * 2 * kRows;
-  vectors.bring(kWeight, in.weight);
-  vectors.bring(kBias, in.bias);
-  vectors.bring(kXBias, in.x_bias);
+  const Vectors<T> vectors{shared_memory<T>(), place.tile};
+  float* of_warps = reinterpret_cast<float*>(vectors.shared + kVectors * place.tile);
+  float* others_of_warps = of_warps + blockDim.x / 32;
+  vectors.bring(kOfWeight, in.weight, hidden);
+  vectors.bring(kOfBias, in.bias, hidden);
+  vectors.bring(kOfXBias, in.x_bias, hidden);
   __syncthreads();
-  for (int64_t first = begin; first < end; first += kRows * place.groups) {
-    const int64_t row = first + kRows * place.group;
-    Eights s;
-    Draws draws(layer);
-    float mean[kRows] = {}, rstd[kRows];
-    float off[2 * kRows] = {};  // of each row the sums of its deviations from `mean` and of their squares
-    const auto make = [&](int column) { make_sums(s, draws, in, vectors, kXBias, seed, row, end, column); };
-    place.each_tile<kHeld>(hidden, [&](int column) {
-      make(column);
-      MTFAST_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        MTFAST_UNROLL
-        for (int e = 0; e < 8; ++e) mean[i] += s.of[i][e];
-      }
-    });
+  MTFAST_NO_UNROLL
+  for (int64_t first = begin; first < end; first += place.groups) {
+    const int64_t row = first + place.group, at = row * hidden;
+    const Eight<T> x = columns_of(in.x + at, column, hidden, true, row < end);
+    const Eight<T> residual =
+        columns_of(in.residual + at, column, hidden, true, in.residual != nullptr && row < end);
+    float s[8];
+    make_sums(s, layer, Draws(layer, seed, row, column), x, residual, vectors.at(kOfXBias, column));
+    float mean[1] = {};
+    MTFAST_UNROLL
+    for (int e = 0; e < 8; ++e) mean[0] += s[e];
     place.row_sums(mean, of_warps);
+    mean[0] *= share;
+    float off[2] = {};  // the sums of the deviations from `mean` and of their squares
     MTFAST_UNROLL
-    for (int i = 0; i < kRows; ++i) mean[i] *= share;
-    place.each_tile<kHeld>(hidden, [&](int column) {
-      if (!kHeld) make(column);
-      if (column >= hidden) return;
-      MTFAST_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        MTFAST_UNROLL
-        for (int e = 0; e < 8; ++e) {
-          // Of rows that are held all eight columns are there or none.
-          const float deviation = kHeld || column + e < hidden ? s.of[i][e] - mean[i] : 0.0f;
-          off[2 * i] += deviation;
-          off[2 * i + 1] += deviation * deviation;
-        }
-      }
-    });
-    place.row_sums(off, others_of_warps);
-    MTFAST_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      // The first sum is what rounding left the mean off by (see cpu_forward).
-      const float shift = off[2 * i] * share, spread = off[2 * i + 1] * share - shift * shift;
-      mean[i] += shift;
-      rstd[i] = rsqrtf((spread < 0.0f ? 0.0f : spread) + eps);
-      if (stats != nullptr && place.column == 0 && row + i < end) {
-        reinterpret_cast<float2*>(stats)[row + i] = make_float2(mean[i], rstd[i]);
-      }
+    for (int e = 0; e < 8; ++e) {
+      const float deviation = is_column ? s[e] - mean[0] : 0.0f;
+      off[0] += deviation;
+      off[1] += deviation * deviation;
     }
-    place.each_tile<kHeld>(hidden, [&](int column) {
-      if (!kHeld) make(column);
-      float weight[8], bias[8];
-      vectors.get(weight, kWeight, in.weight, column);
-      vectors.get(bias, kBias, in.bias, column);
-      MTFAST_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        float out[8];
-        MTFAST_UNROLL
-        for (int e = 0; e < 8; ++e) out[e] = (s.of[i][e] - mean[i]) * rstd[i] * weight[e] + bias[e];
-        if (row + i < end) store8(y + (row + i) * hidden, column, hidden, kHeld, out);
-      }
-    });
+    place.row_sums(off, others_of_warps);
+    // The first sum is what rounding left the mean off by (see cpu_forward).
+    const float shift = off[0] * share, spread = off[1] * share - shift * shift;
+    const float exact = mean[0] + shift, rstd = rsqrtf((spread < 0.0f ? 0.0f : spread) + eps);
+    if (row >= end) continue;
+    if (stats != nullptr && column == 0) reinterpret_cast<float2*>(stats)[row] = make_float2(exact, rstd);
+    float of_weight[8], of_bias[8];
+    unpack(of_weight, vectors.at(kOfWeight, column));
+    unpack(of_bias, vectors.at(kOfBias, column));
+    MTFAST_UNROLL
+    for (int e = 0; e < 8; ++e) s[e] = (s[e] - exact) * rstd * of_weight[e] + of_bias[e];
+    store8(y + at, column, hidden, true, s);
   }
 }
 
 template <class T>
+__global__ void __launch_bounds__(kMostThreads)
+    forward_long_kernel(const Operands<T> in, T* __restrict__ y, float* __restrict__ stats) {
+  const Layer& layer = in.layer;
+  const int hidden = static_cast<int>(layer.hidden);
+  const int64_t row = blockIdx.x;
+  const Place place(in.warps);
+  const uint64_t seed = seed_of(layer);
+  const float share = 1.0f / static_cast<float>(hidden), eps = static_cast<float>(layer.eps);
+  float* of_warps = shared_memory<float>();
+  const auto make = [&](float (&s)[8], int column) {
+    make_long_sums(s, Draws(layer, seed, row, column), in, row, column);
+  };
+  float mean[1] = {};
+  place.each_tile(hidden, [&](int column) {
+    float s[8];
+    make(s, column);
+    MTFAST_UNROLL
+    for (int e = 0; e < 8; ++e) mean[0] += column + e < hidden ? s[e] : 0.0f;
+  });
+  place.row_sums(mean, of_warps);
+  mean[0] *= share;
+  float off[2] = {};
+  place.each_tile(hidden, [&](int column) {
+    float s[8];
+    make(s, column);
+    MTFAST_UNROLL
+    for (int e = 0; e < 8; ++e) {
+      const float deviation = column + e < hidden ? s[e] - mean[0] : 0.0f;
+      off[0] += deviation;
+      off[1] += deviation * deviation;
+    }
+  });
+  place.row_sums(off, of_warps + blockDim.x / 32);
+  const float shift = off[0] * share, spread = off[1] * share - shift * shift;
+  const float exact = mean[0] + shift, rstd = rsqrtf((spread < 0.0f ? 0.0f : spread) + eps);
+  if (stats != nullptr && threadIdx.x == 0) {
+    reinterpret_cast<float2*>(stats)[row] = make_float2(exact, rstd);
+  }
+  place.each_tile(hidden, [&](int column) {
+    float s[8], of_weight[8], of_bias[8];
+    make(s, column);
+    unpack(of_weight, columns_of(in.weight, column, hidden, false, true));
+    unpack(of_bias, columns_of(in.bias, column, hidden, false, true));
+    MTFAST_UNROLL
+    for (int e = 0; e < 8; ++e) s[e] = (s[e] - exact) * rstd * of_weight[e] + of_bias[e];
+    store8(y + row * hidden, column, hidden, false, s);
+  });
+}
+
+template <class T>
 int launch_forward(const Inputs& in, void* y, float* stats, void* stream) {
-  const Block block(in, on_16_bytes(y));
-  const auto kernel = block.held ? forward_kernel<T, true> : forward_kernel<T, false>;
-  const size_t shared = block.shared_bytes(sizeof(T), kSums);
+  const bool held = is_held(in, on_16_bytes(y));
+  const int warps = held ? warps_of(in.layer) : kMostWarps;
+  const int groups = warps == 1 ? 8 : warps <= 3 ? 4 : warps <= 6 ? 2 : 1;
+  const int64_t rows = held ? kForwardRows : 1;
+  const dim3 grid(static_cast<unsigned>((in.layer.rows + rows - 1) / rows)), block(32 * warps * groups);
+  const size_t vectors = held ? kVectors * 256 * warps * sizeof(T) : 0;
+  const size_t shared = vectors + warps * groups * (1 + 2) * sizeof(float);
+  const auto kernel = held ? forward_kernel<T> : forward_long_kernel<T>;
   if (const int error = allow_shared_memory(kernel, shared)) return error;
-  return MTFAST_LAUNCH(dim3(static_cast<unsigned>(chunks(in.layer.rows))), dim3(block.threads()), shared,
-                       stream, kernel, operands_of<T>(in, block), static_cast<T*>(y), stats);
+  return MTFAST_LAUNCH(grid, block, shared, stream, kernel, operands_of<T>(in, rows, warps),
+                       static_cast<T*>(y), stats);
 }
 
 }  // namespace

@@ -52,12 +52,13 @@ void cpu_backward(const Inputs& in, const void* dy, const void* stats, const Gra
 
 // ---- CUDA ----
 
-constexpr int kChunkRows = 32;    // rows that a block takes, or a multiple of them,
-constexpr int kMostChunks = 256;  // so that there are no more blocks than about this
+// A backward's block sums a chunk of rows: at least 32, lest the sums be as much to move as the rows, and so
+// many that there are no more blocks than a large GPU has SMs, each of which has room for one.
+constexpr int64_t kLeastChunkRows = 32, kMostChunks = 128;
 
 inline int64_t chunk_rows(int64_t rows) {
-  const int64_t most = kChunkRows * kMostChunks;
-  return kChunkRows * (rows <= most ? 1 : (rows + most - 1) / most);
+  const int64_t least = (rows + kMostChunks - 1) / kMostChunks;
+  return least < kLeastChunkRows ? kLeastChunkRows : (least + 7) / 8 * 8;
 }
 inline int64_t chunks(int64_t rows) { return (rows + chunk_rows(rows) - 1) / chunk_rows(rows); }
 

@@ -47,10 +47,14 @@ def test_both_parts_fit_one_visit(tmp_path, monkeypatch):
 
 def test_tools_that_are_not_there_are_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tools, "tool", lambda name: None)
-    assert [s.name for s in gpu.part_2(place(tmp_path)) if s.why_not] == ["ncu", *tools.SANITIZERS]
-    assert gpu.main(["--plan", "--part", "2"]) == 0
+    monkeypatch.setattr(gpu, "TRAINER", ("deepspeed", "no_such_package"))
+    monkeypatch.delenv(gpu.REAL[1], raising=False)
+    found = [s.name for part in (gpu.part_1, gpu.part_2) for s in part(place(tmp_path)) if s.why_not]
+    assert found == [*tools.SANITIZERS, "demo", "ncu", "finetune_step", "pretrain_step"]
+    assert gpu.main(["--plan", "--part", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "left out: compute-sanitizer is not installed" in printed and "Part 1" not in printed
+    assert "left out: compute-sanitizer is not installed" in printed and "Part 2" not in printed
+    assert "left out: not installed: no_such_package" in printed
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -241,6 +245,7 @@ MISSING = (
 def test_what_it_runs_imports_nothing_that_may_be_missing(tmp_path):
     steps = [step for part in (gpu.part_1, gpu.part_2) for step in part(place(tmp_path, "cpu"))]
     names = {step.command[3] for step in steps if step.command[1:3] == ["-m", "benchmarks"]}
+    names -= {"finetune_step", "pretrain_step"}  # which are the trainer's
     assert names >= {*gpu.OPS, "smoke", "kernels", "steps"}
     modules = [f"benchmarks.{name}" for name in sorted({*names, "gpu", "step_contenders"})]
     code = f"import sys; sys.modules.update(dict.fromkeys({MISSING})); import {', '.join(modules)}"
@@ -266,13 +271,14 @@ def test_rehearsal(tmp_path, full_sweep):
     steps = [step for part in parts for step in (gpu.part_1, gpu.part_2)[part - 1](place(tmp_path, "cpu"))]
     lines = done.stdout.strip().split("\n")[-1 - len(steps) : -1]
     assert [line.split("  ")[0] for line in lines] == [step.name for step in steps]
-    assert all(" passed " in line for line in lines), done.stdout
+    for line, step in zip(lines, steps, strict=True):
+        assert (" left out " if step.why_not or step.name.endswith("_step") else " passed ") in line, line
     names = {path.name for path in results.iterdir()}
     of_parts = {f"visit-{part}.{kind}" for part in parts for kind in ("log", "json")}
     assert of_parts | {"smoke.jsonl"} <= names
     assert len(names) <= 8  # with ncu.csv: what can be brought back
     report = json.loads((results / "visit-1.json").read_text())
-    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 8
+    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 9 + ["left out"]
     (table,) = results.glob("*.csv")
     measured = {line.split(",")[0] for line in table.read_text().split("\n")[1:-1]}
     assert measured == ({"peaks", *gpu.OPS, "steps"} if full_sweep else {"peaks"})

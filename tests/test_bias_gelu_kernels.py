@@ -122,13 +122,14 @@ def test_sanitizers_are_silent():
 
 @pytest.mark.parametrize(("direction", "read"), [("forward", 1), ("backward", 2)])
 def test_rows_move_16_bytes_at_a_time(direction, read):
-    """Four rows of each matrix before the first is turned to; of special functions there is one exponential
-    an element, where erf and exp would be two."""
-    kernels = disassembled(SOURCE, f"{direction}_kernel")
+    """Two rows of each matrix before the first is turned to, in registers that leave room for 32 warps; of
+    special functions there is one exponential an element, where erf and exp would be two."""
+    kernels = [k for k in disassembled(SOURCE, f"{direction}_kernel") if "true" in k.name]
     assert len(kernels) == len(DTYPES) * len(ARCHITECTURES)
     for kernel in kernels:
-        assert kernel.count(r"LDG\.E\.(\w+\.)*128") >= 4 * read and kernel.count(r"STG\.E\.(\w+\.)*128"), (
+        assert kernel.count(r"LDG\.E\.(\w+\.)*128") >= 2 * read and kernel.count(r"STG\.E\.(\w+\.)*128"), (
             kernel
         )
-        elements = 4 if "<float>" in kernel.name else 8
+        assert kernel.registers <= 64, kernel.name
+        elements = 4 if "<float" in kernel.name else 8
         assert kernel.count(r"MUFU\.EX2") == kernel.count("MUFU") <= elements, kernel.name

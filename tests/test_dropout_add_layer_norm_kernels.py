@@ -71,7 +71,8 @@ def place_of(x: Tensor | None) -> int | None:
 
 def chunk_sums(rows: int, hidden: int) -> Tensor:
     """The backward's scratch, as csrc/dropout_add_layer_norm.h says."""
-    chunks = -(-rows // (32 * max(1, -(-rows // (32 * 256)))))
+    chunk_rows = max(32, -(-rows // 128 // 8) * 8)
+    chunks = -(-rows // chunk_rows)
     return torch.full((3, chunks, hidden), torch.nan)
 
 
@@ -196,9 +197,7 @@ def test_sanitizers_are_silent():
 def test_machine_code_loads_and_stores_16_bytes():
     for source, direction in zip(SOURCES, ("forward", "backward"), strict=True):
         kernels = disassembled(source, f"{direction}_kernel")
-        assert len(kernels) == 6 * len(ARCHITECTURES)
-        held = [kernel for kernel in kernels if "true" in kernel.name]
-        assert len(held) == 3 * len(ARCHITECTURES)
-        for kernel in held:
-            assert kernel.count(r"LDG\.E\.128") >= 2 * 2, kernel.name  # x and residual of two rows
-            assert kernel.count(r"STG\.E\.128") >= 2, kernel.name
+        assert len(kernels) == 3 * len(ARCHITECTURES)
+        for kernel in kernels:
+            assert kernel.count(r"LDG\.E\.128") >= 2 + 1, kernel.name  # x, residual and a vector
+            assert kernel.count(r"STG\.E\.128") >= 1, kernel.name
