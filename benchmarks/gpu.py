@@ -142,8 +142,8 @@ def part_2(place: Place) -> list[Step]:
         measured(place, "bias_gelu", 25, "--rows 64 --columns 64 --dtypes float32 --no-compile"),
         measured(place, "mask_tokens", 25, "--most-tokens 512 --no-compile"),
         ncu(place),
-        real_steps(place, "finetune_step", 40),
-        real_steps(place, "pretrain_step", 40),
+        real_steps(place, "finetune_step", 60),
+        real_steps(place, "pretrain_step", 70),
         # Last, since what is compiled there may take longer than there is time.
         measured(
             place,

@@ -5,17 +5,34 @@
 // that its share of the memory needs for them, an H100's 53.
 //
 // A thread has eight columns, which are one Philox call and, in 16 bits, one load; the warps beside each
-// other a row of up to 4096, which stays in registers from its load to its end. A block has 16 rows and reads
-// the vectors once, into shared memory; several blocks are on an SM, so that some load while others compute.
-// Longer rows, and those that do not begin
-// on 16 bytes, are read element by element and again at each step.
+// other a row of up to 4096, which stays in registers from its load to its end. A block has a few rows and
+// reads the vectors once, into shared memory; several blocks are on an SM, and what the next row needs is
+// asked for before this one is worked on. Longer rows, and those that do not begin on 16 bytes, are read
+// element by element and again at each step.
+#include <algorithm>
+
 #include "dropout_add_layer_norm_rows.cuh"
 
 namespace mtfast::dropout_add_layer_norm {
 namespace {
 
-constexpr int64_t kForwardRows = 16;  // of a block
+// Rows of a block: few, but enough to be worth its reading the vectors, and that what may be on a large GPU
+// at once, two blocks on an SM, is all of a small layer.
+constexpr int64_t kLeastRows = 16, kMostRows = 32, kBlocksAtOnce = 256;
 enum { kOfWeight, kOfBias, kOfXBias, kVectors };
+
+// What memory has of a thread's columns of a row.
+template <class T>
+struct Given {
+  Eight<T> x, residual;
+
+  __device__ __forceinline__ Given(const Operands<T>& in, int64_t row, int64_t end, int column) {
+    const int hidden = static_cast<int>(in.layer.hidden);
+    x = columns_of(in.x + row * hidden, column, hidden, true, row < end);
+    residual =
+        columns_of(in.residual + row * hidden, column, hidden, true, in.residual != nullptr && row < end);
+  }
+};
 
 template <class T>
 __global__ void __launch_bounds__(kMostThreads, 2)
@@ -29,6 +46,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const bool is_column = column < hidden;  // of all eight columns, or of none
   const uint64_t seed = seed_of(layer);
   const float share = 1.0f / static_cast<float>(hidden), eps = static_cast<float>(layer.eps);
+  Given<T> next(in, begin + place.group, end, column);
   const Vectors<T> vectors{shared_memory<T>(), place.tile};
   float* of_warps = reinterpret_cast<float*>(vectors.shared + kVectors * place.tile);
   float* others_of_warps = of_warps + blockDim.x / 32;
@@ -38,12 +56,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   __syncthreads();
   MTFAST_NO_UNROLL
   for (int64_t first = begin; first < end; first += place.groups) {
-    const int64_t row = first + place.group, at = row * hidden;
-    const Eight<T> x = columns_of(in.x + at, column, hidden, true, row < end);
-    const Eight<T> residual =
-        columns_of(in.residual + at, column, hidden, true, in.residual != nullptr && row < end);
+    const int64_t row = first + place.group;
     float s[8];
-    make_sums(s, layer, Draws(layer, seed, row, column), x, residual, vectors.at(kOfXBias, column));
+    make_sums(s, layer, Draws(layer, seed, row, column), next.x, next.residual, vectors.at(kOfXBias, column));
+    next = Given<T>(in, row + place.groups, end, column);
     float mean[1] = {};
     MTFAST_UNROLL
     for (int e = 0; e < 8; ++e) mean[0] += s[e];
@@ -67,7 +83,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     unpack(of_bias, vectors.at(kOfBias, column));
     MTFAST_UNROLL
     for (int e = 0; e < 8; ++e) s[e] = (s[e] - exact) * rstd * of_weight[e] + of_bias[e];
-    store8(y + at, column, hidden, true, s);
+    store8(y + row * hidden, column, hidden, true, s);
   }
 }
 
@@ -126,7 +142,8 @@ int launch_forward(const Inputs& in, void* y, float* stats, void* stream) {
   const bool held = is_held(in, on_16_bytes(y));
   const int warps = held ? warps_of(in.layer) : kMostWarps;
   const int groups = warps == 1 ? 8 : warps <= 3 ? 4 : warps <= 6 ? 2 : 1;
-  const int64_t rows = held ? kForwardRows : 1;
+  const int64_t wanted = (in.layer.rows + kBlocksAtOnce - 1) / kBlocksAtOnce;
+  const int64_t rows = held ? std::clamp((wanted + 3) / 4 * 4, kLeastRows, kMostRows) : 1;
   const dim3 grid(static_cast<unsigned>((in.layer.rows + rows - 1) / rows)), block(32 * warps * groups);
   const size_t vectors = held ? kVectors * 256 * warps * sizeof(T) : 0;
   const size_t shared = vectors + warps * groups * (1 + 2) * sizeof(float);

@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T>, 1)
   const int column = place.column;
   const uint64_t seed = seed_of(layer);
   const float share = 1.0f / static_cast<float>(hidden), scale = static_cast<float>(layer.scale);
+  Given<T> next(in, back, begin + place.group, end, column);
   const Vectors<T> vectors{shared_memory<T>(), place.tile};  // weight and x_bias
   float* of_warps = reinterpret_cast<float*>(vectors.shared + 2 * place.tile);
   float* others_of_warps = of_warps + blockDim.x / 32 * 2;
@@ -77,7 +78,6 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T>, 1)
   vectors.bring(1, in.x_bias, hidden);
   __syncthreads();
   float sums[kSums][8] = {};
-  Given<T> next(in, back, begin + place.group, end, column);
   MTFAST_NO_UNROLL
   for (int64_t first = begin; first < end; first += place.groups) {
     const int64_t row = first + place.group, at = row * hidden;

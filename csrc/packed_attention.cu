@@ -6,7 +6,9 @@
 // and head, alone, with no barrier but its own, so that many of them on a multiprocessor keep loads under
 // way. Longer ones are bound by issue, of dropout's integer arithmetic before all: a block holds keys and
 // values of a whole sequence in shared memory, so that each is read once, and its warps take 16 queries at a
-// time; 4 warps up to 128 tokens, where many blocks are what fills a multiprocessor, and 16 beyond.
+// time; 4 warps up to 128 tokens, where many blocks are what fills a multiprocessor, and 16 beyond; in a
+// small batch, whose items have 128 queries, 8, with few enough keys at a time for two blocks on a
+// multiprocessor.
 #include "packed_attention_blocks.cuh"
 
 namespace mtfast::attention {
@@ -171,17 +173,22 @@ int launch(const AttentionForward& args, void* stream) {
     constexpr size_t kBytes = (2 * kShortTokens + 16) * Tile<T, kDim>::kRowBytes;
     const int64_t longest = args.shape.max_seqlen;
     const auto kernel = forward_short_kernel<T, kDim>;
-    const auto launch_class = [&](auto warps, int beyond, int64_t upto, bool beside) {
+    const auto launch_class = [&](auto warps, int beyond, int64_t upto, int64_t most, bool beside) {
       using Block = LongBlock<T, kDim, warps.value>;
-      return launch_long<Block>(args, beyond, upto, beside, stream, 0,
+      return launch_long<Block>(args, beyond, upto, most, beside, stream, 0,
                                 forward_long_kernel<T, kDim, warps.value>);
     };
     int error = 0;
-    if (longest > 128)
-      error = launch_class(std::integral_constant<int, kDim == 128 ? 8 : 16>{}, 128, longest, false);
+    if (longest > 128) {
+      if (rows_of_item(args.shape) == 128)
+        error = launch_class(std::integral_constant<int, 8>{}, 128, longest, 256, false);
+      else
+        error = launch_class(std::integral_constant<int, kDim == 128 ? 8 : 16>{}, 128, longest, kMostResident,
+                             false);
+    }
     if (error == 0 && longest > kShortTokens)
       error = launch_class(std::integral_constant<int, 4>{}, kShortTokens, std::min<int64_t>(longest, 128),
-                           longest > 128);
+                           kMostResident, longest > 128);
     if (error != 0) return error;
     return MTFAST_LAUNCH_BESIDE(longest > kShortTokens, short_grid(args.shape), dim3(32), kBytes, stream,
                                 kernel, args);

@@ -190,16 +190,24 @@ struct LongBlock {
   }
 };
 
-// Launches such a kernel with as many resident rows as it may have shared memory for, up to the longest
-// sequence; smaller groups where there are few blocks. 0 or a cudaError_t. Resident are a multiple of 128
-// rows, so that the 32 rows which may be worked on together are the same whatever is in the batch; or 64,
-// where a GPU has no memory for more.
+constexpr int64_t kMostResident = 1024;
+
+// Rows of an item; fewer where there are few items: two an SM.
+inline int rows_of_item(const AttentionShape& shape) {
+  int rows = 512;
+  while (rows > 128 && shape.total / rows * shape.heads < 264) rows /= 2;
+  return rows;
+}
+
+// Launches such a kernel with as many resident rows as it may have shared memory for, up to `most` and to the
+// longest sequence. 0 or a cudaError_t. Resident are a multiple of 128 rows, so that the 32 rows which may be
+// worked on together are the same whatever is in the batch; or 64, where a GPU has no memory for more.
 template <class Block, class Args, class... More>
-int launch_long(const Args& args, int beyond, int64_t upto, bool beside, void* stream, size_t extra,
-                void (*kernel)(Args, WorkClass, More...), More... more) {
+int launch_long(const Args& args, int beyond, int64_t upto, int64_t most, bool beside, void* stream,
+                size_t extra, void (*kernel)(Args, WorkClass, More...), More... more) {
   const AttentionShape& shape = args.shape;
-  int group = 512, resident = static_cast<int>(std::min<int64_t>(upto, 1024) + 127) / 128 * 128;
-  while (group > 128 && shape.total / group * shape.heads < 264) group /= 2;  // two an SM
+  const int group = rows_of_item(shape);
+  int resident = static_cast<int>(std::min(upto, most) + 127) / 128 * 128;
   while (const int error = allow_shared_memory(kernel, Block::bytes(resident, extra))) {
     if (resident <= 64) return error;
     resident = resident > 128 ? resident / 2 / 128 * 128 : 64;

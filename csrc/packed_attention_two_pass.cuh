@@ -212,11 +212,11 @@ template <class T, int kDim>
 int launch_two_passes(const AttentionBackward& args, int beyond, float* delta, void* stream) {
   using Block = LongBlock<T, kDim, kLongWarps>;
   const int64_t longest = args.shape.max_seqlen;
-  if (const int error = launch_long<Block>(args, beyond, longest, false, stream, 0,
+  if (const int error = launch_long<Block>(args, beyond, longest, kMostResident, false, stream, 0,
                                            backward_queries_kernel<T, kDim>, delta))
     return error;
-  return launch_long<Block>(args, beyond, longest, false, stream, sizeof(Row), backward_keys_kernel<T, kDim>,
-                            static_cast<const float*>(delta));
+  return launch_long<Block>(args, beyond, longest, kMostResident, false, stream, sizeof(Row),
+                            backward_keys_kernel<T, kDim>, static_cast<const float*>(delta));
 }
 
 }  // namespace mtfast::attention

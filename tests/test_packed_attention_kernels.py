@@ -37,6 +37,7 @@ from packed_attention_cases import (
     check_random_batches,
     check_what_is_not_finite,
     make_batch,
+    offsets,
 )
 from torch import Tensor
 
@@ -48,7 +49,7 @@ from mtfast.ops.packed_attention import lse_of
 # row: for one query a sequence in three dtypes, forward and backward, and for all rows in float32, backward
 # in two passes.
 SOURCES = {
-    "packed_attention.cu": 6 * (1 + 2),
+    "packed_attention.cu": 6 * (1 + 2) + 2 * 2,
     "packed_attention_backward.cu": 6 * (1 + 2 + 2) - 2,
     "packed_attention_rows.cu": 9 * 2 + 3 * 3,
 }
@@ -197,6 +198,16 @@ def test_a_sequence_does_not_notice_the_others(dtype, run):
     check_a_sequence_does_not_notice_the_others(run, dtype)
 
 
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_a_large_batch_gives_the_same(head_dim, run):
+    """Whose blocks have more warps, and items more rows."""
+    large = make_batch([140] + [32] * 124, 17, head_dim, torch.bfloat16)
+    rows = {name: getattr(large, name)[:140] for name in ("q", "k", "v", "dout")}
+    alone = dataclasses.replace(large, lengths=(140,), cu_seqlens=offsets([140]), **rows)
+    for x, y in zip(run(large, 0.1), run(alone, 0.1), strict=True):
+        assert torch.equal(x[:, :140] if x.dim() == 2 else x[:140], y)
+
+
 @pytest.mark.parametrize("architecture", SHARED_KIB)
 def test_every_kernel_fits_every_architecture(architecture):
     kernels = load_all(SOURCES, Case(architecture=architecture))
@@ -207,6 +218,11 @@ def test_every_kernel_fits_every_architecture(architecture):
         for head_dim in HEAD_DIMS:
             for length, layout in ((20, "apart"), (50, "apart"), (70, "apart"), (130, "apart"), (5, "cls")):
                 run(make_batch([length], 1, head_dim, dtype, layout=layout))
+            if dtype == torch.float32 or head_dim == 128:
+                continue
+            # So large that items have more rows, but with one token to work on.
+            large = make_batch([256], 264, head_dim, dtype)
+            run(dataclasses.replace(large, lengths=(130,), cu_seqlens=offsets([1])))
     launched = dict(zip(SOURCES, (kernel.take_launched() for kernel in kernels), strict=True))
     # 128 tokens of head_dim 32 or 64 go in two passes where a block cannot have their memory.
     without = 2 * 2 if SHARED_KIB[architecture] < 100 else 0
@@ -222,9 +238,9 @@ def test_refused_shared_memory_leaves_no_error_behind(monkeypatch):
     run(make_batch([70], 1, 64, torch.bfloat16))  # refused for one pass, done in two
     assert not any(kernel.last_error for kernel in kernels)
     monkeypatch.setitem(SHARED_KIB, "sm_86", 50)
-    for length, direction in ((130, "forward"), (50, "backward")):
+    for length, head_dim, direction in ((130, 128, "forward"), (50, 64, "backward")):
         with pytest.raises(KernelError, match=f"{direction} returned 1"):
-            run(make_batch([length], 1, 64, torch.bfloat16))
+            run(make_batch([length], 1, head_dim, torch.bfloat16))
         assert not any(kernel.last_error for kernel in kernels)
 
 
