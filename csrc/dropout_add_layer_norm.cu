@@ -1,8 +1,9 @@
 // dropout_add_layer_norm on CUDA, forward: one pass over the rows.
 //
-// Floor: x and residual are read and y is written, 6 bytes an element in 16 bits. An element takes about 40
+// Floor: x and residual are read and y is written, 6 bytes an element in 16 bits. An element takes about 55
 // instructions with dropout, a Philox call for eight of them included; an H200's SM issues 37 in the time
-// that its share of the memory needs for them, an H100's 53.
+// that its share of the memory needs for them, an H100's 53. ncu on an H200, 16,384 rows of 768: 70% of the
+// issue slots taken, 38% of the memory's bandwidth.
 //
 // A thread has eight columns, which are one Philox call and, in 16 bits, one load; the warps beside each
 // other a row of up to 4096, which stays in registers from its load to its end. A block has a few rows and

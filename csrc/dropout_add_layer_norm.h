@@ -52,9 +52,9 @@ void cpu_backward(const Inputs& in, const void* dy, const void* stats, const Gra
 
 // ---- CUDA ----
 
-// A backward's block sums a chunk of rows: at least 32, lest the sums be as much to move as the rows, and so
+// A backward's block sums a chunk of rows: at least 40, lest the sums be a tenth of what is moved, and so
 // many that there are no more blocks than a large GPU has SMs, each of which has room for one.
-constexpr int64_t kLeastChunkRows = 32, kMostChunks = 128;
+constexpr int64_t kLeastChunkRows = 40, kMostChunks = 128;
 
 inline int64_t chunk_rows(int64_t rows) {
   const int64_t least = (rows + kMostChunks - 1) / kMostChunks;

@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T>, 1)
   float* scratch = shared_memory<float>();  // [groups, tile]
   MTFAST_UNROLL
   for (int which = 0; which < kSums; ++which) {
+    if (which == kXBias && in.x_bias == nullptr) break;
     __syncthreads();
     float4* to = reinterpret_cast<float4*>(scratch + place.group * place.tile + column);
     to[0] = make_float4(sums[which][0], sums[which][1], sums[which][2], sums[which][3]);

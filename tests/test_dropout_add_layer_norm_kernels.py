@@ -71,7 +71,7 @@ def place_of(x: Tensor | None) -> int | None:
 
 def chunk_sums(rows: int, hidden: int) -> Tensor:
     """The backward's scratch, as csrc/dropout_add_layer_norm.h says."""
-    chunk_rows = max(32, -(-rows // 128 // 8) * 8)
+    chunk_rows = max(40, -(-rows // 128 // 8) * 8)
     chunks = -(-rows // chunk_rows)
     return torch.full((3, chunks, hidden), torch.nan)
 

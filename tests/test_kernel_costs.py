@@ -178,6 +178,6 @@ def test_dropout_add_layer_norm_forward(hidden, tokens):
 @pytest.mark.parametrize("hidden", [384, 768])
 @pytest.mark.parametrize("dropout_p", [DROPOUT, 0.0])
 def test_dropout_add_layer_norm_backward(hidden, dropout_p, tokens, full_sweep):
-    """A small batch has chunks of 32 rows, so that they fill a GPU: their sums, written and read in float32,
-    are as much as 12 rows."""
-    check(layer_norm(tokens, hidden, dropout_p, backward=True), 1.1 if full_sweep else 1.13)
+    """A small batch has chunks of 40 rows, so that they fill a GPU: their sums, written and read in float32,
+    are as much as nine rows."""
+    check(layer_norm(tokens, hidden, dropout_p, backward=True), 1.1 if full_sweep else 1.105)
