@@ -190,14 +190,8 @@ def gpu_tests(place: Place, op: str) -> Step:
 def demo(place: Place) -> Step:
     """All stages of the demo, as its command runs them."""
     why_not = "on a CPU it takes minutes: make demo" if place.is_rehearsal else missing(*TRAINER)
-    command = [
-        *PYTHON,
-        "mtfast",
-        "run",
-        "demo",
-        "--run-dir",
-        str(Path(tempfile.gettempdir()) / "mtfast-demo"),
-    ]
+    run_dir = Path(tempfile.gettempdir()) / "mtfast-demo"
+    command = [*PYTHON, "mtfast", "run", "demo", "--run-dir", str(run_dir)]
     return Step("demo", command, 60, needs="build", why_not=why_not)
 
 

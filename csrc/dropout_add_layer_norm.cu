@@ -35,6 +35,14 @@ struct Given {
   }
 };
 
+// mean and rstd of a row from its sum's share, and the sums of the deviations from that and of their squares.
+// The first of these is what rounding left the mean off by (see cpu_forward).
+__device__ __forceinline__ float2 statistics(float mean, const float (&off)[2], float share,
+                                             const Layer& layer) {
+  const float shift = off[0] * share, spread = off[1] * share - shift * shift;
+  return make_float2(mean + shift, rsqrtf((spread < 0.0f ? 0.0f : spread) + static_cast<float>(layer.eps)));
+}
+
 template <class T>
 __global__ void __launch_bounds__(kMostThreads, 2)
     forward_kernel(const Operands<T> in, T* __restrict__ y, float* __restrict__ stats) {
@@ -46,7 +54,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const int column = place.column;
   const bool is_column = column < hidden;  // of all eight columns, or of none
   const uint64_t seed = seed_of(layer);
-  const float share = 1.0f / static_cast<float>(hidden), eps = static_cast<float>(layer.eps);
+  const float share = 1.0f / static_cast<float>(hidden);
   Given<T> next(in, begin + place.group, end, column);
   const Vectors<T> vectors{shared_memory<T>(), place.tile};
   float* of_warps = reinterpret_cast<float*>(vectors.shared + kVectors * place.tile);
@@ -74,16 +82,14 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       off[1] += deviation * deviation;
     }
     place.row_sums(off, others_of_warps);
-    // The first sum is what rounding left the mean off by (see cpu_forward).
-    const float shift = off[0] * share, spread = off[1] * share - shift * shift;
-    const float exact = mean[0] + shift, rstd = rsqrtf((spread < 0.0f ? 0.0f : spread) + eps);
     if (row >= end) continue;
-    if (stats != nullptr && column == 0) reinterpret_cast<float2*>(stats)[row] = make_float2(exact, rstd);
+    const float2 of_row = statistics(mean[0], off, share, layer);
+    if (stats != nullptr && column == 0) reinterpret_cast<float2*>(stats)[row] = of_row;
     float of_weight[8], of_bias[8];
     unpack(of_weight, vectors.at(kOfWeight, column));
     unpack(of_bias, vectors.at(kOfBias, column));
     MTFAST_UNROLL
-    for (int e = 0; e < 8; ++e) s[e] = (s[e] - exact) * rstd * of_weight[e] + of_bias[e];
+    for (int e = 0; e < 8; ++e) s[e] = (s[e] - of_row.x) * of_row.y * of_weight[e] + of_bias[e];
     store8(y + row * hidden, column, hidden, true, s);
   }
 }
@@ -96,7 +102,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const int64_t row = blockIdx.x;
   const Place place(in.warps);
   const uint64_t seed = seed_of(layer);
-  const float share = 1.0f / static_cast<float>(hidden), eps = static_cast<float>(layer.eps);
+  const float share = 1.0f / static_cast<float>(hidden);
   float* of_warps = shared_memory<float>();
   const auto make = [&](float (&s)[8], int column) {
     make_long_sums(s, Draws(layer, seed, row, column), in, row, column);
@@ -122,18 +128,15 @@ __global__ void __launch_bounds__(kMostThreads)
     }
   });
   place.row_sums(off, of_warps + blockDim.x / 32);
-  const float shift = off[0] * share, spread = off[1] * share - shift * shift;
-  const float exact = mean[0] + shift, rstd = rsqrtf((spread < 0.0f ? 0.0f : spread) + eps);
-  if (stats != nullptr && threadIdx.x == 0) {
-    reinterpret_cast<float2*>(stats)[row] = make_float2(exact, rstd);
-  }
+  const float2 of_row = statistics(mean[0], off, share, layer);
+  if (stats != nullptr && threadIdx.x == 0) reinterpret_cast<float2*>(stats)[row] = of_row;
   place.each_tile(hidden, [&](int column) {
     float s[8], of_weight[8], of_bias[8];
     make(s, column);
     unpack(of_weight, columns_of(in.weight, column, hidden, false, true));
     unpack(of_bias, columns_of(in.bias, column, hidden, false, true));
     MTFAST_UNROLL
-    for (int e = 0; e < 8; ++e) s[e] = (s[e] - exact) * rstd * of_weight[e] + of_bias[e];
+    for (int e = 0; e < 8; ++e) s[e] = (s[e] - of_row.x) * of_row.y * of_weight[e] + of_bias[e];
     store8(y + row * hidden, column, hidden, false, s);
   });
 }
