@@ -94,7 +94,7 @@ def test_wrong_offsets_leave_no_token_unwritten(bounds):
 
 def test_a_launch_that_fails_is_told_in_words():
     library = ctypes.CDLL(os.environ[LIBRARY])
-    batch = make_batch([130], 2, 64, torch.bfloat16)
+    batch = make_batch([130], 2, 128, torch.bfloat16)
     library.cuda_on_cpu_configure(0, 0, 1, 0, ctypes.c_int64(49 * 1024))
     try:
         with pytest.raises(
