@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     forward_kernel(const Operands<T> in, T* __restrict__ y, float* __restrict__ stats) {
   const Layer& layer = in.layer;
   const int hidden = static_cast<int>(layer.hidden);
-  const int64_t begin = blockIdx.x * in.chunk_rows;
-  const int64_t end = begin + in.chunk_rows < layer.rows ? begin + in.chunk_rows : layer.rows;
+  const int64_t begin = in.begin(), end = in.end();
   const Place place(in.warps);
   const int column = place.column;
   const bool is_column = column < hidden;  // of all eight columns, or of none

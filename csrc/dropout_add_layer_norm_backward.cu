@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T>, 1)
     backward_kernel(const Operands<T> in, const Back<T> back) {
   const Layer& layer = in.layer;
   const int hidden = static_cast<int>(layer.hidden);
-  const int64_t begin = blockIdx.x * in.chunk_rows;
-  const int64_t end = begin + in.chunk_rows < layer.rows ? begin + in.chunk_rows : layer.rows;
+  const int64_t begin = in.begin(), end = in.end();
   const Place place(in.warps);
   const int column = place.column;
   const uint64_t seed = seed_of(layer);
@@ -140,8 +139,7 @@ __global__ void __launch_bounds__(kMostThreads)
     backward_long_kernel(const Operands<T> in, const Back<T> back) {
   const Layer& layer = in.layer;
   const int hidden = static_cast<int>(layer.hidden);
-  const int64_t begin = blockIdx.x * in.chunk_rows;
-  const int64_t end = begin + in.chunk_rows < layer.rows ? begin + in.chunk_rows : layer.rows;
+  const int64_t begin = in.begin(), end = in.end();
   const Place place(in.warps);
   const uint64_t seed = seed_of(layer);
   const float share = 1.0f / static_cast<float>(hidden), scale = static_cast<float>(layer.scale);

@@ -18,6 +18,12 @@ struct Operands {
   const T *x, *residual, *weight, *bias, *x_bias;
   int64_t chunk_rows;  // of a block
   int warps;           // beside each other in a row
+
+  // This block's rows.
+  __device__ __forceinline__ int64_t begin() const { return blockIdx.x * chunk_rows; }
+  __device__ __forceinline__ int64_t end() const {
+    return begin() + chunk_rows < layer.rows ? begin() + chunk_rows : layer.rows;
+  }
 };
 
 // A thread's place: its first columns in a row, and which of the rows that a block has under way is its.
