@@ -8,8 +8,8 @@ from pathlib import Path
 from mtfast.toolkit import tool
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# On an H200 racecheck names a kernel of cuBLAS and none of ours, and initcheck finds nothing but copies by torch
-# of memory that it takes for unwritten.
+# On an H200 racecheck names a kernel of cuBLAS and none of ours, and initcheck nothing but copies by torch of
+# memory that it takes for unwritten.
 OF_ONE = {"racecheck": ["--kernel-name", "kns=mtfast"], "initcheck": ["--check-api-memory-access", "no"]}
 
 
