@@ -7,9 +7,8 @@ The baseline is what DataCollatorForLanguageModeling.torch_mask_tokens (transfor
 the device of the tokens; it is given its mask of special tokens for nothing. int64 ids, as the collator's.
 torch.compile gets the same with torch.where in place of indexing, which it can make one kernel of.
 GB/s count ids read once, ids and labels written once, whatever a variant does. On a GPU "graph" replays a
-CUDA graph. A seed of mask_tokens is a number of the host, so a replay masks the same places again: for timing
-that is no matter, for training it is. Inputs that the L2 could hold are several, taken in turn
-(benchmarks/timing.py).
+CUDA graph, whose seed is an int: all replays mask the same places, which for timing is no matter. Inputs that
+the L2 could hold are several, taken in turn (benchmarks/timing.py).
 """
 
 from __future__ import annotations

@@ -150,6 +150,8 @@ def masking(dtype: torch.dtype, strategy: str, kind: str, device: torch.device):
     }  # fmt: skip
     if kind == "positions":
         options["positions"] = torch.randint(-(2**62), 2**62, (total,), device=device)
+    if kind == "seed tensor":
+        options["seed"] = torch.tensor([-7], device=device)
     if kind == "words":
         options["subword"] = torch.rand(30522, device=device) < 0.4
     ours, reference = mask_tokens(ids, **options), mask_tokens_ref(ids, **options)
@@ -165,7 +167,7 @@ CASES: Mapping[str, Mapping[str, Case]] = {
         _name(dtype, strategy, kind): partial(masking, dtype, strategy, kind)
         for dtype in (torch.int64, torch.int32)
         for strategy in ("exact", "bernoulli")
-        for kind in ("plain", "positions", "words")
+        for kind in ("plain", "seed tensor", "positions", "words")
     },
     "concat_mlp": {
         _name(dtype, name, activation): partial(pair_head, dtype, shape, activation)

@@ -79,7 +79,7 @@ Tensor laid_out(const Tensor& x) {
   return kCuda && !on_16_bytes(whole) ? torch::stable::clone(whole) : whole;
 }
 
-// Dropout's seed: an int64 tensor of one element on the device of `like`.
+// A seed where kernels read it: an int64 tensor of one element on the device of `like`.
 inline void check_seed(const char* op, const OptionalTensor& seed, const char* like_name,
                        const Tensor& like) {
   check(seed.has_value(), op, ": dropout needs a seed");

@@ -4,7 +4,7 @@
 
 // clang-format off
 STABLE_TORCH_LIBRARY(mtfast, m) {
-  m.def("mask_tokens(Tensor input_ids, Tensor? positions, Tensor? cu_seqlens, Tensor? subword, int[] special_ids, int mask_token_id, int vocab_size, int seed, float mlm_probability, float mask_fraction, float random_fraction, bool exact) -> (Tensor, Tensor)");
+  m.def("mask_tokens(Tensor input_ids, Tensor? positions, Tensor? cu_seqlens, Tensor? subword, int[] special_ids, int mask_token_id, int vocab_size, int seed, Tensor? seed_tensor, float mlm_probability, float mask_fraction, float random_fraction, bool exact) -> (Tensor, Tensor)");
   m.def("concat_mlp(Tensor u, Tensor v, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? u_rows, Tensor? v_rows, int activation, float dropout_p, Tensor? seed, bool save_hidden) -> (Tensor, Tensor)");
   m.def("concat_mlp_backward(Tensor dy, Tensor u, Tensor v, Tensor weight1, Tensor weight2, Tensor z, Tensor? u_rows, Tensor? v_rows, int activation, float dropout_p, Tensor? seed, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("bias_gelu(Tensor x, Tensor? bias) -> Tensor");

@@ -54,6 +54,7 @@ Options options_of(std::vector<int64_t> special_ids, int64_t mask_token_id, int6
   options.vocab_size = vocab_size;
   options.mask_token_id = mask_token_id;
   options.seed = static_cast<uint64_t>(seed);
+  options.seed_tensor = nullptr;
   options.mlm_probability = mlm_probability;
   options.choose_below = threshold(mlm_probability);
   options.mask_below = threshold(mask_fraction);
@@ -111,11 +112,20 @@ template <bool kCuda>
 std::tuple<Tensor, Tensor> mask_tokens(const Tensor& input_ids, const OptionalTensor& positions,
                                        const OptionalTensor& cu_seqlens, const OptionalTensor& subword,
                                        std::vector<int64_t> special_ids, int64_t mask_token_id,
-                                       int64_t vocab_size, int64_t seed, double mlm_probability,
-                                       double mask_fraction, double random_fraction, bool exact) {
-  const Options options = options_of(std::move(special_ids), mask_token_id, vocab_size, seed, mlm_probability,
-                                     mask_fraction, random_fraction);
+                                       int64_t vocab_size, int64_t seed, const OptionalTensor& seed_tensor,
+                                       double mlm_probability, double mask_fraction, double random_fraction,
+                                       bool exact) {
+  Options options = options_of(std::move(special_ids), mask_token_id, vocab_size, seed, mlm_probability,
+                               mask_fraction, random_fraction);
   const Batch batch = batch_of<kCuda>(input_ids, positions, cu_seqlens, subword, vocab_size);
+  if (seed_tensor) {
+    check_seed(kOp, seed_tensor, "input_ids", input_ids);
+    const int64_t* there = static_cast<const int64_t*>(seed_tensor->const_data_ptr());
+    if (kCuda)
+      options.seed_tensor = there;
+    else
+      options.seed = static_cast<uint64_t>(*there);
+  }
   Tensor output = torch::stable::empty_like(input_ids), labels = torch::stable::empty_like(input_ids);
   if (batch.total == 0) return {output, labels};
   const bool wide = input_ids.scalar_type() == ScalarType::Long;

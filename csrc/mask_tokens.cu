@@ -35,21 +35,22 @@ __global__ void __launch_bounds__(kBernoulliThreads, 5) bernoulli(const Masking<
     tile[n].first = (warp * kBernoulliTiles + n) * kTile;
     masking.load_ids(tile[n], id[n]);
   }
+  const uint64_t seed = masking.seed();
   MTFAST_UNROLL
   for (int n = 0; n < kBernoulliTiles; ++n) {
     bool pred[kTokens];
     uint32_t draw[kTokens];
     masking.ordinary(id[n], pred);
-    if (!kWords) masking.draws(Purpose::kMaskChoose, tile[n], pred, draw);
+    if (!kWords) masking.draws(seed, Purpose::kMaskChoose, tile[n], pred, draw);
     MTFAST_UNROLL
     for (int t = 0; t < kTokens; ++t) {
       const uint32_t i = tile[n].token(t);
       if (kWords)
-        pred[t] = pred[t] && masking.word_chosen(i, masking.sequence_begin(i), cutoff);
+        pred[t] = pred[t] && masking.word_chosen(seed, i, masking.sequence_begin(i), cutoff);
       else
         pred[t] &= key(draw[t], i) < cutoff;
     }
-    masking.write(tile[n], 0, total, id[n], pred);
+    masking.write(seed, tile[n], 0, total, id[n], pred);
   }
 }
 
@@ -65,6 +66,7 @@ struct Shared {
 template <class Id, bool kWords>
 struct Sequence {
   const Masking<Id>& masking;
+  uint64_t seed;
   Shared<Id>* shared;
   uint32_t begin, end;
   uint32_t warps, warp;
@@ -96,7 +98,7 @@ struct Sequence {
       pred[t] &= i >= begin && i < end;
       if (kWords) pred[t] = pred[t] && !masking.goes_on(i, begin);
     }
-    masking.draws(Purpose::kMaskChoose, tile(n), pred, draw);
+    masking.draws(seed, Purpose::kMaskChoose, tile(n), pred, draw);
   }
 
   __device__ __forceinline__ void recall(int n, bool (&pred)[kTokens], uint32_t (&draw)[kTokens]) const {
@@ -212,11 +214,11 @@ struct Sequence {
       for (int t = 0; t < kTokens; ++t) {
         const uint32_t i = tile(n).token(t);
         if (kWords)
-          pred[t] = pred[t] && i >= begin && i < end && masking.word_chosen(i, begin, cutoff);
+          pred[t] = pred[t] && i >= begin && i < end && masking.word_chosen(seed, i, begin, cutoff);
         else
           pred[t] &= key(draw[t], i) < cutoff;
       }
-      masking.write(tile(n), begin, end, id, pred);
+      masking.write(seed, tile(n), begin, end, id, pred);
     }
   }
 };
@@ -225,6 +227,7 @@ struct Sequence {
 template <class Id, bool kWords>
 __global__ void __launch_bounds__(kExactThreads, kWords ? 6 : 8) exact(const Masking<Id> masking, int each) {
   const Batch& batch = masking.batch;
+  const uint64_t seed = masking.seed();
   const uint32_t warp = threadIdx.x / 32;
   if (blockIdx.x == 0) {
     // Of tokens before the first sequence and after the last one there should be none.
@@ -240,7 +243,7 @@ __global__ void __launch_bounds__(kExactThreads, kWords ? 6 : 8) exact(const Mas
     const bool fits = end - (begin & ~3u) <= kCachedTiles * kTile;
     if (fits && n != static_cast<int>(warp)) continue;
     Sequence<Id, kWords> sequence{
-        masking, shared_memory<Shared<Id>>(), begin, end, fits ? 1u : kExactWarps, fits ? 0 : warp, 0};
+        masking, seed, shared_memory<Shared<Id>>(), begin, end, fits ? 1u : kExactWarps, fits ? 0 : warp, 0};
     sequence.mask();
   }
 }

@@ -40,6 +40,12 @@ struct Masking {
 
   __device__ __forceinline__ const Id* ids() const { return static_cast<const Id*>(batch.input_ids); }
 
+  // To be called before the threads of a warp go different ways: then uniform registers hold the seed and the
+  // keys of Philox's rounds. "exact" has no others left for them.
+  __device__ __forceinline__ uint64_t seed() const {
+    return options.seed_tensor ? static_cast<uint64_t>(__ldg(options.seed_tensor)) : options.seed;
+  }
+
   __device__ __forceinline__ void ordinary(const Id (&id)[kTokens], bool (&pred)[kTokens]) const {
     // The sign says it: an id of the vocabulary has 31 bits, so has its distance to any.
     int32_t in_run[kTokens] = {};
@@ -132,14 +138,14 @@ struct Masking {
   }
 
   // The draws of the tokens whose pred is set; the whole warp calls.
-  __device__ __forceinline__ void draws(Purpose purpose, const Tile<Id>& tile, const bool (&pred)[kTokens],
-                                        uint32_t (&draw)[kTokens]) const {
-    if (batch.positions) return draws_by_position(purpose, tile, pred, draw);
+  __device__ __forceinline__ void draws(uint64_t seed, Purpose purpose, const Tile<Id>& tile,
+                                        const bool (&pred)[kTokens], uint32_t (&draw)[kTokens]) const {
+    if (batch.positions) return draws_by_position(seed, purpose, tile, pred, draw);
     // Where a vector holds two tokens, two lanes share the Philox calls of two vectors: each makes one.
     constexpr bool kShared = Tile<Id>::kVectors == 2;
     const uint32_t lane = threadIdx.x % 32, odd = lane % 2;
     const uint32_t group = tile.first / 4 + (kShared ? 16 * odd + lane / 2 : lane);
-    const Philox4 own = draw4(options.seed, purpose, group);
+    const Philox4 own = draw4(seed, purpose, group);
     MTFAST_UNROLL
     for (int w = 0; w < 2; ++w) {
       const uint32_t low = own.word[w], high = own.word[w + 2];
@@ -149,7 +155,7 @@ struct Masking {
     }
   }
 
-  __device__ __forceinline__ void draws_by_position(Purpose purpose, const Tile<Id>& tile,
+  __device__ __forceinline__ void draws_by_position(uint64_t seed, Purpose purpose, const Tile<Id>& tile,
                                                     const bool (&pred)[kTokens],
                                                     uint32_t (&draw)[kTokens]) const {
     int64_t position[kTokens];
@@ -165,7 +171,7 @@ struct Masking {
     for (int t = 0; t < kTokens; ++t) {
       if (needed >> t & 1 && position[0] >> 2 != group) {
         group = position[0] >> 2;
-        four = draw4(options.seed, purpose, static_cast<uint64_t>(group));
+        four = draw4(seed, purpose, static_cast<uint64_t>(group));
       }
       const uint32_t here = four.at(position[0]);
       MTFAST_UNROLL
@@ -178,16 +184,17 @@ struct Masking {
   }
 
   // Whether the word of ordinary token i is chosen: whether the key of its first token is below the cutoff.
-  __device__ __forceinline__ bool word_chosen(uint32_t i, uint32_t begin, uint64_t cutoff) const {
+  __device__ __forceinline__ bool word_chosen(uint64_t seed, uint32_t i, uint32_t begin,
+                                              uint64_t cutoff) const {
     while (goes_on(i, begin)) --i;
     const int64_t at = batch.positions ? batch.positions[i] : i;
-    const Philox4 four = draw4(options.seed, Purpose::kMaskChoose, static_cast<uint64_t>(at >> 2));
+    const Philox4 four = draw4(seed, Purpose::kMaskChoose, static_cast<uint64_t>(at >> 2));
     return key(four.at(at), i) < cutoff;
   }
 
   // Writes what of the tile is in [begin, end); the tokens whose pred is set are the chosen ones.
-  __device__ __forceinline__ void write(const Tile<Id>& tile, uint32_t begin, uint32_t end, Id (&id)[kTokens],
-                                        const bool (&pred)[kTokens]) const {
+  __device__ __forceinline__ void write(uint64_t seed, const Tile<Id>& tile, uint32_t begin, uint32_t end,
+                                        Id (&id)[kTokens], const bool (&pred)[kTokens]) const {
     Id label[kTokens];
     bool any = false;
     MTFAST_UNROLL
@@ -198,7 +205,7 @@ struct Masking {
     store_ids(labels, tile, begin, end, label);
     if (__any_sync(0xffffffffu, any)) {
       uint32_t draw[kTokens];
-      draws(Purpose::kMaskReplace, tile, pred, draw);
+      draws(seed, Purpose::kMaskReplace, tile, pred, draw);
       MTFAST_UNROLL
       for (int t = 0; t < kTokens; ++t)
         if (pred[t]) id[t] = static_cast<Id>(replacement(options, draw[t], id[t]));

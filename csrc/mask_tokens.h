@@ -35,6 +35,7 @@ struct Options {
   int64_t vocab_size;
   int64_t mask_token_id;
   uint64_t seed;
+  const int64_t* seed_tensor;  // or null: where the CUDA kernels find the seed, in place of `seed`
   double mlm_probability;
   uint64_t choose_below;  // a draw of 32 bits is compared with these: 2^32 means always
   uint64_t mask_below;    // a replacement draw below it gives [MASK],

@@ -71,6 +71,8 @@ def random_arguments(number: int) -> tuple[Tensor, dict]:
         "random_fraction": min(draw.choice([0.0, 0.1, 1.0]), 1 - mask_fraction),
         "strategy": draw.choice(STRATEGIES),
     }
+    if draw.random() < 0.5:
+        options["seed"] = torch.tensor([options["seed"]])
     return ids, options
 
 
@@ -78,7 +80,7 @@ def check_against_the_reference(mask: Mask, numbers: Iterable[int]) -> None:
     """Bit for bit on these random batches."""
     for number in numbers:
         ids, options = random_arguments(number)
-        summary = {key: value for key, value in options.items() if not isinstance(value, Tensor)}
+        summary = {k: v for k, v in options.items() if not isinstance(v, Tensor) or v.numel() == 1}
         what = (number, ids.shape, ids.dtype, summary)
         assert_same(mask(ids, **options), mask_tokens_ref(ids, **options), what)
 
@@ -220,6 +222,21 @@ def check_seeds_are_independent(mask: Mask) -> None:
     both, only_first = int((first & second).sum()), int((first & ~second).sum())
     only_second, neither = int((~first & second).sum()), int((~first & ~second).sum())
     assert stats.chi2_contingency([[both, only_first], [only_second, neither]]).pvalue > 0.001
+
+
+def check_a_seed_tensor(mask: Mask) -> None:
+    """It gives what its int gives, and after a change of its value what that gives."""
+    torch.manual_seed(8)
+    ids, subword = ordinary_ids(6, 700), torch.rand(30522) < 0.4
+    seed = torch.zeros(1, dtype=torch.int64)
+    for value in (0, -1, 2**63 - 1, -(2**63), 5 << 32):
+        seed.fill_(value)
+        for strategy in STRATEGIES:
+            for more in ({}, {"subword": subword}, {"positions": torch.arange(4200).view(6, 700) * 3}):
+                options = BERT | {"strategy": strategy, **more}
+                expected = mask_tokens_ref(ids, **(options | {"seed": value}))
+                for shape in ((1,), (), (1, 1)):
+                    assert_same(mask(ids, **(options | {"seed": seed.view(shape)})), expected, value)
 
 
 def check_exact_counts(mask: Mask, probability: float) -> None:

@@ -66,7 +66,7 @@ def masking(lengths: str, tokens: int, strategy: str) -> tuple[Costs, int]:
     """Costs and floor of mask_tokens."""
     kernels = load("mask_tokens.cu", COUNTED)
     ids, cu_seqlens = ordinary_ids(tokens), offsets(draw_tokens(lengths, tokens))
-    emulated(kernels)(ids, strategy, cu_seqlens=cu_seqlens, **BERT)
+    emulated(kernels)(ids, strategy, cu_seqlens=cu_seqlens, **(BERT | {"seed": torch.tensor([7])}))
     return kernels.costs, tokens * 3 * 8
 
 

@@ -11,6 +11,7 @@ from mask_tokens_cases import (
     STRATEGIES,
     Mask,
     assert_same,
+    check_a_seed_tensor,
     check_against_the_reference,
     check_empty_and_one_token,
     check_equal_draws,
@@ -98,6 +99,10 @@ def test_seeds_are_independent(mask):
     check_seeds_are_independent(mask)
 
 
+def test_a_seed_tensor(mask):
+    check_a_seed_tensor(mask)
+
+
 @pytest.mark.parametrize("probability", [0.15, 0.1, 0.5, 0.0, 1.0])
 def test_exact_chooses_as_many_as_the_host_counts(probability, mask):
     check_exact_counts(mask, probability)
@@ -111,27 +116,31 @@ def test_whole_words(strategy, mask):
 def test_opcheck():
     ids = ordinary_ids(4, 32, dtype=torch.int32)
     arguments = (ids, torch.arange(128).view(4, 32), None, torch.rand(30522) < 0.4)
-    rest = (SPECIAL, 103, 30522, 7, 0.15, 0.8, 0.1)
-    for exact in (True, False):
-        torch.library.opcheck(torch.ops.mtfast.mask_tokens.default, (*arguments, *rest, exact))
     cu_seqlens = torch.tensor([0, 5, 32], dtype=torch.int32)
-    torch.library.opcheck(torch.ops.mtfast.mask_tokens.default, (ids[0], None, cu_seqlens, None, *rest, True))
+    for seed in ((7, None), (0, torch.tensor([7]))):
+        rest = (SPECIAL, 103, 30522, *seed, 0.15, 0.8, 0.1)
+        for exact in (True, False):
+            torch.library.opcheck(torch.ops.mtfast.mask_tokens.default, (*arguments, *rest, exact))
+        packed = (ids[0], None, cu_seqlens, None, *rest, True)
+        torch.library.opcheck(torch.ops.mtfast.mask_tokens.default, packed)
 
 
 def test_compile_and_export():
     class Module(torch.nn.Module):
-        def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            masked = mask_tokens(ids, **BERT)
-            return masked.input_ids, (masked.labels != -100).sum(1)
+        def forward(self, ids: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            masked, followed = mask_tokens(ids, **BERT), mask_tokens(ids, **(BERT | {"seed": seed}))
+            return masked.input_ids, (masked.labels != -100).sum(1), *followed
 
     ids = ordinary_ids(4, 32)
-    expected = Module()(ids)
     compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
     length = torch.export.Dim("length", max=512)
-    exported = torch.export.export(Module(), (ordinary_ids(4, 20),), dynamic_shapes=({1: length},)).module()
-    for module in (compiled, exported):
-        for value, right in zip(module(ids), expected, strict=True):
-            assert torch.equal(value, right)
+    example, dynamic_shapes = (ordinary_ids(4, 20), torch.tensor([1])), ({1: length}, None)
+    exported = torch.export.export(Module(), example, dynamic_shapes=dynamic_shapes).module()
+    for seed in (torch.tensor([2]), torch.tensor([3])):
+        expected = Module()(ids, seed)
+        for module in (compiled, exported):
+            for value, right in zip(module(ids, seed), expected, strict=True):
+                assert torch.equal(value, right)
 
 
 @needs_cuda
@@ -147,6 +156,23 @@ def test_cuda_graph_replays(monkeypatch):
     ids.copy_(ordinary_ids(16, 512))
     graph.replay()
     assert_same(masked, mask_tokens_ref(ids, **BERT))
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_cuda_graph_follows_the_seed_tensor(strategy, monkeypatch):
+    monkeypatch.setattr("mtfast.ops._library.CHECK_VALUES", False)
+    ids, seed = ordinary_ids(16, 512).cuda(), torch.tensor([1], device="cuda")
+    options = BERT | {"seed": seed, "strategy": strategy}
+    mask_tokens(ids, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        masked = mask_tokens(ids, **options)
+    for value in (1, -1, 2**40):
+        seed.fill_(value)
+        graph.replay()
+        assert_same(masked, mask_tokens_ref(ids, **(options | {"seed": value})), value)
 
 
 IDS = torch.arange(200, 210)

@@ -16,6 +16,7 @@ from mask_tokens_cases import (
     STRATEGIES,
     Mask,
     assert_same,
+    check_a_seed_tensor,
     check_against_the_reference,
     check_empty_and_one_token,
     check_equal_draws,
@@ -49,6 +50,7 @@ class Options(ctypes.Structure):
         ("vocab_size", ctypes.c_int64),
         ("mask_token_id", ctypes.c_int64),
         ("seed", ctypes.c_uint64),
+        ("seed_tensor", ctypes.c_void_p),
         ("mlm_probability", ctypes.c_double),
         ("choose_below", ctypes.c_uint64),
         ("mask_below", ctypes.c_uint64),
@@ -78,6 +80,8 @@ def c_arguments(ids: torch.Tensor, arguments: dict) -> tuple[Batch, Options]:
     mask_below = threshold(arguments["mask_fraction"])
     random_below = min(2**32, mask_below + threshold(arguments["random_fraction"]))
     shift = 63 - ordinary.bit_length()
+    seed = arguments["seed"]
+    on_host = not isinstance(seed, torch.Tensor)
     options = Options(
         len(begin),
         len(special),
@@ -85,7 +89,8 @@ def c_arguments(ids: torch.Tensor, arguments: dict) -> tuple[Batch, Options]:
         (ctypes.c_int32 * RUNS)(*end),
         arguments["vocab_size"],
         arguments["mask_token_id"],
-        arguments["seed"] % 2**64,
+        seed % 2**64 if on_host else 0,
+        None if on_host else seed.data_ptr(),
         arguments["mlm_probability"],
         threshold(arguments["mlm_probability"]),
         mask_below,
@@ -163,6 +168,10 @@ def test_distribution(mask):
     check_shares(mask)
     check_replacements_are_uniform_and_never_special(mask, 0.1)
     check_seeds_are_independent(mask)
+
+
+def test_a_seed_tensor(mask):
+    check_a_seed_tensor(mask)
 
 
 @pytest.mark.parametrize("probability", [0.15, 0.1, 0.5, 0.0, 1.0])

@@ -80,8 +80,11 @@ def test_special_ids_of_every_kind(special_ids):
         ({"mask_fraction": torch.tensor(0.5)}, TypeError, "mask_fraction must be a float, found a tensor"),
         ({"random_fraction": None}, TypeError, "random_fraction must be a float, found None"),
         ({"strategy": np.array(["exact", "all"])}, ValueError, "strategy must be one of exact, bernoulli"),
-        ({"seed": 1.0}, TypeError, "seed must be an int, found a float"),
-        ({"seed": torch.tensor(1)}, TypeError, r"seed must be an int, found a tensor: pass int\(seed\)"),
+        ({"seed": 1.0}, TypeError, "seed must be an int or an int64 tensor of one element, found a float"),
+        ({"seed": None}, TypeError, "seed must be an int or an int64 tensor of one element, found None"),
+        ({"seed": torch.tensor([1, 2])}, TypeError, r"seed must be .*, found torch.int64 \[2\]"),
+        ({"seed": torch.tensor([1]).int()}, TypeError, r"seed must be .*, found torch.int32 \[1\]"),
+        ({"seed": torch.tensor([1]).to_sparse()}, TypeError, "seed must be a dense tensor"),
         ({"seed": 2**64}, ValueError, "seed must have at most 64 bits"),
         ({"input_ids": IDS.tolist()}, TypeError, "input_ids must be a tensor, found a list: pass torch.as_"),
         ({"input_ids": IDS.to_sparse()}, TypeError, "input_ids must be a dense tensor"),
@@ -210,6 +213,7 @@ def test_a_seed_of_any_64_bits(seed):
         mask_tokens(IDS, **(BERT | {"seed": seed})), mask_tokens(IDS, **(BERT | {"seed": bits % 2**64}))
     )
     as_int64 = torch.tensor([bits - 2**64 if bits >= 2**63 else bits])
+    assert_same(mask_tokens(IDS, **(BERT | {"seed": seed})), mask_tokens(IDS, **(BERT | {"seed": as_int64})))
     for one, other in ((seed, bits % 2**64), (seed, as_int64)):
         for op, arguments in (
             (packed_attention, ATTENTION),
@@ -255,8 +259,9 @@ def test_on_meta_tensors_results_are_meta_tensors():
     y.sum().backward()
     assert y.is_meta and y.shape == norm["x"].grad.shape == (3, 6) and norm["bias"].grad.shape == (6,)
 
-    masked = mask_tokens(IDS.to("meta"), **BERT)
-    assert all(x.is_meta and x.shape == IDS.shape for x in masked)
+    for seed in (7, torch.tensor([7], device="meta")):
+        masked = mask_tokens(IDS.to("meta"), **(BERT | {"seed": seed}))
+        assert all(x.is_meta and x.shape == IDS.shape for x in masked)
 
 
 @pytest.mark.parametrize("name", ["k", "v", "cu_seqlens"])

@@ -97,6 +97,8 @@ def test_a_seed_elsewhere_is_named(dropout_p):
         concat_mlp(*OPERANDS, **options)
     with pytest.raises(ValueError, match="seed is on meta, x on cpu"):
         dropout_add_layer_norm(ROWS, ROWS, *NORM, **options)
+    with pytest.raises(ValueError, match="seed is on meta, input_ids on cpu"):
+        mask_tokens(IDS, **(MASKING | {"seed": seed}))
 
 
 def test_an_int_seed_is_refused_while_a_graph_is_captured(monkeypatch):

@@ -121,7 +121,7 @@ def equal(a: int, b: int) -> bool:
     return a == b
 
 
-def seed_bits(x: Any, wanted: str = "an int") -> int:
+def seed_bits(x: Any, wanted: str) -> int:
     """A seed as the int64 that has its bits: what counts is its value modulo 2^64.
 
     Raises:

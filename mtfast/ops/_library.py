@@ -153,6 +153,23 @@ def underivable(op_name: str) -> Any:
     return call
 
 
+def checked_seed(seed: int | Tensor, like_name: str, like: Tensor) -> int | Tensor:
+    """A seed as the int64 that has its bits, or the tensor of one on the device of `like` that it is.
+
+    Raises:
+        TypeError, ValueError: it is no int of 64 bits, or a tensor of another dtype, size or device.
+    """
+    if not isinstance(seed, Tensor):
+        return _arguments.seed_bits(seed, _SEED)
+    _arguments.check_tensor("seed", seed)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(f"seed must be {_SEED}, found {seed.dtype} {list(seed.shape)}")
+    device = like.device
+    if seed.device != device:
+        raise ValueError(f"seed is on {seed.device}, {like_name} on {device}: they must be on one device")
+    return seed
+
+
 def seed_tensor(seed: int | Tensor | None, dropout_p: float, like_name: str, like: Tensor) -> Tensor | None:
     """Dropout's seed where kernels read it: an int64 tensor of one element on the device of `like`.
 
@@ -163,15 +180,8 @@ def seed_tensor(seed: int | Tensor | None, dropout_p: float, like_name: str, lik
         RuntimeError: it is an int while a CUDA graph is captured, whose replays would all drop the same.
     """
     device = like.device
-    if isinstance(seed, Tensor):
-        _arguments.check_tensor("seed", seed)
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            found = f"{seed.dtype} {list(seed.shape)}"
-            raise TypeError(f"seed must be {_SEED}, found {found}")
-        if seed.device != device:
-            raise ValueError(f"seed is on {seed.device}, {like_name} on {device}: they must be on one device")
-    elif seed is not None:
-        seed = _arguments.seed_bits(seed, _SEED)
+    if seed is not None:
+        seed = checked_seed(seed, like_name, like)
     if dropout_p == 0.0:
         return None
     if isinstance(seed, Tensor):

@@ -29,7 +29,7 @@ def mask_tokens(
     special_ids: Iterable[int] | Tensor,
     mask_token_id: int,
     vocab_size: int,
-    seed: int,
+    seed: int | Tensor,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     mlm_probability: float = 0.15,
@@ -49,7 +49,8 @@ def mask_tokens(
             runs of consecutive ids. A tensor of them had better be on the CPU: a GPU is waited for.
         mask_token_id: the id of [MASK].
         vocab_size: ids are in [0, vocab_size).
-        seed: any 64-bit int.
+        seed: any 64-bit int, or an int64 tensor of one element on input_ids' device, which is read there: a
+            captured CUDA graph follows the tensor, while all its replays have the same int.
         positions: int64, the shape of input_ids: the stable identity of each token in the corpus. Default:
             its flat index in the batch.
         cu_seqlens: int32 [sequences + 1], for packed input: where each sequence begins, and the total.
@@ -70,7 +71,7 @@ def mask_tokens(
 
     Raises:
         TypeError: an argument is of a wrong kind: no tensor, no int, no list of ints.
-        ValueError: strategy is unknown; an int has more than 64 bits.
+        ValueError: strategy is unknown; an int has more than 64 bits; the seed is on another device.
         RuntimeError: an argument has a wrong device, dtype, shape or value. On a GPU the values of
             input_ids and cu_seqlens are looked at only under MTFAST_CHECK_VALUES=1, since that waits for the
             GPU. Without it ids outside the vocabulary are left as they are, and wrong offsets give wrong
@@ -92,6 +93,8 @@ def mask_tokens(
         _library.check_range("mask_tokens", "input_ids", input_ids, vocab_size)
         if cu_seqlens is not None:
             _library.check_cu_seqlens("mask_tokens", cu_seqlens, input_ids.numel())
+    seed = _library.checked_seed(seed, "input_ids", input_ids)
+    on_host = not isinstance(seed, Tensor)
     output, labels = torch.ops.mtfast.mask_tokens(
         input_ids,
         positions,
@@ -100,7 +103,8 @@ def mask_tokens(
         _arguments.integers("special_ids", special_ids),
         _arguments.int64("mask_token_id", mask_token_id),
         _arguments.int64("vocab_size", vocab_size),
-        _arguments.seed_bits(seed),
+        seed if on_host else 0,
+        None if on_host else seed,
         _arguments.real("mlm_probability", mlm_probability),
         _arguments.real("mask_fraction", mask_fraction),
         _arguments.real("random_fraction", random_fraction),
@@ -115,7 +119,7 @@ def mask_tokens_ref(
     special_ids: Iterable[int] | Tensor,
     mask_token_id: int,
     vocab_size: int,
-    seed: int,
+    seed: int | Tensor,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     mlm_probability: float = 0.15,
@@ -142,6 +146,7 @@ def mask_tokens_ref(
         goes_on = subword[ids[1:]] & ordinary[:-1] & (sequence[1:] == sequence[:-1])
         starts[1:] &= ~goes_on
 
+    seed = int(seed)
     draw = _philox.draw(seed, _CHOOSE, position)
     if strategy == "bernoulli":
         chosen = starts & (draw < _philox.threshold(mlm_probability))

@@ -135,7 +135,7 @@ def mask_tokens(rng: random.Random, op: str = "mask_tokens") -> Case:
         "special_ids": special,
         "mask_token_id": rng.randrange(vocab_size),
         "vocab_size": vocab_size,
-        "seed": rng.randrange(-(2**63), 2**64),
+        "seed": rng.choice([rng.randrange(-(2**63), 2**64), torch.tensor([rng.randrange(2**62)])]),
         "mlm_probability": rng.choice([0.0, 0.15, 0.5, 1.0]),
         "mask_fraction": rng.choice([0.0, 0.5, 0.8]),
         "random_fraction": 0.0 if len(special) == vocab_size else rng.choice([0.0, 0.1, 0.2]),
@@ -171,8 +171,10 @@ def registered(rng: random.Random, op: str) -> Case:
     given = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
     if op == "mask_tokens":
         options = {name: given.pop(name, None) for name in ("positions", "cu_seqlens", "subword")}
-        exact = {"exact": given.pop("strategy") == "exact", "seed": rng.choice([1, -1, 2**63 - 1])}
-        return Case(raw.mask_tokens, given | options | exact)
+        seed = given.pop("seed")
+        options |= {"seed": rng.choice([1, -1, 2**63 - 1]), "exact": given.pop("strategy") == "exact"}
+        options["seed_tensor"] = seed if isinstance(seed, Tensor) else None
+        return Case(raw.mask_tokens, given | options)
     if op == "bias_gelu":
         if rng.random() < 0.4:
             return Case(raw.bias_gelu, given)
