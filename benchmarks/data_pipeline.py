@@ -39,7 +39,8 @@ from benchmarks.stage_setup import parser_of
 from benchmarks.timing import measure
 from mtfast.config import PretrainConfig
 from mtfast.data import reviews as making
-from mtfast.data.packing import ReviewBatch, pack_reviews, prefetch
+from mtfast.data.packing import ReviewBatch, pack_reviews
+from mtfast.data.prefetch import prefetch
 from mtfast.data.reviews import ReviewSamples, ReviewTable, build_samples, read_reviews
 from mtfast.data.sampler import ReviewStepPlan, plan_reviews
 from mtfast.models.checkpoint import load_tokenizer
@@ -150,10 +151,9 @@ class OurPipeline:
             samples,
             step.micro_batches[0],
             mlm_probability=RECIPE.mlm_probability,
-            step_masked=step.step_masked,
-            step_samples=step.step_samples,
+            mlm_weight=1 / step.step_masked,
+            nsp_weight=1 / step.step_samples,
             mask_seed=SEED,
-            bucket_tokens=RECIPE.bucket_tokens,
         )
 
 

@@ -8,11 +8,12 @@ with float32 weights in AdamW and dropout 0.1: forward, backward, optimizer. The
 given the same losses in float32 without dropout. Batches are made beforehand.
 
 "mtfast" is the step that `mtfast finetune` runs, under DeepSpeed; "plain" is its model in a loop of plain
-PyTorch, which shows what the engine costs. "eager" is Hugging Face's BertModel with SDPA, each task padded to
-the longest sentence of its part; "grouped" is that on other batches, of the examples of 50 steps grouped by
-length as Trainer's `group_by_length` does, within their task, and "compile" is "eager" under torch.compile
-with dynamic shapes. A commit's name is mtfast as it is there, in a process of its own. Ratios are of examples
-a second over all steps.
+PyTorch, which shows what the engine costs; on a GPU "launched" is mtfast's step without CUDA graphs. "eager"
+is Hugging Face's BertModel with SDPA, each task padded to the longest sentence of its part; "grouped" is that
+on other batches, of the examples of 50 steps grouped by length as Trainer's `group_by_length` does, within
+their task, and "compile" is "eager" under torch.compile with dynamic shapes. A commit's name is mtfast as it
+is there, in a process of its own. Ratios are of examples a second over all steps; "tflops" are the encoder's
+products of the real tokens, in 1e12 operations a second.
 """
 
 from __future__ import annotations

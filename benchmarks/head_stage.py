@@ -13,6 +13,8 @@ under autocast with torch's fused AdamW, taking turns.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,17 +157,28 @@ def check_losses(stage: Heads, twin: EagerTwin) -> None:
 def _train_eager(
     stage: Heads, plan: list[StepPlan], epoch: int, twin: EagerTwin, optimizer: torch.optim.Optimizer
 ) -> None:
-    for (batch,) in stage.micro_batches(plan, epoch):
-        assert isinstance(batch, CachedBatch)
-        optimizer.zero_grad()
-        total(eager_losses(stage, twin, batch)).backward()
-        optimizer.step()
+    with unfilled(stage):
+        for (batch,) in stage.micro_batches(plan, epoch):
+            assert isinstance(batch, CachedBatch)
+            optimizer.zero_grad()
+            total(eager_losses(stage, twin, batch)).backward()
+            optimizer.step()
+
+
+@contextmanager
+def unfilled(stage: Heads) -> Iterator[None]:
+    """Batches with their examples alone, for what takes the mean over them."""
+    room, stage.room = stage.room, None
+    try:
+        yield
+    finally:
+        stage.room = room
 
 
 def eager_losses(stage: Heads, twin: EagerTwin, batch: CachedBatch) -> dict[str, Tensor]:
     """The eager heads' losses on the stage's table."""
     cls, labels = {}, {}
-    for task, examples in batch.examples.items():
+    for task, examples in batch.by_task(batch.numbers).items():
         rows = stage.table.rows(task, examples)
         cls[task] = stage.table.cls[rows if rows.dim() == 1 else rows.t().reshape(-1)]
         labels[task] = stage.labels[task][examples]

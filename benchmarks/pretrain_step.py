@@ -9,11 +9,12 @@ forward, backward, optimizer. They take turns, after they have given the same lo
 dropout. Batches are made beforehand; so are the masks, which mtfast draws in its step.
 
 "mtfast" is the step that `mtfast pretrain` runs, under DeepSpeed; "plain" is its model in a loop of plain
-PyTorch, which shows what the engine costs. "eager" is Hugging Face's BertForPreTraining with SDPA on padded
-samples, "masked logits" the same with the vocabulary's logits at the masked places alone, "grouped" is
-"eager" on other batches, of the samples of 50 steps grouped by length as Trainer's `group_by_length` does,
-and "compile" is "eager" under torch.compile with dynamic shapes. A commit's name is mtfast as it is there, in
-a process of its own. Ratios are of examples a second over all steps.
+PyTorch, which shows what the engine costs; on a GPU "launched" is mtfast's step without CUDA graphs. "eager"
+is Hugging Face's BertForPreTraining with SDPA on padded samples, "masked logits" the same with the
+vocabulary's logits at the masked places alone, "grouped" is "eager" on other batches, of the samples of 50
+steps grouped by length as Trainer's `group_by_length` does, and "compile" is "eager" under torch.compile with
+dynamic shapes. A commit's name is mtfast as it is there, in a process of its own. Ratios are of examples a
+second over all steps; "tflops" are the encoder's products of the real tokens, in 1e12 operations a second.
 """
 
 from __future__ import annotations

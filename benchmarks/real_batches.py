@@ -78,13 +78,14 @@ def pretrain_batches(stage: Pretrain, turns: int, warm_up: int) -> tuple[list[La
         "special_ids": list(stage.samples.sequences.special.all),
         "mask_token_id": stage.weights.tokenizer.mask_token_id,
         "vocab_size": stage.weights.config.vocab_size,
-        "seed": packed[0].mask_seed,
+        "seed": int(packed[0].mask_seed),
         "mlm_probability": stage.settings.mlm_probability,
     }
 
     def padded(rows: np.ndarray) -> HfReviews:
-        counts = {"step_masked": 0, "step_samples": len(rows)}  # which nobody reads
-        flat = pack_reviews(stage.samples, rows, mlm_probability=stage.settings.mlm_probability, **counts)
+        probability = stage.settings.mlm_probability
+        # Nobody reads the weights.
+        flat = pack_reviews(stage.samples, rows, mlm_probability=probability, mlm_weight=0.0, nsp_weight=0.0)
         return hf_reviews(flat.to(stage.engine.device), masking)[0]
 
     steps = [step.micro_batches[0] for step in stage.plan(0)[: max(MEGABATCH, turns)]]

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,12 +19,12 @@ from benchmarks.op_count import count_ops
 from benchmarks.real_batches import Layouts
 from benchmarks.stage_setup import SHAPES, Clock, Setup, StageMaker, parser_of
 from benchmarks.step_contenders import Contender
-from benchmarks.steps import LossesIn, difference, losses_of
+from benchmarks.steps import LossesIn, difference, kernel_columns, losses_of
 from benchmarks.timing import reason_of
 from mtfast.training.engine.engine import start, stop
 
 WARM_UP = 2
-OURS, GROUPED, COMPILED, REFERENCE = "mtfast", "grouped", "compile", "eager"
+OURS, LAUNCHED, GROUPED, COMPILED, REFERENCE = "mtfast", "launched", "grouped", "compile", "eager"
 Turn = Callable[[int], float]  # makes the step of that turn; its seconds
 
 
@@ -114,6 +115,10 @@ def compare(
     field = field_of(maker, stage, setup.steps)
     device, packed = stage.engine.device, [layouts.packed for layouts in field.batches]
     entrants: dict[str, Entrant | Child] = {OURS: Entrant(stage.step, packed, device)}
+    if stage.graphs is not None:
+        entrants[LAUNCHED] = Entrant(stage.train_on, packed, device)
+        for turn in 2 * list(range(len(packed))):  # the second step of a shape is captured
+            entrants[OURS].turn(turn)
     with ExitStack() as stack:
         stack.callback(stage.engine.close)
         if baseline:
@@ -130,19 +135,28 @@ def compare(
                     raise
                 print(f"left out: {name}: {reason_of(error)}", flush=True)
         seconds = take_turns({name: entrant.turn for name, entrant in entrants.items()}, setup.steps)
+        here = {name: entrant for name, entrant in entrants.items() if isinstance(entrant, Entrant)}
         kernels = {
             name: entrant.kernels()
-            for name, entrant in entrants.items()
-            if isinstance(entrant, Entrant) and name != COMPILED
+            for name, entrant in here.items()
+            if name != COMPILED and not (name == OURS and LAUNCHED in entrants)  # a replay launches none
         }
+        idle = kernel_columns({name: entrant.calls() for name, entrant in here.items()}, device)["idle_share"]
     timings = {name: summary(values) for name, values in seconds.items()}
     examples = {
         name: sum(layouts.size for layouts in (field.grouped if name == GROUPED else field.batches)[WARM_UP:])
         for name in seconds
     }
     rates = {name: examples[name] / sum(values) for name, values in seconds.items()}
+    tokens = sum(batch.tokens for batch in packed[WARM_UP:])
+    tflops = {
+        name: stage.flops_per_token * tokens / sum(values) / 1e12
+        for name, values in seconds.items()
+        if name != GROUPED  # whose examples are others
+    }
     named = case_of(maker, f"{stage.settings.batch_size} {case}", field.batches[WARM_UP:])
-    return rows_of(benchmark, named, timings, REFERENCE, examples_per_s=rates, kernels=kernels)
+    columns = {"examples_per_s": rates, "tflops": tflops, "kernels": kernels, "idle_share": idle}
+    return rows_of(benchmark, named, timings, REFERENCE, **columns)
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,10 @@ class Entrant:
         clock = Clock(self.device)
         self.step(self.batches[index])
         return clock.lap()
+
+    def calls(self) -> list[Callable[[], Any]]:
+        """The steps of the turns that are measured."""
+        return [partial(self.step, batch) for batch in self.batches[WARM_UP:]]
 
     def kernels(self) -> int:
         """Ops of a step that compute something."""

@@ -5,7 +5,7 @@ A batch holds the same examples in each of the layouts that benchmarks/step_cont
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,6 @@ TASKS = {
     ),
 }
 FULL_DATA = MIXTURES["mixture"]
-BUCKET_TOKENS = 64  # the recipe's: mtfast fills a packed step up to a multiple of it
 LONGEST = 512
 TOKENS = SpecialTokens(cls=101, sep=102, pad=0, all=tuple(SPECIAL))
 FIRST_WORD = 1000
@@ -55,7 +54,7 @@ class HfReviews:
 
 @dataclass(frozen=True)
 class PretrainBatch:
-    """Samples packed with mtfast's filler, padded, and as one row without filler.
+    """Samples packed as mtfast's trainer does, padded, and as one row without filler.
 
     cls_rows: int64 [samples], the row's [CLS] tokens. masking: keyword arguments of mask_tokens.
     """
@@ -74,7 +73,7 @@ class PretrainBatch:
 
 @dataclass(frozen=True)
 class FinetuneBatch:
-    """Examples packed with mtfast's filler, padded by task, and as one row without filler.
+    """Examples packed as mtfast's trainer does, padded by task, and as one row without filler.
 
     row: keyword arguments of Hugging Face's models. cls_rows: int64 [sequences] by task, the row's [CLS]
     tokens; of pairs those of the first sentences, then those of the second ones.
@@ -133,11 +132,11 @@ def pretrain_batch(samples: int, seed: int, device: torch.device) -> PretrainBat
             reviews,  # type: ignore[arg-type]
             rows,
             mlm_probability=MLM_PROBABILITY,
-            step_masked=int(reviews.masked_counts(MLM_PROBABILITY, rows).sum()),
-            step_samples=samples,
-            bucket_tokens=bucket_tokens,
+            mlm_weight=1 / int(reviews.masked_counts(MLM_PROBABILITY, rows).sum()),
+            nsp_weight=1 / samples,
+            room=room,
         ).to(device)
-        for bucket_tokens in (BUCKET_TOKENS, 1)
+        for room in (samples if device.type == "cuda" else None, None)
     )
     padded, row = hf_reviews(flat, OPTIONS)
     return PretrainBatch(packed, padded, row, flat.cu_seqlens[:-1].long(), OPTIONS)
@@ -177,8 +176,8 @@ def finetune_batch(examples: int, seed: int, device: torch.device) -> FinetuneBa
     counts = {task: len(table) for task, table in tables.items()}
     rows = {task: np.arange(count) for task, count in counts.items()}
     packed, flat = (
-        pack_tasks(tables, rows, counts, bucket_tokens=bucket_tokens).to(device)
-        for bucket_tokens in (BUCKET_TOKENS, 1)
+        pack_tasks(tables, rows, {task: 1 / count for task, count in counts.items()}, room=room).to(device)
+        for room in (counts if device.type == "cuda" else None, None)
     )
     begins = flat.cu_seqlens[:-1].long()
     return FinetuneBatch(
@@ -229,13 +228,40 @@ def cached_features(hidden: int, device: torch.device) -> CachedFeatures:
     return CachedFeatures(torch.randn(size, hidden, dtype=torch.bfloat16, device=device), first_row, labels)
 
 
-def heads_batch(examples: int, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """The numbers of each task's examples in the full data, int64 [n]."""
+class HeadsBatch(dict[str, Tensor]):
+    """The numbers of each task's examples in the full data, int64 [n].
+
+    weights: float32 [n], of each one's loss.
+    """
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {task: torch.full(x.shape, 1 / len(x), device=x.device) for task, x in self.items()}
+
+    @property
+    def shape(self) -> Hashable:
+        """Equal for batches that one CUDA graph serves."""
+        return tuple(map(len, self.values()))
+
+    def clone(self) -> HeadsBatch:
+        """In memory of its own."""
+        return HeadsBatch({task: x.clone() for task, x in self.items()})
+
+    def copy_(self, other: HeadsBatch) -> None:
+        """Take over other numbers, as many."""
+        for task, x in self.items():
+            x.copy_(other[task])
+
+
+def heads_batch(examples: int, seed: int, device: torch.device) -> HeadsBatch:
+    """So many examples in the full data's proportions."""
     random = np.random.default_rng(seed)
-    return {
-        task: torch.from_numpy(random.integers(0, FULL_DATA[task], count)).to(device)
-        for task, count in task_counts(examples).items()
-    }
+    return HeadsBatch(
+        {
+            task: torch.from_numpy(random.integers(0, FULL_DATA[task], count)).to(device)
+            for task, count in task_counts(examples).items()
+        }
+    )
 
 
 def task_counts(examples: int) -> dict[str, int]:

@@ -20,6 +20,7 @@ from benchmarks.step_batches import (
     TASKS,
     CachedFeatures,
     FinetuneBatch,
+    HeadsBatch,
     HfReviews,
     PretrainBatch,
     cached_features,
@@ -94,11 +95,12 @@ class PackedPretrain(Contender):
         masked = mask_tokens(
             packed.input_ids, positions=packed.positions, cu_seqlens=packed.cu_seqlens, **batch.masking
         )
-        chosen = torch.nonzero_static(masked.labels != -100, size=packed.masked).squeeze(1)
+        chosen = torch.nonzero_static(masked.labels != -100, size=packed.masked, fill_value=0).squeeze(1)
         inputs = packed.encoder_inputs() | {"input_ids": masked.input_ids}
         words, order = self.model(**inputs, masked_rows=chosen, samples=len(packed.nsp_labels))
-        mlm = F.cross_entropy(words, masked.labels[chosen].long(), reduction="sum") / packed.step_masked
-        return {"mlm + nsp": mlm + F.cross_entropy(order, packed.nsp_labels)}
+        mlm = F.cross_entropy(words, masked.labels[chosen].long(), reduction="sum") * packed.mlm_weight[0]
+        nsp = F.cross_entropy(order, packed.nsp_labels, reduction="none") * packed.nsp_weights
+        return {"mlm + nsp": mlm + nsp.sum()}
 
 
 class PaddedPretrain(Contender):
@@ -157,7 +159,7 @@ class PackedFinetune(Contender):
     def losses(self, batch: FinetuneBatch) -> Losses:
         packed = batch.packed
         outputs = self.model(**packed.encoder_inputs(), sequences=packed.sequences)
-        return task_losses(TASKS, outputs, packed.tasks, 1)
+        return task_losses(TASKS, outputs, packed.tasks)
 
 
 class PaddedFinetune(Contender):
@@ -221,7 +223,7 @@ class CachedHeads(Contender):
         )
         return StepGraphs(self.step, CudaRecorder()) if self.captured else self.step
 
-    def step(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def step(self, batch: HeadsBatch) -> Tensor:
         loss = super().step(batch)
         self.optimizer.zero_grad()
         return loss
@@ -233,16 +235,16 @@ class PackedHeads(CachedHeads):
     def __init__(self, source: MultiTaskHeads, features: CachedFeatures, captured: bool = False) -> None:
         super().__init__(copy.deepcopy(source), features, captured)
 
-    def losses(self, batch: Mapping[str, Tensor]) -> Losses:
+    def losses(self, batch: HeadsBatch) -> Losses:
         table = self.features
         sequences = {task: table.rows(task, examples) for task, examples in batch.items()}
         with self.autocast():
             outputs = self.model(self.cls, sequences)
         rows = {
-            task: TaskRows(sequences[task], table.labels[task][examples], len(examples))
+            task: TaskRows(sequences[task], table.labels[task][examples], batch.weights[task])
             for task, examples in batch.items()
         }
-        return task_losses(TASKS, outputs, rows, 1)
+        return task_losses(TASKS, outputs, rows)
 
 
 class TwinHeads(CachedHeads):

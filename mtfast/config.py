@@ -95,8 +95,6 @@ class StageConfig:
     `skip` waits for the device in every step, and steps of head training are no CUDA graphs."""
     max_skipped: int = 3
     """With `skip`, stop the run after more than so many steps in a row were left out."""
-    bucket_tokens: int = 64
-    """On a GPU round the tokens of a packed step up to a multiple of this, so that shapes repeat."""
     checkpoint_every: int = 0
     """Save the resumable state every so many steps besides at each epoch's end; 0 only there."""
     max_steps: int | None = None
@@ -209,7 +207,6 @@ _STAGE_RULES: dict[str, Rule] = {
     "weight_decay": _NOT_NEGATIVE,
     "gradient_clipping": _NOT_NEGATIVE,
     "max_skipped": _at_least(1),
-    "bucket_tokens": _at_least(1),
     "checkpoint_every": _at_least(0),
     "max_steps": _at_least(1),
     "temperature": _at_least(1),

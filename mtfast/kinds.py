@@ -19,7 +19,7 @@ class Kind:
     """What a kind of task computes.
 
     label_dtype: of the labels, NumPy's.
-    loss: (outputs [n] or [n, classes] in float32, labels [n]) -> the sum of the examples' losses, a scalar.
+    loss: (outputs [n] or [n, classes] in float32, labels [n]) -> each example's loss [n].
     predict: outputs -> predictions [n], int64 classes or float32 scores.
     probabilities: outputs in float32 -> of every class [n, classes], or of the label 1 [n], in float32; None
         where predictions are scores.
@@ -32,15 +32,15 @@ class Kind:
 
 
 def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, labels, reduction="sum")
+    return F.cross_entropy(outputs, labels, reduction="none")
 
 
 def _logistic(outputs: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(outputs, labels, reduction="sum")
+    return F.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
 
 
 def _squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
-    return F.mse_loss(outputs, labels, reduction="sum")
+    return F.mse_loss(outputs, labels, reduction="none")
 
 
 KINDS: dict[str, Kind] = {
@@ -63,22 +63,18 @@ KINDS: dict[str, Kind] = {
 
 
 def task_losses(
-    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], rows: Mapping[str, Any], shares: int
+    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], rows: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Each task's loss as a scalar in float32.
+    """Each task's loss as a scalar in float32: the weighted sum of its examples' losses.
 
-    A loss is this micro-batch's sum over its examples, divided by the number of examples the whole
-    optimizer step has of the task and multiplied by `shares` = ranks x accumulation steps, over which
-    DeepSpeed averages: what the optimizer sees is the mean over the step's examples, however it is cut.
     A task without examples gives zero, with a zero gradient for every parameter.
 
     Args:
         outputs: of each task's head, [n] or [n, classes].
-        rows: the `TaskRows` of each task, with labels [n].
+        rows: the `TaskRows` of each task, with labels and weights [n].
     """
     return {
-        name: KINDS[task.kind].loss(outputs[name].float(), rows[name].labels)
-        * (shares / max(rows[name].step_count, 1))
+        name: (KINDS[task.kind].loss(outputs[name].float(), rows[name].labels) * rows[name].weights).sum()
         for name, task in tasks.items()
     }
 

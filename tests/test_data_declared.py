@@ -274,7 +274,7 @@ def test_three_classes_of_pairs_as_json_lines_by_split(tmp_path):
     for split, rows in zip(("train", "dev", "test"), written.values(), strict=True):
         data = DataConfig(max_length=32)
         tables = {name: load_task(name, task, data, tokenizer, split) for name, task in tasks.items()}
-        batch = pack_tasks(tables, {name: np.arange(len(rows)) for name in tables}, {})
+        batch = pack_tasks(tables, {name: np.arange(len(rows)) for name in tables})
         assert batch.tasks["nli"].sequences.shape == (len(rows), 2)
         assert batch.tasks["joint"].sequences.shape == (len(rows),)
         ends = batch.cu_seqlens.tolist()

@@ -276,11 +276,10 @@ def test_samples_are_cached_by_seed_and_length(tmp_path):
 def test_packed_samples_know_their_corpus_positions_and_masked_counts():
     samples = build_samples(numbered_reviews(20), small_tokenizer(), max_length=128, seed=1)
     rows = np.array([7, 2, 11])
-    batch = pack_reviews(
-        samples, rows, mlm_probability=0.15, step_masked=99, step_samples=16, bucket_tokens=64
-    )
+    weights = {"mlm_weight": 0.25, "nsp_weight": 0.5}
+    batch = pack_reviews(samples, rows, mlm_probability=0.15, **weights, mask_seed=2**64 - 3)
     offsets = batch.cu_seqlens.tolist()
-    assert len(batch.input_ids) % 64 == 0 and batch.tokens == samples.lengths[rows].sum()
+    assert len(batch.input_ids) == batch.tokens == samples.lengths[rows].sum()
     expected = 0
     for index, row in enumerate(rows.tolist()):
         part = slice(offsets[index], offsets[index + 1])
@@ -293,12 +292,13 @@ def test_packed_samples_know_their_corpus_positions_and_masked_counts():
         candidates = sum(token > 4 for token in tokens)
         expected += max(1, int(0.15 * candidates + 0.5))
     assert batch.masked == expected
-    assert (batch.step_masked, batch.step_samples) == (99, 16)
+    assert (batch.mlm_weight.tolist(), batch.nsp_weights.tolist()) == ([0.25], [0.5] * 3)
+    assert batch.mask_seed.tolist() == [-3] and batch.size == 3
     assert batch.nsp_labels.tolist() == samples.nsp_labels[rows].tolist()
     assert (batch.positions.dtype, batch.nsp_labels.dtype) == (torch.int64, torch.int64)
     assert len(set(batch.positions.tolist())) == len(batch.positions)
     assert set(batch.encoder_inputs()) <= set(vars(batch))
-    empty = pack_reviews(samples, rows[:0], mlm_probability=0.15, step_masked=1, step_samples=1)
+    empty = pack_reviews(samples, rows[:0], mlm_probability=0.15, **weights)
     assert (empty.tokens, empty.masked, len(empty.input_ids)) == (0, 0, 1)
 
 
@@ -307,12 +307,13 @@ def test_masked_counts_are_what_exact_masking_chooses():
     samples = build_samples(numbered_reviews(30, sentences=5), tokenizer, max_length=200, seed=3)
     for step in plan_reviews(samples.lengths, samples.masked_counts(0.15), batch_size=8, seed=0, epoch=0):
         [rows] = step.micro_batches
-        batch = pack_reviews(
-            samples, rows, mlm_probability=0.15, step_masked=0, step_samples=0, bucket_tokens=100
+        batch, filled = (
+            pack_reviews(samples, rows, mlm_probability=0.15, mlm_weight=1.0, nsp_weight=1.0, room=room)
+            for room in (None, 9)
         )
         masked = mask_tokens(
             batch.input_ids, special_ids=samples.sequences.special.all, mask_token_id=tokenizer.mask_token_id,
             vocab_size=len(tokenizer), seed=1, positions=batch.positions, cu_seqlens=batch.cu_seqlens,
             mlm_probability=0.15, strategy="exact",
         )  # fmt: skip
-        assert int((masked.labels != -100).sum()) == batch.masked == step.step_masked
+        assert int((masked.labels != -100).sum()) == batch.masked == step.step_masked <= filled.masked

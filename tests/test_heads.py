@@ -315,10 +315,12 @@ def test_with_labels_the_model_gives_the_tasks_losses():
     packed, rows = pack(random_sentences(LENGTHS, 211, seed=0)), rows_for(case)
     labels = {name: draw_labels(task, len(rows[name])) for name, task in case.tasks.items()}
     labelled = {
-        n: SimpleNamespace(labels=x if x.dtype == torch.int64 else x.float(), step_count=2 * len(x))
+        n: SimpleNamespace(
+            labels=x if x.dtype == torch.int64 else x.float(), weights=torch.full((len(x),), 1.5 / len(x))
+        )
         for n, x in labels.items()
     }
-    found = model(**packed, sequences=rows, rows=labelled, shares=3)
+    found = model(**packed, sequences=rows, rows=labelled)
     expected = losses_of(case, run(model, case, packed, rows), labels) * 3 / 2
     assert list(found) == list(case.tasks)
     assert torch.allclose(torch.stack(list(found.values())).double(), expected, rtol=1e-5)

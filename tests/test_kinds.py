@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from mtfast.data.sampler import StepPlan
 from mtfast.kinds import KINDS, METRICS, predictions_of, task_losses, task_metrics
 from mtfast.tasks import METRICS_OF, Task
 
@@ -25,8 +26,14 @@ TIES = {
 }
 
 
-def rows_of(labels: dict[str, Tensor], step_counts: dict[str, int]) -> dict[str, SimpleNamespace]:
-    return {n: SimpleNamespace(labels=labels[n], step_count=count) for n, count in step_counts.items()}
+def rows_of(
+    labels: dict[str, Tensor], step_counts: dict[str, int], shares: int = 1
+) -> dict[str, SimpleNamespace]:
+    """What `task_losses` reads of a micro-batch, one of so many shares of a step with these counts."""
+    weights = StepPlan([], step_counts).weights(shares)
+    return {
+        n: SimpleNamespace(labels=x, weights=torch.full((len(x),), weights[n])) for n, x in labels.items()
+    }
 
 
 def some_rows(counts: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -61,7 +68,7 @@ def sum_by_hand(name: str, outputs: Tensor, labels: Tensor) -> float:
 def test_losses_are_the_means_over_the_steps_examples():
     outputs, labels = some_rows({"nli": 5, "spam": 4, "grade": 3})
     counts = {"nli": 12, "spam": 4, "grade": 7}
-    losses = task_losses(TASKS, outputs, rows_of(labels, counts), shares=6)
+    losses = task_losses(TASKS, outputs, rows_of(labels, counts, shares=6))
     assert list(losses) == list(TASKS)
     for name, loss in losses.items():
         expected = sum_by_hand(name, outputs[name], labels[name]) / counts[name] * 6
@@ -72,14 +79,14 @@ def test_losses_are_the_means_over_the_steps_examples():
 def test_a_step_cut_into_parts_has_the_loss_of_the_whole():
     counts = {"nli": 9, "spam": 6, "grade": 6}
     outputs, labels = some_rows(counts)
-    whole = task_losses(TASKS, outputs, rows_of(labels, counts), shares=1)
+    whole = task_losses(TASKS, outputs, rows_of(labels, counts))
     cuts = {"nli": (2, 9), "spam": (6, 6), "grade": (0, 5)}
     parts = []
     for part in range(3):
         bounds = {n: ([0, *cuts[n], counts[n]][part], [0, *cuts[n], counts[n]][part + 1]) for n in TASKS}
         cut = {n: slice(*bound) for n, bound in bounds.items()}
-        rows = rows_of({n: labels[n][cut[n]] for n in TASKS}, counts)
-        parts.append(task_losses(TASKS, {n: outputs[n][cut[n]] for n in TASKS}, rows, shares=3))
+        rows = rows_of({n: labels[n][cut[n]] for n in TASKS}, counts, shares=3)
+        parts.append(task_losses(TASKS, {n: outputs[n][cut[n]] for n in TASKS}, rows))
     for name, loss in whole.items():
         # DeepSpeed averages over the parts.
         assert sum(part[name] for part in parts).item() / 3 == pytest.approx(loss.item(), rel=1e-5)
@@ -89,7 +96,7 @@ def test_a_task_without_examples_has_no_loss_and_a_zero_gradient():
     outputs, labels = some_rows(dict.fromkeys(TASKS, 0))
     weights = {name: torch.ones((), requires_grad=True) for name in TASKS}
     scaled = {name: outputs[name] * weights[name] for name in TASKS}
-    losses = task_losses(TASKS, scaled, rows_of(labels, dict.fromkeys(TASKS, 0)), shares=4)
+    losses = task_losses(TASKS, scaled, rows_of(labels, dict.fromkeys(TASKS, 0), shares=4))
     assert all(loss.item() == 0.0 for loss in losses.values())
     torch.stack(list(losses.values())).sum().backward()
     assert all(weight.grad is not None and weight.grad.item() == 0.0 for weight in weights.values())
@@ -99,9 +106,23 @@ def test_losses_of_bfloat16_outputs_are_computed_in_float32():
     outputs, labels = some_rows({"nli": 5, "spam": 4, "grade": 3})
     coarse = {name: output.bfloat16() for name, output in outputs.items()}
     rows = rows_of(labels, dict.fromkeys(TASKS, 5))
-    found = task_losses(TASKS, coarse, rows, shares=1)
-    expected = task_losses(TASKS, {name: output.float() for name, output in coarse.items()}, rows, shares=1)
+    found = task_losses(TASKS, coarse, rows)
+    expected = task_losses(TASKS, {name: output.float() for name, output in coarse.items()}, rows)
     assert all(loss.dtype == torch.float32 and torch.equal(loss, expected[n]) for n, loss in found.items())
+
+
+def test_an_example_of_weight_zero_is_seen_by_no_loss():
+    outputs, labels = some_rows({"nli": 5, "spam": 4, "grade": 3})
+    rows = rows_of(labels, {"nli": 4, "spam": 3, "grade": 2})
+    outputs = {name: output.requires_grad_() for name, output in outputs.items()}
+    for of_task in rows.values():
+        of_task.weights[-1] = 0.0
+    losses = task_losses(TASKS, outputs, rows)
+    for name, loss in losses.items():
+        expected = sum_by_hand(name, outputs[name][:-1], labels[name][:-1]) / (len(labels[name]) - 1)
+        assert loss.item() == pytest.approx(expected, rel=1e-5), name
+    torch.stack(list(losses.values())).sum().backward()
+    assert all((x.grad[-1] == 0).all() and (x.grad[:-1] != 0).any() for x in outputs.values())
 
 
 def test_predictions_are_what_the_outputs_say():
@@ -130,7 +151,7 @@ def test_probabilities_are_those_whose_loss_is_minimised():
         of_each = found if name == "nli" else torch.stack([1 - found, found], dim=1)
         of_label = of_each.gather(1, labels[name].long()[:, None])
         likelihood = -of_label.double().log().sum().item()
-        assert kind.loss(given, labels[name]).item() == pytest.approx(likelihood, rel=1e-4)
+        assert kind.loss(given, labels[name]).sum().item() == pytest.approx(likelihood, rel=1e-4)
         likeliest = found.argmax(1) if name == "nli" else (found > 0.5).long()
         assert torch.equal(kind.predict(given), likeliest)
     assert KINDS["regression"].probabilities is None

@@ -100,7 +100,6 @@ def test_experiments_differ_in_one_thing():
         ("finetune.weight_decay", -0.01),
         ("finetune.gradient_clipping", -1.0),
         ("finetune.max_skipped", 0),
-        ("finetune.bucket_tokens", 0),
         ("finetune.checkpoint_every", -1),
         ("finetune.temperature", 0.0),
         ("heads.temperature", float("nan")),

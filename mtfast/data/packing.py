@@ -1,25 +1,26 @@
 """From planned example indices to packed batches: every sequence back to back, nothing padded."""
 
-import queue
-import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
+from mtfast.data.prefetch import prefetch
 from mtfast.data.sampler import StepPlan
 from mtfast.data.tokens import Sequences, TokenizedTask, offsets_of
 
 if TYPE_CHECKING:
     from mtfast.data.reviews import ReviewSamples
 
-T = TypeVar("T")
 _P = TypeVar("_P", bound="_Packed")
 
 _ALIGNMENT = 16  # bytes: a kernel may load as many at once
 _DTYPES = (torch.int32, torch.int64, torch.float32)
+# Of a batch that is filled up: its tokens are a multiple of a power of two, at most a 32nd of them but no
+# less than FILLER, which is also the longest sequence of filler; a count beyond its room is one of ROOM_STEP.
+_BUCKETS, FILLER, ROOM_STEP = 32, 64, 16
 
 _Parts = list[tuple[Sequences, np.ndarray]]  # tables, and which sequences of each
 _Shapes = dict[Any, tuple[Any, int]]  # dtype and length of arrays by name
@@ -27,19 +28,19 @@ _Shapes = dict[Any, tuple[Any, int]]  # dtype and length of arrays by name
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A task's examples in a packed batch.
+    """A task's examples in a packed batch, and behind them those that fill it up.
 
     sequences: int64 [n], or [n, 2] for separately encoded pairs: indices of their sequences in the batch.
     labels: int64 [n] for classification, float32 [n] else; None where the data has none or they are not read.
-    step_count: examples of this task in the whole optimizer step, over all ranks and micro-batches.
+    weights: float32 [n], of each example's loss, 0 of what fills up; None where there are no labels.
     token_bounds: int64 [n, 2], begin and end of each sequence in the packed tokens, without [CLS]; for tasks
-    with an LSTM head alone, and an array since it stays on the host.
+    with an LSTM head alone.
     """
 
     sequences: torch.Tensor
-    labels: torch.Tensor | None
-    step_count: int
-    token_bounds: np.ndarray | None = None
+    labels: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    token_bounds: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class _Packed:
     begins at a multiple of 16 bytes.
     input_ids, token_type_ids, position_ids: int32 [total].
     cu_seqlens: int32 [sequences + 1], where each sequence begins and, last, the total.
-    max_seqlen: length of the longest sequence.
-    tokens: their number without the filler at the end.
+    max_seqlen: length of the longest sequence; of a batch that is filled up, rounded up to a power of two.
+    size: examples.
+    tokens: of theirs, without what fills up.
     """
 
     buffer: torch.Tensor
@@ -60,7 +62,22 @@ class _Packed:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    size: int
     tokens: int
+
+    @property
+    def shape(self) -> Hashable:
+        """What the work of a step depends on beside the buffer's contents; batches in which it is equal have
+        every tensor at the same place of their buffers."""
+        return _shape_of(self), self.max_seqlen
+
+    def clone(self: _P) -> _P:
+        """The batch in memory of its own."""
+        return self._on(self.buffer.clone())
+
+    def copy_(self: _P, other: _P) -> None:
+        """Take over the contents of another batch of the same shape, on its device."""
+        self.buffer.copy_(other.buffer)
 
     def encoder_inputs(self) -> dict[str, Any]:
         """The keyword arguments of the encoder."""
@@ -85,11 +102,19 @@ class _Packed:
                 first = (value.data_ptr() - begin) // value.itemsize if value.numel() else 0
                 return whole[value.dtype].as_strided(value.shape, value.stride(), first)
             if isinstance(value, TaskRows):
-                return replace(value, sequences=moved(value.sequences), labels=moved(value.labels))
+                return TaskRows(*(moved(getattr(value, f.name)) for f in fields(value)))
             return {name: moved(item) for name, item in value.items()} if isinstance(value, dict) else value
 
         parts = {f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "buffer"}
         return type(self)(buffer=buffer, **parts)
+
+
+def _shape_of(part: Any) -> Hashable:
+    if isinstance(part, torch.Tensor):
+        return tuple(part.shape)
+    if isinstance(part, _Packed | TaskRows):
+        return tuple(_shape_of(getattr(part, f.name)) for f in fields(part))
+    return tuple(map(_shape_of, part.values())) if isinstance(part, dict) else None
 
 
 @dataclass(frozen=True)
@@ -97,11 +122,6 @@ class PackedBatch(_Packed):
     """A packed mixed-task batch; ``tasks`` has an entry for every task, even without examples here."""
 
     tasks: dict[str, TaskRows]
-
-    @property
-    def size(self) -> int:
-        """Examples, of all tasks."""
-        return sum(len(rows.sequences) for rows in self.tasks.values())
 
     @property
     def sequences(self) -> dict[str, torch.Tensor]:
@@ -112,7 +132,7 @@ class PackedBatch(_Packed):
     def token_bounds(self) -> dict[str, torch.Tensor]:
         """As in `TaskRows`, of the tasks that have any."""
         found = {name: rows.token_bounds for name, rows in self.tasks.items()}
-        return {name: torch.from_numpy(bounds) for name, bounds in found.items() if bounds is not None}
+        return {name: bounds for name, bounds in found.items() if bounds is not None}
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of `MultiTaskModel`, without labels."""
@@ -125,23 +145,24 @@ class ReviewBatch(_Packed):
 
     positions: int64 [total], each token's index in the corpus (for mask_tokens).
     nsp_labels: int64 [samples], 0 where B follows A.
-    masked: tokens that mask_tokens chooses here with its "exact" strategy.
-    step_masked, step_samples: masked tokens and samples of the whole optimizer step, over all ranks and
-    micro-batches.
-    mask_seed: seed of the masking.
+    nsp_weights: float32 [samples], of each sample's loss, 0 of those that fill up.
+    mlm_weight: float32 [1], of each masked token's loss.
+    mask_seed: int64 [1], seed of the masking.
+    masked: at least as many tokens as mask_tokens chooses here with its "exact" strategy; of a batch that is
+    not filled up, as many.
     """
 
     positions: torch.Tensor
     nsp_labels: torch.Tensor
+    nsp_weights: torch.Tensor
+    mlm_weight: torch.Tensor
+    mask_seed: torch.Tensor
     masked: int
-    step_masked: int
-    step_samples: int
-    mask_seed: int
 
     @property
-    def size(self) -> int:
-        """Samples."""
-        return len(self.nsp_labels)
+    def shape(self) -> Hashable:
+        """As of any packed batch; `masked` counts too."""
+        return super().shape, self.masked
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -152,63 +173,76 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def pack_tasks(
     tables: Mapping[str, TokenizedTask],
     micro_batch: Mapping[str, np.ndarray],
-    step_counts: Mapping[str, int] | None,
+    weights: Mapping[str, float] | None = None,
     *,
-    bucket_tokens: int = 1,
+    room: Mapping[str, int] | None = None,
 ) -> PackedBatch:
     """Packs the examples ``micro_batch[task]`` (indices) of every table, in the tables' order.
 
-    ``step_counts`` is None where nothing is trained, and the labels then stay behind. The total is rounded up
-    to a multiple of ``bucket_tokens`` with filler: sequences of [PAD] at the end that belong to no example
-    and are no longer than the longest real one. A micro-batch without any example has filler only, so that
-    every rank can always run a step.
+    Args:
+        weights: of the loss of an example of each task. None where nothing is trained; labels then stay
+            behind.
+        room: fill the batch up, so that shapes repeat: with so many examples of each task (a multiple of 16
+            where that is too few), with sequences of [PAD] behind the real ones until its tokens are a
+            multiple of a 64th to a 32nd of them, with empty sequences; and max_seqlen to 64, 128, 256 and so
+            on. None packs what is there; a batch without any example has one token of [PAD], so that every
+            rank can always run a step.
     """
     if not tables:
         raise ValueError("tables is empty: there is no task to pack")
     rows: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
     parts: _Parts = []
     more: _Shapes = {}
     for name, table in tables.items():
         examples = rows[name] = np.asarray(micro_batch.get(name, ()), dtype=np.int64)
+        n = counts[name] = len(examples) if room is None else filled_count(len(examples), room[name])
         per = table.task.sequences_per_example
         wanted = examples if per == 1 else (examples[:, None] * per + np.arange(per)).ravel()
         parts.append((table.sequences, wanted))
-        more[name, "sequences"] = np.int64, len(wanted)
-        if table.labels is not None and step_counts is not None:
-            more[name, "labels"] = table.labels.dtype, len(examples)
-    cu_seqlens = _cu_seqlens(parts, bucket_tokens)
+        more[name, "sequences"] = np.int64, n * per
+        if table.labels is not None and weights is not None:
+            more |= {(name, "labels"): (table.labels.dtype, n), (name, "weights"): (np.float32, n)}
+        if table.task.head == "lstm":
+            more[name, "token_bounds"] = np.int64, 2 * n
+    sequences = sum(n * tables[name].task.sequences_per_example for name, n in counts.items())
+    cu_seqlens, max_seqlen = _cu_seqlens(parts, None if room is None else sequences)
     packed, arrays = _pack(parts, cu_seqlens, more)
     tasks, begin = {}, 0
-    for name, table in tables.items():
-        sequences, labels = arrays[name, "sequences"], arrays.get((name, "labels"))
-        end = begin + len(sequences)
-        sequences[:] = np.arange(begin, end)
-        if labels is not None and table.labels is not None:
-            labels[:] = table.labels[rows[name]]
-        bounds = None
-        if table.task.head == "lstm":
-            bounds = np.stack([cu_seqlens[begin:end] + 1, cu_seqlens[begin + 1 : end + 1]], axis=1)
-        per = table.task.sequences_per_example
-        tasks[name] = TaskRows(
-            torch.from_numpy(sequences if per == 1 else sequences.reshape(-1, per)),
-            None if labels is None else torch.from_numpy(labels),
-            int((step_counts or {}).get(name, 0)),
-            bounds,
-        )
+    for (name, table), (_, wanted) in zip(tables.items(), parts, strict=True):
+        mine = {what: array for (task, what), array in arrays.items() if task == name}
+        real, end = len(rows[name]), begin + len(wanted)
+        # What fills up has the batch's first sequence, which is always there, and a weight of zero.
+        mine["sequences"][: len(wanted)], mine["sequences"][len(wanted) :] = np.arange(begin, end), 0
+        if weights is not None and table.labels is not None:
+            mine["labels"][:real], mine["labels"][real:] = table.labels[rows[name]], 0
+            mine["weights"][:real], mine["weights"][real:] = weights[name], 0
+        if "token_bounds" in mine:
+            bounds = mine["token_bounds"] = mine["token_bounds"].reshape(-1, 2)
+            bounds[:real, 0], bounds[:real, 1] = cu_seqlens[begin:end] + 1, cu_seqlens[begin + 1 : end + 1]
+            bounds[real:] = 0
+        if (per := table.task.sequences_per_example) > 1:
+            mine["sequences"] = mine["sequences"].reshape(-1, per)
+        tasks[name] = TaskRows(**{what: torch.from_numpy(array) for what, array in mine.items()})
         begin = end
-    return PackedBatch(**packed, tasks=tasks)
+    return PackedBatch(**packed, max_seqlen=max_seqlen, size=sum(map(len, rows.values())), tasks=tasks)
 
 
 def packed_steps(
-    tables: Mapping[str, TokenizedTask], steps: list[StepPlan], device: torch.device, bucket_tokens: int
+    tables: Mapping[str, TokenizedTask],
+    steps: list[StepPlan],
+    device: torch.device,
+    shares: int,
+    room: Mapping[str, int] | None,
 ) -> Iterator[list[PackedBatch]]:
-    """Each step's micro-batches of this rank on ``device``, packed ahead in the background."""
+    """Each step's micro-batches of this rank on ``device``, packed ahead in the background.
+
+    shares: micro-batches of a step over all ranks. room: as in `pack_tasks`.
+    """
 
     def pack(step: StepPlan) -> list[PackedBatch]:
-        return [
-            pack_tasks(tables, part, step.step_counts, bucket_tokens=bucket_tokens).sent_to(device)
-            for part in step.micro_batches
-        ]
+        weights = step.weights(shares)
+        return [pack_tasks(tables, part, weights, room=room).sent_to(device) for part in step.micro_batches]
 
     return prefetch(map(pack, steps))
 
@@ -218,46 +252,72 @@ def pack_reviews(
     micro_batch: np.ndarray,
     *,
     mlm_probability: float,
-    step_masked: int,
-    step_samples: int,
+    mlm_weight: float,
+    nsp_weight: float,
     mask_seed: int = 0,
-    bucket_tokens: int = 1,
+    room: int | None = None,
 ) -> ReviewBatch:
-    """Packs the pre-training samples ``micro_batch`` (indices), with filler as in `pack_tasks`.
+    """Packs the pre-training samples ``micro_batch`` (indices).
 
     A token's position is sample * max_length + its index in the sample, so that masking does not depend on
     the batch or rank; filler tokens have positions beyond the corpus.
+
+    Args:
+        mlm_weight, nsp_weight: of the loss of a masked token and of a sample.
+        mask_seed: of the masking, 64 bits.
+        room: fill the batch up to so many samples, and as `pack_tasks` does.
     """
     rows = np.asarray(micro_batch, dtype=np.int64)
+    n = len(rows) if room is None else filled_count(len(rows), room)
     parts = [(samples.sequences, rows)]
-    cu_seqlens = _cu_seqlens(parts, bucket_tokens)
-    more = {"positions": (np.int64, int(cu_seqlens[-1])), "nsp_labels": (np.int64, len(rows))}
+    cu_seqlens, max_seqlen = _cu_seqlens(parts, None if room is None else n)
+    total = int(cu_seqlens[-1])
+    more = {
+        "positions": (np.int64, total),
+        "nsp_labels": (np.int64, n),
+        "nsp_weights": (np.float32, n),
+        "mlm_weight": (np.float32, 1),
+        "mask_seed": (np.int64, 1),
+    }
     packed, arrays = _pack(parts, cu_seqlens, more)
     filler = np.arange(len(samples), len(samples) + len(cu_seqlens) - 1 - len(rows))
     owner = np.concatenate([rows, filler]) * samples.sequences.max_length
     begins = np.repeat(owner, np.diff(cu_seqlens))
     np.add(begins, packed["position_ids"].numpy(), out=arrays["positions"])
-    arrays["nsp_labels"][:] = samples.nsp_labels[rows]
-    return ReviewBatch(
-        **packed,
-        positions=torch.from_numpy(arrays["positions"]),
-        nsp_labels=torch.from_numpy(arrays["nsp_labels"]),
-        masked=int(samples.masked_counts(mlm_probability, rows).sum()),
-        step_masked=step_masked,
-        step_samples=step_samples,
-        mask_seed=mask_seed,
-    )
+    for name, value in (("nsp_labels", samples.nsp_labels[rows]), ("nsp_weights", nsp_weight)):
+        arrays[name][: len(rows)], arrays[name][len(rows) :] = value, 0
+    arrays["mlm_weight"][:] = mlm_weight
+    arrays["mask_seed"][:] = np.array(mask_seed & (2**64 - 1), np.uint64).view(np.int64)
+    masked = int(samples.masked_counts(mlm_probability, rows).sum())
+    if room is not None:  # a bound that follows from the shape: "exact" rounds up by less than one a sequence
+        masked = int(mlm_probability * total) + n
+    packed |= {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return ReviewBatch(**packed, max_seqlen=max_seqlen, size=len(rows), masked=masked)
 
 
-def _cu_seqlens(parts: _Parts, bucket_tokens: int) -> np.ndarray:
-    """Where each sequence of a batch begins, those of the filler too, and the total: int64."""
-    if bucket_tokens < 1:
-        raise ValueError(f"bucket_tokens must be at least 1, found {bucket_tokens}")
+def filled_count(count: int, room: int) -> int:
+    """How many examples a batch with so many is filled up to, as `pack_tasks` says of its room."""
+    return room if count <= room else -(-count // ROOM_STEP) * ROOM_STEP
+
+
+def _cu_seqlens(parts: _Parts, room: int | None) -> tuple[np.ndarray, int]:
+    """Where each sequence of a batch begins, those that fill it up too, and the total: int64; and max_seqlen.
+
+    room: sequences up to which it is filled up, before those with filler.
+    """
     lengths = np.concatenate([table.offsets[rows + 1] - table.offsets[rows] for table, rows in parts])
-    real, longest = int(lengths.sum()), int(lengths.max(initial=0))
-    total = max(-(-real // bucket_tokens), 1) * bucket_tokens
-    fillers = np.arange(real, total, longest or parts[0][0].max_length or bucket_tokens)
-    return np.concatenate([offsets_of(lengths)[:-1], fillers, [total]])
+    real, longest = int(lengths.sum()), max(int(lengths.max(initial=0)), 1)
+    begins = offsets_of(lengths)[:-1]
+    if room is None:
+        return (np.append(begins, real) if real else np.array([0, 1])), longest
+    bucket = max(FILLER, 1 << max(real // _BUCKETS, 1).bit_length() - 1)
+    total = max(-(-real // bucket), 1) * bucket
+    limit = parts[0][0].max_length or longest
+    max_seqlen = max(longest, min(max(FILLER, 1 << (longest - 1).bit_length()), limit))
+    most = min(FILLER, limit)
+    fillers = np.arange(real, total, most)
+    empty = room - len(lengths) + -(-bucket // most) - len(fillers)
+    return np.concatenate([begins, fillers, np.full(empty + 1, total)]), max_seqlen
 
 
 def _pack(
@@ -287,7 +347,7 @@ def _pack(
         first += len(rows)
     input_ids[real:] = parts[0][0].special.pad
     tensors = {name: torch.from_numpy(array) for name, array in mine.items()}
-    return {"buffer": buffer, **tensors, "max_seqlen": int(lengths.max()), "tokens": real}, arrays
+    return {"buffer": buffer, **tensors, "tokens": real}, arrays
 
 
 def _reserve(shapes: _Shapes) -> tuple[torch.Tensor, dict[Any, np.ndarray]]:
@@ -300,48 +360,3 @@ def _reserve(shapes: _Shapes) -> tuple[torch.Tensor, dict[Any, np.ndarray]]:
     buffer = torch.empty(end, dtype=torch.uint8, device="cpu")
     memory = buffer.numpy()
     return buffer, {name: memory[part].view(dtype) for name, (part, dtype) in parts.items()}
-
-
-def prefetch(iterable: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
-    """Yields the items of ``iterable``, up to ``depth`` of them made ahead in a background thread.
-
-    An exception of the iterable is raised here, after the items before it; closing or dropping the
-    iterator stops the thread.
-    """
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, found {depth}")
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[str, Any]) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in iterable:
-                if not put(("item", item)):
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    thread = threading.Thread(target=produce, name="mtfast-prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "item":
-                yield value
-            elif kind == "error":
-                raise value
-            else:
-                return
-    finally:
-        stop.set()
-        thread.join(timeout=5)

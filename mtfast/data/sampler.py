@@ -59,6 +59,11 @@ class StepPlan:
     micro_batches: list[dict[str, np.ndarray]]
     step_counts: dict[str, int]
 
+    def weights(self, shares: int) -> dict[str, float]:
+        """Of the loss of an example of each task in a micro-batch, one of ``shares`` over which gradients are
+        averaged: what the optimizer sees is the mean over the step's examples, however it is cut."""
+        return {name: shares / max(count, 1) for name, count in self.step_counts.items()}
+
 
 @dataclass(frozen=True)
 class ReviewStepPlan:

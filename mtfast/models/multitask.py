@@ -37,6 +37,49 @@ class LinearHead(nn.Module):
         return self.classifier(dropout(cls, self.dropout_p, self.training)).float()
 
 
+class FinalStates(nn.LSTM):
+    """A bidirectional LSTM's last states over sequences of different lengths.
+
+    Its shapes follow from those of its inputs and from `max_seqlen`, and nothing is read back to the host, so
+    that a CUDA graph can record it: each direction is a plain LSTM over a dense [max_seqlen, n, hidden], of
+    which a sequence fills the first steps, in the other direction's run backwards. The steps after them are
+    computed like any, but no state that is read depends on them.
+    """
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, bounds: Tensor, max_seqlen: int
+    ) -> Tensor:
+        """The last state of each direction, side by side: [n, 2 * hidden_size].
+
+        Args:
+            tokens, bounds, max_seqlen: as in `LstmHead.forward`; at least one token and one sequence.
+        """
+        device, n = tokens.device, bounds.size(0)
+        # torch decides how to run an LSTM before autocast makes its input bfloat16, which not every CPU can.
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight_ih_l0.dtype
+        begins, lengths = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+        last = (lengths - 1).clamp(min=0)
+        # A step past the end takes a token of its own sequence: gradients, zero there, meet at no one row.
+        within = torch.minimum(torch.arange(max_seqlen, device=device)[:, None], last)
+        ends = last * n + torch.arange(n, device=device)
+        states = []
+        with torch.autocast(device.type, enabled=False):
+            tokens, zeros = tokens.to(dtype), torch.zeros(1, n, self.hidden_size, dtype=dtype, device=device)
+            for places, weights in zip((within, last - within), self.all_weights, strict=True):
+                rows = (begins + places).clamp(max=tokens.size(0) - 1)  # an empty sequence may begin there
+                x = tokens.index_select(0, rows.flatten()).view(max_seqlen, n, tokens.size(1))
+                # cuDNN wants them in one piece of memory, in this order.
+                flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)
+                parts = flat.split([weight.numel() for weight in weights])
+                weights = [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+                output, _, _ = torch.lstm(
+                    x, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False
+                )
+                states.append(output.flatten(0, 1).index_select(0, ends))
+        return torch.cat(states, dim=1)
+
+
 class LstmHead(nn.Module):
     """Bidirectional LSTM over a sequence's states without [CLS]; the two final states and [CLS] -> outputs.
 
@@ -46,49 +89,35 @@ class LstmHead(nn.Module):
     def __init__(self, hidden: int, outputs: int, dropout_p: float) -> None:
         super().__init__()
         self.dropout_p = dropout_p
-        self.lstm = nn.LSTM(hidden, hidden // 2, bidirectional=True)
+        self.lstm = FinalStates(hidden, hidden // 2, bidirectional=True)
         self.classifier = nn.Linear(hidden + 2 * (hidden // 2), outputs)
         init_weights(self, INIT_STD)
 
-    def forward(self, cls: Tensor, tokens: Tensor, bounds: Tensor) -> Tensor:
+    def forward(self, cls: Tensor, tokens: Tensor, bounds: Tensor, max_seqlen: int) -> Tensor:
         """[n, outputs].
 
         Args:
             cls: [CLS] states [n, hidden].
             tokens: states [tokens, hidden] that hold the n sequences.
-            bounds: int64 [n, 2] on the host, begin and end of each sequence in `tokens`, [CLS] left out.
+            bounds: int64 [n, 2] on the tokens' device, begin and end of each sequence in `tokens`, [CLS] left
+                out. Of an empty sequence the outputs are finite and mean nothing.
+            max_seqlen: at least the longest of these sequences, on the host. It is not compared with bounds,
+                whose values are on the device; a longer sequence reads out of range.
 
         Raises:
-            ValueError: bounds has another shape, is not on the host, or holds an empty sequence.
+            ValueError: bounds has another shape or is on another device.
         """
         n = cls.size(0)
-        if bounds.shape != (n, 2) or bounds.device.type != "cpu":
+        if bounds.shape != (n, 2) or bounds.device != tokens.device:
             raise ValueError(
-                f"bounds must be [{n}, 2] on the host, found {list(bounds.shape)} on {bounds.device}"
+                f"bounds must be [{n}, 2] on {tokens.device}, found {list(bounds.shape)} on {bounds.device}"
             )
         if n == 0:  # a step without a sequence must still give every weight its (zero) gradient
-            states = self._final_states(
-                tokens.new_zeros(1, tokens.size(1)), torch.tensor([[0, 1]], device="cpu")
-            )[:0]
+            states = self.lstm(tokens.new_zeros(1, tokens.size(1)), bounds.new_zeros(1, 2), 1)[:0]
         else:
-            states = self._final_states(tokens, bounds)
+            states = self.lstm(tokens, bounds, max_seqlen)
         features = torch.cat([cls, states], dim=1)
         return self.classifier(dropout(features, self.dropout_p, self.training)).float()
-
-    def _final_states(self, tokens: Tensor, bounds: Tensor) -> Tensor:
-        """The last state of each direction, side by side: [n, 2 * (hidden // 2)]."""
-        lengths = bounds[:, 1] - bounds[:, 0]
-        if int(lengths.min()) < 1:
-            raise ValueError(f"bounds gives sequence {int(lengths.argmin())} no token besides [CLS]")
-        lengths, order = lengths.sort(descending=True, stable=True)
-        # The LSTM's layout is time-major: all first tokens, longest sequence first, then all second ones.
-        time = torch.arange(int(lengths[0]), device="cpu")[:, None]
-        inside = time < lengths
-        rows = (bounds[order, 0] + time)[inside]
-        moved = [x.to(tokens.device, non_blocking=True) for x in (rows, order, order.argsort())]
-        packed = nn.utils.rnn.PackedSequence(tokens.index_select(0, moved[0]), inside.sum(1), *moved[1:])
-        _, (final, _) = self.lstm(packed)
-        return torch.cat([final[0], final[1]], dim=1)
 
 
 class JointPairMlp(nn.Module):
@@ -193,6 +222,7 @@ class MultiTaskHeads(nn.Module):
         *,
         tokens: Tensor | None = None,
         token_bounds: Mapping[str, Tensor] | None = None,
+        max_seqlen: int | None = None,
     ) -> dict[str, Tensor]:
         """Every head's output for the rows named, float32.
 
@@ -203,8 +233,9 @@ class MultiTaskHeads(nn.Module):
             sequences: rows of `cls` per task, int64 [n], or [n, 2] for separately encoded pairs. A task that
                 is left out has no rows.
             tokens: [tokens, hidden] states that hold the sequences of `token_tasks`; for LSTM heads alone.
-            token_bounds: of those tasks, int64 [n, 2] on the host: begin and end of each sequence in
-                `tokens`, without [CLS].
+            token_bounds: of those tasks, int64 [n, 2] on the tokens' device: begin and end of each sequence
+                in `tokens`, without [CLS].
+            max_seqlen: at least the longest of those sequences, on the host.
 
         Returns:
             By task: logits [n, classes], a logit [n] (binary) or a score [n] (regression).
@@ -221,10 +252,10 @@ class MultiTaskHeads(nn.Module):
             elif isinstance(module, LstmHead):
                 mine, bounds = rows[names[0]], (token_bounds or {}).get(names[0])
                 if bounds is None and not len(mine):
-                    bounds = torch.empty((0, 2), dtype=torch.int64, device="cpu")
-                if tokens is None or bounds is None:
-                    raise ValueError(f"the lstm head of {names[0]} needs tokens and token_bounds")
-                found = module(cls.index_select(0, mine), tokens, bounds)
+                    bounds = torch.empty((0, 2), dtype=torch.int64, device=cls.device)
+                if tokens is None or bounds is None or max_seqlen is None:
+                    raise ValueError(f"the lstm head of {names[0]} needs tokens, token_bounds and max_seqlen")
+                found = module(cls.index_select(0, mine), tokens, bounds, max_seqlen)
             else:
                 found = module(cls, torch.cat([rows[name] for name in names]))
             self._share_out(found, names, rows, outputs)
@@ -270,7 +301,6 @@ class MultiTaskModel(nn.Module):
         sequences: Mapping[str, Tensor],
         token_bounds: Mapping[str, Tensor] | None = None,
         rows: Mapping[str, Any] | None = None,
-        shares: int = 1,
     ) -> dict[str, Tensor]:
         """`MultiTaskHeads.forward` on the encoder's output; with `rows`, the tasks' losses of that.
 
@@ -278,16 +308,17 @@ class MultiTaskModel(nn.Module):
 
         Args:
             sequences, token_bounds: as there; they count the batch's sequences and its tokens.
-            rows, shares: what `task_losses` takes.
+            rows: what `task_losses` takes.
         """
         inputs = (input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen)
         if token_tasks(self.heads.tasks):
             tokens = self.encoder(*inputs)
             cls = tokens.index_select(0, first_rows(cu_seqlens, tokens.size(0)))
-            outputs = self.heads(cls, sequences, tokens=tokens, token_bounds=token_bounds)
+            of_tokens = {"tokens": tokens, "token_bounds": token_bounds, "max_seqlen": max_seqlen}
+            outputs = self.heads(cls, sequences, **of_tokens)
         else:
             outputs = self.heads(self.encoder(*inputs, cls_only=True), sequences)
-        return outputs if rows is None else task_losses(self.heads.tasks, outputs, rows, shares)
+        return outputs if rows is None else task_losses(self.heads.tasks, outputs, rows)
 
 
 def build_multitask_model(

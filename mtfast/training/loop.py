@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +19,14 @@ from mtfast.errors import Error
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
+from mtfast.training.engine.graphs import CudaRecorder, StepGraphs
 from mtfast.training.engine.state import POINTER
 from mtfast.training.run.directory import STATE, RunDirectory
 from mtfast.training.run.progress import StageProgress, peak_flops, say
 from mtfast.training.seeds import seed_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class NonFinite(Error, RuntimeError):
@@ -40,7 +45,8 @@ class Trained:
 
 
 class Batch(Protocol):
-    """A micro-batch as the loop sees it: how much of the data one forward pass of this rank takes."""
+    """A micro-batch as the loop sees it: what one forward pass of this rank takes, and how much of the data
+    that is."""
 
     @property
     def size(self) -> int:
@@ -49,6 +55,16 @@ class Batch(Protocol):
     @property
     def tokens(self) -> int:
         """Tokens of theirs."""
+
+    @property
+    def shape(self) -> Hashable:
+        """Equal for batches that one CUDA graph serves."""
+
+    def clone(self) -> Self:
+        """The batch in memory of its own."""
+
+    def copy_(self, other: Self) -> None:
+        """Take over the contents of another batch of this shape."""
 
 
 class Stage(ABC):
@@ -68,10 +84,19 @@ class Stage(ABC):
     flops_per_token: float
 
     @property
-    def bucket_tokens(self) -> int:
-        """A multiple of which the tokens of a packed step are; on a CPU, which gains nothing from shapes that
-        repeat, any number."""
-        return self.settings.bucket_tokens if self.engine.device.type == "cuda" else 1
+    def fills(self) -> bool:
+        """Whether batches are filled up so that their shapes repeat, from which a CPU gains nothing."""
+        return self.engine.device.type == "cuda"
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step is work of the device alone, which a CUDA graph can hold."""
+        return self.engine.capturable
+
+    @functools.cached_property
+    def graphs(self) -> StepGraphs | None:
+        """What runs the steps as CUDA graphs, where that can be."""
+        return StepGraphs(self.train_on, CudaRecorder()) if self.capturable else None
 
     @abstractmethod
     def plan(self, epoch: int) -> list[Any]:
@@ -90,8 +115,12 @@ class Stage(ABC):
         """The scalar to minimise."""
 
     def step(self, batch: Any) -> Tensor:
-        """Train on one micro-batch; its losses, [len(loss_names)] on the device. The next call may write over
-        them."""
+        """`train_on` a micro-batch; the next call may write over the losses."""
+        return self.train_on(batch) if self.graphs is None else self.graphs(batch)
+
+    def train_on(self, batch: Any) -> Tensor:
+        """Forward pass, backward pass and, after the step's last micro-batch, the update; the losses of this
+        one, [len(loss_names)] on the device. The host reads nothing back."""
         losses = self.losses(batch)
         self.engine.step(self.total(losses))
         return torch.stack([losses[name].detach() for name in self.loss_names])

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtfast.data.packing import PackedBatch, pack_tasks, prefetch
+from mtfast.data.packing import PackedBatch, pack_tasks
+from mtfast.data.prefetch import prefetch
 from mtfast.data.sampler import ALONE, Layout, plan_evaluation
 from mtfast.data.tokens import TokenizedTask
 from mtfast.training.run.progress import watched
@@ -31,7 +32,7 @@ def packed_batches(
     """
     lengths = {name: table.lengths for name, table in tables.items()}
     plan = plan_evaluation(lengths, tokens_per_batch=EVALUATION_TOKENS, layout=layout)
-    packed = prefetch(pack_tasks(tables, examples, None).sent_to(device) for examples in plan)
+    packed = prefetch(pack_tasks(tables, examples).sent_to(device) for examples in plan)
     yield from zip(plan, watched(what, packed, len(plan), layout.world_size), strict=True)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+MOST_GRAPHS = 32
 
 
 class Recorder(Protocol):
@@ -19,37 +23,61 @@ class Recorder(Protocol):
         """What does the work of `function` again, and where its result is then. Recording does no work."""
 
 
+@dataclass(frozen=True)
+class _Graph:
+    """A recorded step. inputs: the batch that it reads, in memory of its own."""
+
+    inputs: Any
+    replay: Callable[[], None]
+    result: Tensor
+
+
 class StepGraphs:
-    """Runs `step` as a graph for each shape of its inputs.
+    """Runs `step` as a graph for each shape of its batch.
 
     The first batch of a shape runs as it is, so that what libraries set up at first use is not recorded; the
     second is recorded, and it and every later one is a replay. A step must read nothing back to the host, and
-    whatever differs from step to step must be among its inputs or lie on the device.
+    whatever differs from step to step must be in the batch or lie on the device.
+
+    All graphs use one pool of memory, as large as the largest step needs; of `MOST_GRAPHS` the one used least
+    makes room for a shape that comes more often.
 
     Args:
-        step: takes named tensors on the device, trains on them and returns one tensor.
+        step: takes a batch on the device, trains on it and returns one tensor.
         recorder: how a step is recorded.
     """
 
-    def __init__(self, step: Callable[[Mapping[str, Tensor]], Tensor], recorder: Recorder) -> None:
+    def __init__(self, step: Callable[[Any], Tensor], recorder: Recorder) -> None:
         self._step, self._recorder = step, recorder
-        self._met: set[Any] = set()
-        self._graphs: dict[Any, tuple[dict[str, Tensor], Callable[[], None], Tensor]] = {}
+        self._uses: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, _Graph] = {}
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The step's result; its memory is used again by later calls."""
-        shapes = tuple((name, tuple(x.shape)) for name, x in inputs.items())
-        if shapes not in self._met:
-            self._met.add(shapes)
-            return self._recorder.run(lambda: self._step(inputs))
-        if shapes not in self._graphs:
-            held = {name: x.clone() for name, x in inputs.items()}
-            self._graphs[shapes] = (held, *self._recorder.record(lambda: self._step(held)))
-        held, replay, result = self._graphs[shapes]
-        for name, x in inputs.items():
-            held[name].copy_(x)
-        replay()
-        return result
+    def __call__(self, batch: Any) -> Tensor:
+        """The step's result; its memory is used again by later calls.
+
+        batch: has a `shape`, `clone()` and `copy_()`, as packed batches do.
+        """
+        shape = batch.shape
+        self._uses[shape] += 1
+        if shape not in self._graphs:
+            if self._uses[shape] == 1 or not self._has_room(shape):
+                return self._recorder.run(lambda: self._step(batch))
+            inputs = batch.clone()
+            self._graphs[shape] = _Graph(inputs, *self._recorder.record(lambda: self._step(inputs)))
+        graph = self._graphs[shape]
+        graph.inputs.copy_(batch)
+        graph.replay()
+        return graph.result
+
+    def _has_room(self, shape: Hashable) -> bool:
+        """Whether a graph of this shape may be kept; drops the one used least where it is used less."""
+        if len(self._graphs) < MOST_GRAPHS:
+            return True
+        least = min(self._graphs, key=self._uses.__getitem__)
+        if self._uses[least] >= self._uses[shape]:
+            return False
+        del self._graphs[least]
+        return True
 
 
 class CudaRecorder:

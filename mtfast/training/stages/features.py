@@ -27,13 +27,15 @@ class Features:
     """States of some examples, as `MultiTaskHeads` takes them.
 
     cls: [rows, hidden]. sequences: rows of each task's examples in `cls`, int64 [n], or [n, 2] for pairs.
-    tokens: [tokens, hidden] or None. token_bounds: int64 [n, 2] by task, on the host, of rows of `tokens`.
+    tokens: [tokens, hidden] or None. token_bounds: int64 [n, 2] by task, of rows of `tokens`.
+    max_seqlen: at least the longest of what they bound, on the host.
     """
 
     cls: Tensor
     sequences: dict[str, Tensor]
     tokens: Tensor | None
     token_bounds: dict[str, Tensor]
+    max_seqlen: int
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class FeatureTable:
     cls: [sequences of all tasks, hidden], task after task in input order.
     first_row: the first row of each task in `cls`. per_example: sequences of one example of each task.
     tokens: [tokens, hidden], the states of those tasks' sequences back to back, or None.
-    offsets: int64 [sequences + 1] by such a task, where its sequences begin in `tokens`, on the host.
-    device: where the heads are. `cls` and `tokens` are there too, or in a file mapped into host memory.
+    offsets: int64 [sequences + 1] by such a task, where its sequences begin in `tokens`.
+    max_seqlen: the longest of such a task's sequences without [CLS], and at least 1.
+    device: where the heads are. The tensors are there too, or on the host, the states in mapped files.
     """
 
     cls: Tensor
@@ -52,6 +55,7 @@ class FeatureTable:
     per_example: dict[str, int]
     tokens: Tensor | None
     offsets: dict[str, Tensor]
+    max_seqlen: int
     device: torch.device
 
     @property
@@ -65,17 +69,18 @@ class FeatureTable:
         first = self.first_row[task] + examples * per
         return first if per == 1 else first[:, None] + torch.arange(per, device=examples.device)
 
-    def select(self, examples: Mapping[str, Tensor], token_bounds: dict[str, Tensor]) -> Features:
+    def select(self, examples: Mapping[str, Tensor]) -> Features:
         """The states of these examples (int64 [n] by task, where the table is).
 
         A resident table is handed on whole; of one on the host the rows that are needed are copied.
-
-        Args:
-            token_bounds: `bounds` of these examples.
         """
+        token_bounds = {
+            task: torch.stack([offsets[examples[task]] + 1, offsets[examples[task] + 1]], dim=1)
+            for task, offsets in self.offsets.items()
+        }
         rows = {task: self.rows(task, index) for task, index in examples.items()}
         if self.resident:
-            return Features(self.cls, rows, self.tokens, token_bounds)
+            return Features(self.cls, rows, self.tokens, token_bounds, self.max_seqlen)
         wanted = torch.cat([index.reshape(-1) for index in rows.values()])
         copied = torch.arange(len(wanted), device=self.device).split([x.numel() for x in rows.values()])
         sequences = {
@@ -87,18 +92,10 @@ class FeatureTable:
             lengths = bounds[:, 1] - bounds[:, 0]
             ends = lengths.cumsum(0)
             tokens = self.tokens[_ranges(bounds[:, 0], lengths)].to(self.device)
-            parts = torch.stack([ends - lengths, ends], dim=1).split([len(x) for x in token_bounds.values()])
+            copied = torch.stack([ends - lengths, ends], dim=1).to(self.device)
+            parts = copied.split([len(x) for x in token_bounds.values()])
             token_bounds = dict(zip(token_bounds, parts, strict=True))
-        return Features(self.cls[wanted].to(self.device), sequences, tokens, token_bounds)
-
-    def bounds(self, examples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Begin and end of these examples in `tokens` without [CLS], int64 [n, 2] on the host, for the tasks
-        whose tokens are kept."""
-        bounds = {}
-        for task, offsets in self.offsets.items():
-            index = examples[task].cpu()
-            bounds[task] = torch.stack([offsets[index] + 1, offsets[index + 1]], dim=1)
-        return bounds
+        return Features(self.cls[wanted].to(self.device), sequences, tokens, token_bounds, self.max_seqlen)
 
 
 def encode(
@@ -121,15 +118,19 @@ def encode(
         first_row[task] = size
         size += len(table.sequences)
     per_example = {task: table.task.sequences_per_example for task, table in tables.items()}
+    lengths = {task: table.lengths for task, table in tables.items()}
     dtype, hidden = next(encoder.parameters()).dtype, encoder.config.hidden_size
-    offsets, kept = {}, 0
+    offsets, kept, longest = {}, 0, 1
     for task in token_tasks:
-        offsets[task] = torch.tensor(kept + tables[task].sequences.offsets, device="cpu")
+        sequences = tables[task].sequences
+        offsets[task] = torch.tensor(kept + sequences.offsets, device="cpu")
         kept = int(offsets[task][-1])
+        longest = max(longest, int(sequences.lengths.max(initial=0)) - 1)
     heights = {"cls": size} | ({"tokens": kept} if token_tasks else {})
     storage = _allocate(heights, hidden, dtype, device, directory)
     cls, tokens = storage["cls"], storage.get("tokens")
-    features = FeatureTable(cls, first_row, per_example, tokens, offsets, device)
+    begins = {task: x.to(cls.device) for task, x in offsets.items()}
+    features = FeatureTable(cls, first_row, per_example, tokens, begins, longest, device)
     layout = Layout(ranks.rank(), ranks.world_size())
     with closing(packed_batches(what, tables, device, layout)) as batches:
         for numbers, batch in batches:
@@ -137,14 +138,15 @@ def encode(
                 states = encoder(**batch.encoder_inputs(), cls_only=not token_tasks)
             first = states if tokens is None else states[first_rows(batch.cu_seqlens, len(states))]
             examples = {task: torch.from_numpy(index) for task, index in numbers.items()}
-            # The sequences of a batch are in this order too, filler last.
+            # The sequences and tokens of a batch are in this order too, filler last.
             rows = torch.cat([features.rows(task, index).flatten() for task, index in examples.items()])
             _put(cls, rows, first[: len(rows)])
-            for task, bounds in batch.token_bounds.items():
-                if tokens is not None and len(bounds):
-                    begins, ends = offsets[task][examples[task]], offsets[task][examples[task] + 1]
-                    packed = states[int(bounds[0, 0]) - 1 : int(bounds[-1, 1])]  # with [CLS]
-                    _put(tokens, _ranges(begins, ends - begins), packed)
+            end = 0
+            for task, index in examples.items():
+                begin, end = end, end + int(lengths[task][index].sum())
+                if tokens is not None and task in offsets:
+                    firsts, ends = offsets[task][index], offsets[task][index + 1]
+                    _put(tokens, _ranges(firsts, ends - firsts), states[begin:end])
     # A row that another rank encoded is zero here, so the sum over the ranks is the table.
     for table_part in storage.values():
         for block in table_part.split(SHARED_ROWS) if ranks.world_size() > 1 else ():

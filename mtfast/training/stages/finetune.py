@@ -38,7 +38,7 @@ class Finetune(TaskStage):
         self.flops_per_token = flops_per_token(weights.config, self.mean_seqlen)
 
     def losses(self, batch: PackedBatch) -> dict[str, Tensor]:
-        return self.engine.model(**batch.model_inputs(), rows=batch.tasks, shares=self.layout.shares)
+        return self.engine.model(**batch.model_inputs(), rows=batch.tasks)
 
     def predict_dev(self) -> dict[str, np.ndarray]:
         return predict_packed(

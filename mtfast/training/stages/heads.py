@@ -8,8 +8,9 @@ autocast, which leaves steps on cached features so plain that a GPU runs each as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,12 @@ import torch
 from torch import Tensor
 
 from mtfast.config import EngineConfig, HeadsConfig
-from mtfast.data.packing import PackedBatch, TaskRows
+from mtfast.data.packing import PackedBatch, TaskRows, filled_count
 from mtfast.data.sampler import StepPlan
 from mtfast.kinds import predictions_of, task_losses
 from mtfast.models.bert import PackedBert, first_rows, flops_per_token
 from mtfast.models.checkpoint import save_heads
 from mtfast.training.engine.engine import Engine
-from mtfast.training.engine.graphs import CudaRecorder, StepGraphs
 from mtfast.training.loop import Batch
 from mtfast.training.run.weights import Weights, build_multitask
 
@@ -31,25 +31,39 @@ from .features import Features, encode
 from .task_stage import Load, TaskStage, predict_packed
 
 PREDICTION_ROWS = 8192
+PREDICTION_TOKENS = 131072  # of an LSTM head, each of whose sequences takes as much as the longest
 
 
 @dataclass(frozen=True)
 class CachedBatch:
     """Examples by their numbers, in place of packed sequences.
 
-    examples: int64 [n] by task, where the feature table is. step_counts: examples of each task in the whole
-    step. token_bounds: as in `Features`, for LSTM heads alone. tokens: of the examples' sequences.
+    numbers: int64 [n], of the examples of one task after another, where the feature table is.
+    weights: float32 [n], of each example's loss, 0 of what fills up.
+    counts: how many of them each task has.
+    size, tokens: examples, and tokens of their sequences, without what fills up.
     """
 
-    examples: Mapping[str, Tensor]
-    step_counts: Mapping[str, int]
-    token_bounds: dict[str, Tensor]
+    numbers: Tensor
+    weights: Tensor
+    counts: Mapping[str, int]
+    size: int
     tokens: int
 
     @property
-    def size(self) -> int:
-        """Examples, of all tasks."""
-        return sum(map(len, self.examples.values()))
+    def shape(self) -> Hashable:
+        return tuple(self.counts.values())
+
+    def clone(self) -> CachedBatch:
+        return replace(self, numbers=self.numbers.clone(), weights=self.weights.clone())
+
+    def copy_(self, other: CachedBatch) -> None:
+        self.numbers.copy_(other.numbers)
+        self.weights.copy_(other.weights)
+
+    def by_task(self, x: Tensor) -> dict[str, Tensor]:
+        """Each task's part of `numbers` or `weights`."""
+        return dict(zip(self.counts, x.split(list(self.counts.values())), strict=True))
 
 
 class Heads(TaskStage):
@@ -77,7 +91,6 @@ class Heads(TaskStage):
         self.encoder.requires_grad_(False).eval()
         self.cached = settings.features == "cached"
         self.flops_per_token = 0.0
-        self.graphs: StepGraphs | None = None
         if self.cached:
             device = self.engine.device
             self.table, self.dev_table = (
@@ -96,57 +109,67 @@ class Heads(TaskStage):
                 for name, table in self.train.items()
                 if table.labels is not None
             }
-            # An LSTM's packed layout follows from the sequences' lengths, on the host.
-            if self.engine.capturable and self.table.resident and not self.token_tasks:
-                self.graphs = StepGraphs(self._step_on, CudaRecorder())
         else:
             self.flops_per_token = flops_per_token(weights.config, self.mean_seqlen, training=False)
 
     def micro_batches(self, steps: list[StepPlan], epoch: int) -> Iterator[Sequence[Batch]]:
         return self._cached_batches(steps) if self.cached else super().micro_batches(steps, epoch)
 
+    @property
+    def capturable(self) -> bool:
+        return super().capturable and (not self.cached or self.table.resident)
+
     def _cached_batches(self, steps: list[StepPlan]) -> Iterator[list[CachedBatch]]:
-        """The numbers of all steps' examples go to the device at once; a batch is a part of them."""
-        parts = [part for step in steps for part in step.micro_batches]
-        examples = {}
-        for task in self.train:
-            numbers = torch.from_numpy(np.concatenate([part[task] for part in parts]))
-            examples[task] = numbers.to(self.table.cls.device).split([len(part[task]) for part in parts])
-        index = 0
+        """What all steps take goes to the device at once; a batch is a part of it."""
+        weights = [step.weights(self.layout.shares) for step in steps]
+        batches = [
+            self._cached_batch(part, of_step)
+            for step, of_step in zip(steps, weights, strict=True)
+            for part in step.micro_batches
+        ]
+        sizes = [len(batch.numbers) for batch in batches]
+        numbers = torch.cat([batch.numbers for batch in batches]).to(self.table.cls.device).split(sizes)
+        of_each = torch.cat([batch.weights for batch in batches]).to(self.engine.device).split(sizes)
+        moved = (
+            replace(batch, numbers=mine, weights=theirs)
+            for batch, mine, theirs in zip(batches, numbers, of_each, strict=True)
+        )
         for step in steps:
-            batches = []
-            for part in step.micro_batches:
-                mine = {task: numbers[index] for task, numbers in examples.items()}
-                tokens = sum(int(self.lengths[task][rows].sum()) for task, rows in part.items())
-                batches.append(CachedBatch(mine, step.step_counts, self.table.bounds(mine), tokens))
-                index += 1
-            yield batches
+            yield list(itertools.islice(moved, len(step.micro_batches)))
 
-    def step(self, batch: CachedBatch | PackedBatch) -> Tensor:
-        if self.graphs is not None and isinstance(batch, CachedBatch):
-            return self.graphs(batch.examples)
-        return super().step(batch)
-
-    def _step_on(self, examples: Mapping[str, Tensor]) -> Tensor:
-        """A whole step of one rank."""
-        return super().step(CachedBatch(examples, {task: len(x) for task, x in examples.items()}, {}, 0))
+    def _cached_batch(self, part: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> CachedBatch:
+        """On the host, filled up where batches are."""
+        counts, numbers, of_each = {}, [], []
+        for task, rows in part.items():
+            n = counts[task] = len(rows) if self.room is None else filled_count(len(rows), self.room[task])
+            numbers.append(np.pad(rows, (0, n - len(rows))))
+            of_each.append(np.pad(np.full(len(rows), weights[task], np.float32), (0, n - len(rows))))
+        tokens = sum(int(self.lengths[task][rows].sum()) for task, rows in part.items())
+        return CachedBatch(
+            torch.from_numpy(np.concatenate(numbers)),
+            torch.from_numpy(np.concatenate(of_each)),
+            counts,
+            sum(map(len, part.values())),
+            tokens,
+        )
 
     def losses(self, batch: CachedBatch | PackedBatch) -> dict[str, Tensor]:
         if isinstance(batch, CachedBatch):
-            features = self.table.select(batch.examples, batch.token_bounds)
+            examples, weights = batch.by_task(batch.numbers), batch.by_task(batch.weights)
+            features = self.table.select(examples)
             rows = {
                 task: TaskRows(
                     features.sequences[task],
-                    self.labels[task][examples.to(self.engine.device)],
-                    batch.step_counts[task],
+                    self.labels[task][numbers.to(self.engine.device)],
+                    weights[task],
                 )
-                for task, examples in batch.examples.items()
+                for task, numbers in examples.items()
             }
-            return task_losses(self.tasks, self._heads(features), rows, self.layout.shares)
+            return task_losses(self.tasks, self._heads(features), rows)
         self.encoder.train()
         outputs = self._on_packed(batch)
         self.encoder.eval()
-        return task_losses(self.tasks, outputs, batch.tasks, self.layout.shares)
+        return task_losses(self.tasks, outputs, batch.tasks)
 
     def _heads(self, features: Features) -> dict[str, Tensor]:
         with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.bf16):
@@ -155,15 +178,16 @@ class Heads(TaskStage):
                 features.sequences,
                 tokens=features.tokens,
                 token_bounds=features.token_bounds,
+                max_seqlen=features.max_seqlen,
             )
 
     def _on_packed(self, batch: PackedBatch) -> dict[str, Tensor]:
         with torch.no_grad():
             states = self.encoder(**batch.encoder_inputs(), cls_only=not self.token_tasks)
         if not self.token_tasks:
-            return self._heads(Features(states, batch.sequences, None, {}))
+            return self._heads(Features(states, batch.sequences, None, {}, batch.max_seqlen))
         cls = states.index_select(0, first_rows(batch.cu_seqlens, states.size(0)))
-        return self._heads(Features(cls, batch.sequences, states, batch.token_bounds))
+        return self._heads(Features(cls, batch.sequences, states, batch.token_bounds, batch.max_seqlen))
 
     def predict_dev(self) -> dict[str, np.ndarray]:
         if not self.cached:
@@ -171,15 +195,14 @@ class Heads(TaskStage):
         table = self.dev_table
         predictions: dict[str, list[np.ndarray]] = {task: [] for task in self.dev}
         longest = max(map(len, self.dev.values()))
-        for begin in range(0, longest, PREDICTION_ROWS):
+        count = max(1, min(PREDICTION_ROWS, PREDICTION_TOKENS // table.max_seqlen))
+        for begin in range(0, longest, count):
             examples = {
-                task: torch.arange(
-                    min(begin, len(t)), min(begin + PREDICTION_ROWS, len(t)), device=table.cls.device
-                )
+                task: torch.arange(min(begin, len(t)), min(begin + count, len(t)), device=table.cls.device)
                 for task, t in self.dev.items()
             }
             with torch.no_grad():
-                outputs = self._heads(table.select(examples, table.bounds(examples)))
+                outputs = self._heads(table.select(examples))
             for task, output in outputs.items():
                 predictions[task].append(predictions_of(self.tasks[task], output))
         return {task: np.concatenate(parts) for task, parts in predictions.items()}

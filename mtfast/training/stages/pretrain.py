@@ -5,6 +5,7 @@ Devlin et al. 2019, BERT: Pre-training of Deep Bidirectional Transformers, https
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtfast.config import EngineConfig, PretrainConfig
-from mtfast.data.packing import ReviewBatch, pack_reviews, prefetch
+from mtfast.data.packing import ReviewBatch, pack_reviews
+from mtfast.data.prefetch import prefetch
 from mtfast.data.reviews import ReviewSamples
 from mtfast.data.sampler import Layout, ReviewStepPlan, plan_reviews
 from mtfast.models.bert import flops_per_token, mean_seqlen
@@ -73,12 +75,19 @@ class Pretrain(Stage):
             self.samples,
             rows,
             mlm_probability=self.settings.mlm_probability,
-            step_masked=step.step_masked,
-            step_samples=step.step_samples,
+            mlm_weight=self.layout.shares / max(step.step_masked, 1),
+            nsp_weight=self.layout.shares / step.step_samples,
             mask_seed=mask_seed,
-            bucket_tokens=self.bucket_tokens,
+            room=self.room,
         )
         return packed.sent_to(self.engine.device)
+
+    @functools.cached_property
+    def room(self) -> int | None:
+        """Samples up to which micro-batches are filled, where they are."""
+        if not self.fills:
+            return None
+        return max(len(part) for step in self.plan(0) for part in step.micro_batches)
 
     def losses(self, batch: ReviewBatch) -> dict[str, Tensor]:
         masked = mask_tokens(
@@ -93,15 +102,14 @@ class Pretrain(Stage):
             strategy="exact",
         )
         # "exact" chooses a number of tokens that the host knows, so finding them needs no synchronisation.
-        chosen = torch.nonzero_static(masked.labels != -100, size=batch.masked).squeeze(1)
+        # Where they are fewer the first token stands in: it is special, never chosen, and no loss sees it.
+        chosen = torch.nonzero_static(masked.labels != -100, size=batch.masked, fill_value=0).squeeze(1)
         inputs = batch.encoder_inputs() | {"input_ids": masked.input_ids}
         mlm, nsp = self.engine.model(**inputs, masked_rows=chosen, samples=len(batch.nsp_labels))
         targets = masked.labels[chosen].long()
         return {
-            "mlm": F.cross_entropy(mlm, targets, reduction="sum")
-            * (self.layout.shares / max(batch.step_masked, 1)),
-            "nsp": F.cross_entropy(nsp, batch.nsp_labels, reduction="sum")
-            * (self.layout.shares / batch.step_samples),
+            "mlm": F.cross_entropy(mlm, targets, reduction="sum") * batch.mlm_weight[0],
+            "nsp": (F.cross_entropy(nsp, batch.nsp_labels, reduction="none") * batch.nsp_weights).sum(),
         }
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -60,7 +61,15 @@ class TaskStage(Stage):
         )
 
     def micro_batches(self, steps: list[StepPlan], epoch: int) -> Iterator[Sequence[Batch]]:
-        return packed_steps(self.train, steps, self.engine.device, self.bucket_tokens)
+        return packed_steps(self.train, steps, self.engine.device, self.layout.shares, self.room)
+
+    @functools.cached_property
+    def room(self) -> dict[str, int] | None:
+        """Examples of each task up to which micro-batches are filled, where they are."""
+        if not self.fills:
+            return None
+        parts = [part for step in self.plan(0) for part in step.micro_batches]
+        return {name: max(len(part[name]) for part in parts) for name in self.tasks}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         return torch.stack([losses[name] * task.weight for name, task in self.tasks.items()]).sum()

@@ -1,0 +1,134 @@
+"""Steps that are filled up so that their shapes repeat: how many there are, and that no loss sees it."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from bert_twins import paper_tasks
+from paper_tables import read_paper_task
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from mtfast.commands import open_directory
+from mtfast.config import EngineConfig, HeadsConfig, RunConfig, TaskStageConfig
+from mtfast.data.demo import write_demo_corpus
+from mtfast.data.tokens import tokenize_task
+from mtfast.recipes import PAPER_TASKS, demo, paper
+from mtfast.training.engine import engine as engine_module
+from mtfast.training.inputs import Inputs
+from mtfast.training.loop import Stage
+from mtfast.training.run.weights import find_weights
+from mtfast.training.stages.finetune import Finetune
+from mtfast.training.stages.heads import Heads
+from mtfast.training.stages.pretrain import Pretrain
+
+
+class Planned(Finetune):
+    """The steps of fine-tuning, without a model."""
+
+    def __init__(self, tables, settings: TaskStageConfig) -> None:
+        super(Finetune, self).__init__({"train": tables, "dev": {}}.__getitem__, settings, seed=0)
+        self.engine = SimpleNamespace(device=torch.device("cpu"))
+
+
+def test_an_epoch_of_the_real_mixture_has_few_shapes(data_dir, checkpoint_dir, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
+    raw = {name: read_paper_task(name, data_dir / "cs224n", "train") for name in PAPER_TASKS}
+    tables = {name: tokenize_task(table, tokenizer, max_length=128) for name, table in raw.items()}
+    stage = Planned(tables, paper().finetune)
+    assert stage.settings.batch_size == 160
+    batches = [batch for (batch,) in stage.micro_batches(stage.plan(0), 0)]
+    assert len({batch.shape for batch in batches}) > 160
+    monkeypatch.setattr(Stage, "fills", True)
+    stage = Planned(tables, paper().finetune)
+    shapes, lengths = [], {name: table.sequences.lengths for name, table in tables.items()}
+    for epoch in range(2):
+        plan, counted = (
+            stage.plan(epoch),
+            {name: np.zeros(len(table), np.int64) for name, table in tables.items()},
+        )
+        tokens = real = 0
+        for step, (batch,) in zip(plan, stage.micro_batches(plan, epoch), strict=True):
+            (examples,) = step.micro_batches
+            for name, rows in examples.items():
+                np.add.at(counted[name], rows, 1)
+                assert np.count_nonzero(batch.tasks[name].weights) == len(rows)
+                begins = batch.tasks[name].sequences[: len(rows)].flatten()
+                per = tables[name].task.sequences_per_example
+                found = batch.cu_seqlens.diff()[begins].view(-1, per)
+                assert (found.numpy() == lengths[name].reshape(-1, per)[rows]).all()
+            shapes.append(batch.shape)
+            tokens, real = tokens + len(batch.input_ids), real + batch.tokens
+        assert all((times == 1).all() for times in counted.values())
+        assert real == sum(table.sequences.lengths.sum() for table in tables.values())
+        assert tokens <= 1.03 * real
+        assert len(set(shapes[-len(plan) :])) <= 24
+    assert len(set(shapes)) <= 24  # the next epoch has the same ones
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_demo_corpus(tmp_path_factory.mktemp("demo"))
+
+
+def stage_of(kind: type[Stage], config: RunConfig) -> Stage:
+    engine_module.start()
+    run = open_directory(config)
+    weights = find_weights(config.model, run, config.seed)
+    inputs = Inputs(config.tasks, config.data, weights.tokenizer, run)
+    common = (weights, config.stage(kind.name), config.engine, config.seed)
+    if kind is Pretrain:
+        return kind(inputs.load_reviews(config.seed), *common)
+    return kind(inputs.load, *common, config.path) if kind is Heads else kind(inputs.load, *common)
+
+
+def losses_and_gradients(stage: Stage, fill: bool, monkeypatch) -> tuple[list[dict], list[dict[str, Tensor]]]:
+    """Of an epoch's first steps, all micro-batches, without dropout."""
+    monkeypatch.setattr(Stage, "fills", fill)
+    stage.__dict__.pop("room", None)
+    module = stage.engine.model = getattr(stage.engine.model, "module", stage.engine.model)  # no engine
+    module.eval()
+    losses, gradients = [], []
+    for batches in stage.micro_batches(stage.plan(0)[:3], 0):
+        for batch in batches:
+            found = stage.losses(batch)
+            stage.total(found).backward()
+            losses.append({name: loss.detach() for name, loss in found.items()})
+            gradients.append({name: p.grad.clone() for name, p in module.named_parameters()})
+            module.zero_grad()
+    return losses, gradients
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "settings"),
+    [
+        (Finetune, "linear", TaskStageConfig(batch_size=40)),
+        (Finetune, "lstm", TaskStageConfig(batch_size=42, accumulation=3)),
+        (Heads, "linear", HeadsConfig(batch_size=200, accumulation=2)),
+        (Heads, "lstm", HeadsConfig(batch_size=200)),
+        (Heads, "lstm", HeadsConfig(batch_size=60, features="live")),
+        (Pretrain, "linear", None),
+    ],
+)
+def test_what_fills_up_is_seen_by_no_loss(kind, head, settings, corpus, tmp_path, monkeypatch):
+    config = demo()
+    config = replace(
+        config,
+        run_dir=str(tmp_path / "run"),
+        tasks=paper_tasks(head),
+        model=replace(config.model, checkpoint=str(corpus.bert), dropout_p=0.0),
+        data=replace(config.data, tasks=str(corpus.tasks), reviews=str(corpus.reviews), max_reviews=60),
+        engine=EngineConfig(precision="fp32", zero_stage=0),
+        pretrain=replace(config.pretrain, batch_size=9),
+        **({} if settings is None else {kind.name: settings}),
+    )
+    stage = stage_of(kind, config)
+    losses, gradients = losses_and_gradients(stage, False, monkeypatch)
+    filled_losses, filled_gradients = losses_and_gradients(stage, True, monkeypatch)
+    assert len(losses) == len(filled_losses) == 3 * stage.settings.accumulation
+    for mine, filled in zip(losses + gradients, filled_losses + filled_gradients, strict=True):
+        for name, x in mine.items():
+            torch.testing.assert_close(filled[name], x, rtol=1e-4, atol=1e-6 * float(x.abs().max()) + 1e-9)
+    stage.engine.close()
