@@ -1,4 +1,4 @@
-"""The engine between a stage and DeepSpeed: what it hands on, what it asks of the device, captured steps."""
+"""The engine between a stage and DeepSpeed: what it hands on, what it asks of the device."""
 
 import collections
 import math
@@ -8,24 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from bert_twins import paper_tasks
-from devices import needs_cuda
-from torch import Tensor, nn
+from stages import demo_on, stage_of
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtfast.commands import open_directory
 from mtfast.config import EngineConfig, HeadsConfig, RunConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.models.checkpoint import CheckpointError
-from mtfast.recipes import demo
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine.engine import Engine
-from mtfast.training.engine.graphs import StepGraphs
-from mtfast.training.inputs import Inputs
-from mtfast.training.loop import train_stage
-from mtfast.training.run.weights import find_weights
 from mtfast.training.stages import features as features_module
 from mtfast.training.stages.finetune import Finetune
 from mtfast.training.stages.heads import Heads
+from mtfast.training.stages.pretrain import Pretrain
 
 SETTINGS = TaskStageConfig(batch_size=4, learning_rate=0.1, weight_decay=0.0)
 
@@ -51,50 +46,32 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def config(corpus, tmp_path) -> RunConfig:
-    engine_module.start()
-    config = demo()
-    return replace(
-        config,
-        run_dir=str(tmp_path / "run"),
-        model=replace(config.model, checkpoint=str(corpus.bert)),
-        data=replace(config.data, tasks=str(corpus.tasks), cache_dir=str(Path(corpus.tasks) / "cache")),
-        heads=replace(config.heads, epochs=3, batch_size=512),
-    )
-
-
-def stage_of(kind: type[Finetune] | type[Heads], config: RunConfig):
-    run = open_directory(config)
-    weights = find_weights(config.model, run, config.seed)
-    load = Inputs(config.tasks, config.data, weights.tokenizer, run).load
-    common = (load, weights, config.stage(kind.name), config.engine, config.seed)
-    return kind(*common, config.path / "heads" / "state") if kind is Heads else kind(*common)
+    config = demo_on(corpus, tmp_path / "run")
+    return replace(config, heads=replace(config.heads, epochs=3, batch_size=512))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_step_reads_nothing_back(zero_stage, precision, config):
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [(Pretrain, "linear"), (Heads, "linear"), (Heads, "lstm"), (Finetune, "linear"), (Finetune, "lstm")],
+)
+def test_a_step_reads_nothing_back(kind, head, zero_stage, precision, config, monkeypatch):
     engine = EngineConfig(precision=precision, zero_stage=zero_stage)
-    stage = stage_of(Finetune, replace(config, engine=engine, finetune=TaskStageConfig()))
+    changed = {"tasks": paper_tasks(head), "engine": engine, "finetune": TaskStageConfig()}
+    stage = stage_of(kind, replace(config, **changed))
     stage.engine.train()
     batches = [batches for batches in stage.micro_batches(stage.plan(0)[:3], 0)]
     stage.step(batches[0][0])  # DeepSpeed sets up its buffers
+    for name in ("cpu", "numpy", "tolist"):  # of a tensor on the CPU they are no operations
+        monkeypatch.setattr(torch.Tensor, name, lambda x, name=name: pytest.fail(f"{name}() reads back"))
     with ReadBack() as mode:
         for (batch,) in batches[1:]:
             stage.engine.set_learning_rate(1e-4)
             stage.step(batch)
     assert not mode.found
-
-
-def test_a_step_on_cached_features_reads_nothing_back(config):
-    stage = stage_of(Heads, config)
-    stage.engine.train()
-    batches = [batches for batches in stage.micro_batches(stage.plan(0)[:3], 0)]
-    stage.step(batches[0][0])
-    with ReadBack() as mode:
-        for (batch,) in batches[1:]:
-            stage.engine.set_learning_rate(1e-4)
-            stage.step(batch)
-    assert not mode.found
+    monkeypatch.undo()
+    stage.engine.close()
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -163,57 +140,6 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypa
     engine.close()
 
 
-class Replaying:
-    """Stands in for CUDA graphs: recording does no work, replaying calls the function again."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def run(self, function):
-        return function()
-
-    def record(self, function):
-        self.recorded += 1
-        result = torch.full((3,), torch.nan)
-
-        def replay() -> None:
-            self.replayed += 1
-            result.copy_(function())
-
-        return replay, result
-
-
-def test_steps_are_recorded_once_for_each_shape():
-    seen: list[tuple[list[float], list[float]]] = []
-
-    def step(inputs) -> Tensor:
-        seen.append((inputs["a"].tolist(), inputs["b"].tolist()))
-        return inputs["a"].sum().expand(3)
-
-    recorder = Replaying()
-    graphs = StepGraphs(step, recorder)
-    batches = [([1.0, 2.0], [3.0]), ([4.0, 5.0], [6.0]), ([7.0], [8.0]), ([9.0, 1.0], [2.0]), ([3.0], [4.0])]
-    results = [graphs({"a": torch.tensor(a), "b": torch.tensor(b)})[0].item() for a, b in batches]
-    assert seen == batches and results == [3.0, 9.0, 7.0, 10.0, 3.0]
-    assert recorder.recorded == 2 and recorder.replayed == 3
-
-
-def test_recorded_head_training_is_the_unrecorded_one(config):
-    ends = {}
-    for name in ("plain", "recorded"):
-        changed = replace(config, run_dir=f"{config.run_dir}-{name}")
-        stage = stage_of(Heads, changed)
-        recorder = Replaying()
-        if name == "recorded":
-            stage.graphs = StepGraphs(stage._step_on, recorder)
-        result = train_stage(stage, open_directory(changed), changed.log_every)
-        weights = stage.engine.state_dict()
-        ends[name] = (result["summary"]["first_loss"], result["summary"]["last_loss"], weights)
-    assert recorder.recorded > 0 and recorder.replayed > recorder.recorded
-    assert ends["plain"][:2] == ends["recorded"][:2]
-    assert all(torch.equal(x, ends["recorded"][2][name]) for name, x in ends["plain"][2].items())
-
-
 JOINT_LSTM = replace(paper_tasks()["quora"], head="lstm", pair_input="joint")
 
 
@@ -231,13 +157,13 @@ def test_a_table_in_a_file_gives_what_one_in_memory_gives(tasks, of_lstm, config
     in_memory = stage_of(Heads, config)
     monkeypatch.setattr(features_module, "room", lambda device: 0)
     in_file = stage_of(Heads, config)
-    files = list((config.path / "heads" / "state").rglob("*.bin"))
+    files = list((config.path / "features").rglob("*.bin"))
     assert len(files) == (4 if of_lstm else 2)
     assert torch.equal(in_file.table.cls, in_memory.table.cls)
     (batch,) = next(in_file.micro_batches(in_file.plan(0)[:1], 0))
-    whole = in_memory.table.select(batch.examples, batch.token_bounds)
+    whole = in_memory.table.select(batch.by_task(batch.numbers))
     monkeypatch.setattr(type(in_file.table), "resident", False)  # as if the heads were on another device
-    part = in_file.table.select(batch.examples, batch.token_bounds)
+    part = in_file.table.select(batch.by_task(batch.numbers))
     assert len(part.cls) < len(whole.cls)
     for task, rows in part.sequences.items():
         assert torch.equal(part.cls[rows], whole.cls[whole.sequences[task]])
@@ -246,18 +172,3 @@ def test_a_table_in_a_file_gives_what_one_in_memory_gives(tasks, of_lstm, config
         bounds = (features.token_bounds[task].tolist() for features in (part, whole))
         for (b, e), (begin, end) in zip(*bounds, strict=True):
             assert torch.equal(part.tokens[b:e], whole.tokens[begin:end])
-
-
-@needs_cuda
-@pytest.mark.gpu
-def test_captured_head_training_is_the_uncaptured_one(config):
-    losses = {}
-    for name in ("plain", "captured"):
-        changed = replace(config, run_dir=f"{config.run_dir}-{name}")
-        stage = stage_of(Heads, changed)
-        assert stage.graphs is not None
-        if name == "plain":
-            stage.graphs = None
-        losses[name] = train_stage(stage, open_directory(changed), changed.log_every)["summary"]
-    for key in ("first_loss", "last_loss"):
-        assert losses["captured"][key] == pytest.approx(losses["plain"][key], rel=1e-4)

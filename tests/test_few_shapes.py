@@ -8,18 +8,15 @@ import pytest
 import torch
 from bert_twins import paper_tasks
 from paper_tables import read_paper_task
+from stages import demo_on, stage_of
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from mtfast.commands import open_directory
-from mtfast.config import EngineConfig, HeadsConfig, RunConfig, TaskStageConfig
+from mtfast.config import EngineConfig, HeadsConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.data.tokens import tokenize_task
-from mtfast.recipes import PAPER_TASKS, demo, paper
-from mtfast.training.engine import engine as engine_module
-from mtfast.training.inputs import Inputs
+from mtfast.recipes import PAPER_TASKS, paper
 from mtfast.training.loop import Stage
-from mtfast.training.run.weights import find_weights
 from mtfast.training.stages.finetune import Finetune
 from mtfast.training.stages.heads import Heads
 from mtfast.training.stages.pretrain import Pretrain
@@ -73,17 +70,6 @@ def corpus(tmp_path_factory):
     return write_demo_corpus(tmp_path_factory.mktemp("demo"))
 
 
-def stage_of(kind: type[Stage], config: RunConfig) -> Stage:
-    engine_module.start()
-    run = open_directory(config)
-    weights = find_weights(config.model, run, config.seed)
-    inputs = Inputs(config.tasks, config.data, weights.tokenizer, run)
-    common = (weights, config.stage(kind.name), config.engine, config.seed)
-    if kind is Pretrain:
-        return kind(inputs.load_reviews(config.seed), *common)
-    return kind(inputs.load, *common, config.path) if kind is Heads else kind(inputs.load, *common)
-
-
 def losses_and_gradients(stage: Stage, fill: bool, monkeypatch) -> tuple[list[dict], list[dict[str, Tensor]]]:
     """Of an epoch's first steps, all micro-batches, without dropout."""
     monkeypatch.setattr(Stage, "fills", fill)
@@ -113,13 +99,12 @@ def losses_and_gradients(stage: Stage, fill: bool, monkeypatch) -> tuple[list[di
     ],
 )
 def test_what_fills_up_is_seen_by_no_loss(kind, head, settings, corpus, tmp_path, monkeypatch):
-    config = demo()
+    config = demo_on(corpus, tmp_path / "run")
     config = replace(
         config,
-        run_dir=str(tmp_path / "run"),
         tasks=paper_tasks(head),
-        model=replace(config.model, checkpoint=str(corpus.bert), dropout_p=0.0),
-        data=replace(config.data, tasks=str(corpus.tasks), reviews=str(corpus.reviews), max_reviews=60),
+        model=replace(config.model, dropout_p=0.0),
+        data=replace(config.data, max_reviews=60),
         engine=EngineConfig(precision="fp32", zero_stage=0),
         pretrain=replace(config.pretrain, batch_size=9),
         **({} if settings is None else {kind.name: settings}),

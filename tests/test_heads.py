@@ -251,7 +251,7 @@ def test_cached_states_give_what_the_model_gives(name):
     with torch.no_grad():
         tokens = model.encoder(**packed)
         table = model.encoder(**packed, cls_only=True)
-        found = model.heads(table, rows, tokens=tokens, token_bounds=token_bounds)
+        found = model.heads(table, rows, tokens=tokens, token_bounds=token_bounds, max_seqlen=30)
         expected = twin_outputs(case, dict(model.heads.named_parameters()), list(tokens.split(LENGTHS)), rows)
         given = run(model, case, packed, rows)
     for task, output in expected.items():
@@ -346,7 +346,7 @@ def test_dropout_is_drawn_in_training_alone(name):
     bounds = bounds_for(case, {"cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0)}, rows)
 
     def outputs():
-        return heads(cls, rows, tokens=tokens, token_bounds=bounds)
+        return heads(cls, rows, tokens=tokens, token_bounds=bounds, max_seqlen=30)
 
     torch.manual_seed(3)
     first, second = outputs(), outputs()
@@ -365,16 +365,16 @@ def test_wrong_use_is_named():
     cls, tokens = torch.randn(4, HIDDEN), torch.randn(9, HIDDEN)
     sst = {"sst": torch.tensor([0, 1])}
 
-    def with_bounds(bounds):
-        return heads(cls, sst, tokens=tokens, token_bounds={"sst": bounds})
-
-    for given in ({}, {"tokens": tokens}, {"token_bounds": {"sst": torch.tensor([[0, 4], [4, 5]])}}):
-        with pytest.raises(ValueError, match="the lstm head of sst needs tokens and token_bounds"):
-            heads(cls, sst, **given)
-    with pytest.raises(ValueError, match=r"bounds must be \[2, 2\] on the host, found \[3, 2\]"):
-        with_bounds(torch.zeros(3, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="sequence 1 no token"):
-        with_bounds(torch.tensor([[0, 4], [4, 4]]))
+    given = {"tokens": tokens, "token_bounds": {"sst": torch.tensor([[0, 4], [4, 5]])}, "max_seqlen": 4}
+    for missing in given:
+        with pytest.raises(ValueError, match="head of sst needs tokens, token_bounds and max_seqlen"):
+            heads(cls, sst, **{name: x for name, x in given.items() if name != missing})
+    for wrong, found in (
+        (torch.zeros(3, 2, dtype=torch.int64), r"\[3, 2\] on cpu"),
+        (torch.zeros(2, 2, dtype=torch.int64, device="meta"), r"\[2, 2\] on meta"),
+    ):
+        with pytest.raises(ValueError, match=rf"bounds must be \[2, 2\] on cpu, found {found}"):
+            heads(cls, sst, **given | {"token_bounds": {"sst": wrong}})
     with pytest.raises(ValueError, match=r"sequences\['quora'\] must be \[n, 2\], found \[3\]"):
         heads(cls, {"quora": torch.tensor([0, 1, 2])})
     joint = MultiTaskHeads(HIDDEN, paper_tasks(pair_input="joint"), MlpConfig(8), 0.1)

@@ -62,8 +62,8 @@ CALLS: dict[str, Callable[[int | None], object]] = {
     "mask_tokens": lambda _: mask_tokens(IDS, cu_seqlens=BATCH.cu_seqlens, **MASKING),
     "mask_tokens_ref": lambda _: mask_tokens_ref(IDS, cu_seqlens=BATCH.cu_seqlens, **MASKING),
     "dropout": lambda _: dropout(STATES, 0.5, True),
-    "lstm head": lambda _: LSTM(STATES[:2], STATES, BOUNDS),
-    "lstm head without rows": lambda _: LSTM(STATES[:0], STATES, BOUNDS[:0]),
+    "lstm head": lambda _: LSTM(STATES[:2], STATES, BOUNDS, 4),
+    "lstm head without rows": lambda _: LSTM(STATES[:0], STATES, BOUNDS[:0], 4),
 }
 
 

@@ -5,7 +5,7 @@ Every head returns float32 logits whatever the model's dtype, so that losses are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ class FinalStates(nn.LSTM):
 
     Its shapes follow from those of its inputs and from `max_seqlen`, and nothing is read back to the host, so
     that a CUDA graph can record it: each direction is a plain LSTM over a dense [max_seqlen, n, hidden], of
-    which a sequence fills the first steps, in the other direction's run backwards. The steps after them are
-    computed like any, but no state that is read depends on them.
+    which a sequence, for the second direction reversed, has the first steps. The steps after those are
+    computed as well, but what is returned does not depend on them.
     """
 
     def forward(  # type: ignore[override]
@@ -58,26 +58,28 @@ class FinalStates(nn.LSTM):
         # torch decides how to run an LSTM before autocast makes its input bfloat16, which not every CPU can.
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight_ih_l0.dtype
-        begins, lengths = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
-        last = (lengths - 1).clamp(min=0)
-        # A step past the end takes a token of its own sequence: gradients, zero there, meet at no one row.
+        assert isinstance(dtype, torch.dtype)
+        begins, last = bounds[:, 0], (bounds[:, 1] - bounds[:, 0] - 1).clamp(min=0)
+        # A step after the end has a token of the same sequence, so that no row is that of many such steps.
         within = torch.minimum(torch.arange(max_seqlen, device=device)[:, None], last)
         ends = last * n + torch.arange(n, device=device)
         states = []
         with torch.autocast(device.type, enabled=False):
             tokens, zeros = tokens.to(dtype), torch.zeros(1, n, self.hidden_size, dtype=dtype, device=device)
             for places, weights in zip((within, last - within), self.all_weights, strict=True):
-                rows = (begins + places).clamp(max=tokens.size(0) - 1)  # an empty sequence may begin there
+                rows = (begins + places).clamp(max=tokens.size(0) - 1)  # an empty sequence may be at the end
                 x = tokens.index_select(0, rows.flatten()).view(max_seqlen, n, tokens.size(1))
-                # cuDNN wants them in one piece of memory, in this order.
-                flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)
-                parts = flat.split([weight.numel() for weight in weights])
-                weights = [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
-                output, _, _ = torch.lstm(
-                    x, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False
-                )
+                parts = _in_one_piece(weights, dtype)
+                output, _, _ = torch.lstm(x, (zeros, zeros), parts, True, 1, 0.0, self.training, False, False)
                 states.append(output.flatten(0, 1).index_select(0, ends))
         return torch.cat(states, dim=1)
+
+
+def _in_one_piece(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of an LSTM's weights, one after the other in memory, as cuDNN wants them."""
+    flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)
+    parts = flat.split([weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
 class LstmHead(nn.Module):
