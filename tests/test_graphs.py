@@ -151,9 +151,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_a_run_of_graphs_goes_on_as_the_uninterrupted_one(
-    precision, corpus, tmp_path, as_on_a_gpu, monkeypatch
-):
+def test_a_run_of_graphs_goes_on_as_the_uninterrupted_one(corpus, tmp_path, as_on_a_gpu, monkeypatch):
     """From the last state of each stage, in which other steps are the first of their shape."""
     train(small_run(corpus, tmp_path / "whole"))
     step, made = Stage.step, {}
