@@ -34,11 +34,12 @@ from mtfast.training.engine import ranks
 from mtfast.training.engine.deepspeed_config import checksum_of, deepspeed_config
 from mtfast.training.engine.engine import start
 from mtfast.training.inputs import Inputs
-from mtfast.training.loop import Stage, train_stage
+from mtfast.training.loop import train_stage
 from mtfast.training.run.directory import FEATURES, RunDirectory, compare
 from mtfast.training.run.progress import say
 from mtfast.training.run.settings import PLACES, located
 from mtfast.training.run.weights import Weights, best_weights, check_fit, confirm_checkpoint, find_weights
+from mtfast.training.stage import Stage
 from mtfast.training.stages.finetune import Finetune
 from mtfast.training.stages.heads import Heads
 from mtfast.training.stages.pretrain import Pretrain

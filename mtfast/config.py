@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mtfast.errors import FieldError
+from mtfast.interval import WANTED, is_interval
 from mtfast.tasks import MlpConfig, Task, fault_of, fault_of_mlps
 
 StageName = Literal["pretrain", "heads", "finetune"]
@@ -95,8 +96,9 @@ class StageConfig:
     `skip` waits for the device in every step, and steps of head training are no CUDA graphs."""
     max_skipped: int = 3
     """With `skip`, stop the run after more than so many steps in a row were left out."""
-    checkpoint_every: int = 0
-    """Save the resumable state every so many steps besides at each epoch's end; 0 only there."""
+    checkpoint_every: str = "1 epoch"
+    """How often the resumable state is saved, besides at the stage's end: "200 steps", "5 epochs" or
+    "10 minutes", say."""
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
 
@@ -207,11 +209,17 @@ _STAGE_RULES: dict[str, Rule] = {
     "weight_decay": _NOT_NEGATIVE,
     "gradient_clipping": _NOT_NEGATIVE,
     "max_skipped": _at_least(1),
-    "checkpoint_every": _at_least(0),
+    "checkpoint_every": (WANTED, is_interval),
     "max_steps": _at_least(1),
     "temperature": _at_least(1),
     "patience": _at_least(1),
 }
+_ALL_RULES = _RULES | {f"{name}.{field}": rule for name in STAGES for field, rule in _STAGE_RULES.items()}
+
+
+def rule_of(field: str) -> str | None:
+    """What a field's value must do, "be at least 1" say; None where any of its type will do."""
+    return _ALL_RULES[field][0] if field in _ALL_RULES else None
 
 
 def validate(config: RunConfig) -> None:
@@ -222,8 +230,7 @@ def validate(config: RunConfig) -> None:
             "each once and in this order",
             "stages",
         )
-    rules = _RULES | {f"{name}.{field}": rule for name in STAGES for field, rule in _STAGE_RULES.items()}
-    for path, (rule, holds) in rules.items():
+    for path, (rule, holds) in _ALL_RULES.items():
         value: Any = config
         for part in path.split("."):
             value = getattr(value, part, None)  # not every stage has every field

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import pydantic
 import yaml
 
-from mtfast.config import ConfigError, RunConfig, to_dict
+from mtfast.config import ConfigError, RunConfig, rule_of, to_dict
 from mtfast.tasks import Task
 
 DEFAULT_RECIPE = "paper"
@@ -144,9 +144,12 @@ class _Reader:
             lacking = str(found["loc"][-1])
             self._refuse(field, f"{field} has no {lacking}; a task needs kind, text and label")
         wanted = found["msg"][0].lower() + found["msg"][1:]
-        self._refuse(
-            field, f"{field} is {found['input']!r:.60}; {wanted.replace('input should', 'it should')}"
-        )
+        wanted = wanted.replace("input should", "it should")
+        if found["type"] == "string_type" and (
+            rule := rule_of(field)
+        ):  # a text that follows rules of its own
+            wanted = f"it must {rule}"
+        self._refuse(field, f"{field} is {found['input']!r:.60}; {wanted}")
 
     def _refuse(self, field: str, text: str) -> NoReturn:
         line = next((self.lines[near] for near in _around(field) if near in self.lines), 1)

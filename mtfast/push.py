@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -14,7 +13,7 @@ from mtfast.errors import Error
 from mtfast.markdown import picture
 from mtfast.model_card import model_card
 from mtfast.models.checkpoint import load_bert_config
-from mtfast.models.files import replacing
+from mtfast.models.files import link_files, replacing
 from mtfast.models.sentence_files import max_length_of, write_sentence_files
 from mtfast.results import plot_of_dev_metrics
 from mtfast.run_record import read_run
@@ -78,7 +77,7 @@ def _assemble(directory: Path, repo_id: str) -> Path:
         raise ConfigError(f"{directory} is a run of an earlier mtfast, which did not declare its tasks")
     bert = load_bert_config(best)
     with replacing(directory / FOLDER) as incoming:
-        shutil.copytree(best, incoming, copy_function=_link, dirs_exist_ok=True)
+        link_files(best, incoming)
         if not (incoming / "modules.json").exists():  # of an earlier mtfast
             write_sentence_files(incoming, bert.hidden_size, record.config.data.max_length)
         figure = plot_of_dev_metrics(record)
@@ -87,14 +86,6 @@ def _assemble(directory: Path, repo_id: str) -> Path:
         card = model_card(record, record.config, repo_id, bert, max_length_of(incoming), shown)
         (incoming / "README.md").write_text(str(card), encoding="utf-8")
     return directory / FOLDER
-
-
-def _link(source: str, target: str) -> None:
-    """Weights need no second place on disk, where the file system can tell that."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _upload(folder: Path, repo_id: str, private: bool) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
 from mtfast.launcher import end_process
+from mtfast.models.files import replacing
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
-from mtfast.training.loop import Stage
+from mtfast.training.stage import Stage
 
 
 class Poison(torch.autograd.Function):
@@ -83,8 +84,8 @@ class Small(Stage):
         return {name: score for name in METRICS.values()}
 
     def save(self, directory: Path, state: dict[str, Tensor]) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        torch.save(state, directory / "weights.pt")
+        with replacing(directory) as incoming:
+            torch.save(state, incoming / "weights.pt")
 
 
 def trained(

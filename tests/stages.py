@@ -9,8 +9,8 @@ from mtfast.data.demo import DemoCorpus
 from mtfast.recipes import demo
 from mtfast.training.engine import engine
 from mtfast.training.inputs import Inputs
-from mtfast.training.loop import Stage
 from mtfast.training.run.weights import find_weights
+from mtfast.training.stage import Stage
 from mtfast.training.stages.heads import Heads
 from mtfast.training.stages.pretrain import Pretrain
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bert_twins import paper_tasks
 from stages import demo_on, stage_of
+from states import save_state
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,7 +137,7 @@ def test_first_update_is_adamws_on_the_exact_weights(zero_stage, precision):
 def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     engine_module.start()
     engine = Engine(nn.Linear(4, 4), EngineConfig(precision="fp32", zero_stage=0), SETTINGS, "finetune")
-    engine.save(tmp_path, 1, {"position": 1})
+    save_state(engine, tmp_path, 1, {"position": 1})
 
     def full(value, file, *_, **__) -> None:
         Path(file).write_bytes(b"half")
@@ -145,7 +146,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(CheckpointError, match=f"could not be written to {tmp_path}: the disk is full or"):
-            engine.save(tmp_path, 2, {"position": 2})
+            save_state(engine, tmp_path, 2, {"position": 2})
     assert engine.load(tmp_path)["position"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "step-1"]
     engine.close()

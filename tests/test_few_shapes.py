@@ -16,7 +16,7 @@ from mtfast.config import EngineConfig, HeadsConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.data.tokens import tokenize_task
 from mtfast.recipes import PAPER_TASKS, paper
-from mtfast.training.loop import Stage
+from mtfast.training.stage import Stage
 from mtfast.training.stages.finetune import Finetune
 from mtfast.training.stages.heads import Heads
 from mtfast.training.stages.pretrain import Pretrain

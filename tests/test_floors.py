@@ -14,6 +14,7 @@ FLOORS = {
     "launcher": 0,
     "toolkit": 0,
     "errors": 0,
+    "interval": 0,
     "tasks": 0,
     "ops": 0,
     "config": 1,

@@ -17,11 +17,11 @@ from torch import Tensor
 from mtfast import train
 from mtfast.config import EngineConfig, RunConfig
 from mtfast.data.demo import write_demo_corpus
-from mtfast.training import loop
+from mtfast.training import stage as stage_module
 from mtfast.training.engine import graphs as graphs_module
 from mtfast.training.engine.engine import Engine
 from mtfast.training.engine.graphs import StepGraphs
-from mtfast.training.loop import Stage
+from mtfast.training.stage import Stage
 from mtfast.training.stages.finetune import Finetune
 from mtfast.training.stages.heads import Heads
 from mtfast.training.stages.pretrain import Pretrain
@@ -114,7 +114,7 @@ def as_on_a_gpu(monkeypatch):
     """Batches are filled up, the learning rate is a tensor, and a tape stands in for a graph."""
     monkeypatch.setattr(Stage, "fills", True)
     monkeypatch.setattr(Engine, "_is_capturable", lambda *_: True)
-    monkeypatch.setattr(loop, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(stage_module, "CudaRecorder", TapeRecorder)
 
 
 def what_is_left(run_dir: Path) -> tuple[list[dict], dict[str, dict[str, Tensor]]]:

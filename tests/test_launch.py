@@ -199,7 +199,7 @@ def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_p
         "engine.zero-stage": zero_stage,
         "engine.precision": precision,
         "model.dropout-p": 0.1,
-        "finetune.checkpoint-every": 7,
+        "finetune.checkpoint-every": "7 steps",
         "log-every": 1,
     }
     whole, broken = tmp_path / "whole", tmp_path / "broken"

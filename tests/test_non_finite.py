@@ -20,7 +20,8 @@ from mtfast.commands import open_directory
 from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
 from mtfast.recipes import PAPER_TASKS
 from mtfast.training.engine import engine as engine_module
-from mtfast.training.loop import NonFinite, Stage, train_stage
+from mtfast.training.loop import NonFinite, train_stage
+from mtfast.training.stage import Stage
 from mtfast.training.stages.task_stage import labelled_metrics
 
 KINDS = [("fp32", 0), ("bf16", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
@@ -32,7 +33,7 @@ def config(tmp_path) -> RunConfig:
     return RunConfig(
         run_dir=str(tmp_path / "run"),
         engine=EngineConfig(precision="fp32", zero_stage=0),
-        finetune=TaskStageConfig(epochs=2, batch_size=4, learning_rate=0.1, checkpoint_every=2),
+        finetune=TaskStageConfig(epochs=2, batch_size=4, learning_rate=0.1, checkpoint_every="2 steps"),
     )
 
 
@@ -95,7 +96,7 @@ def test_steps_left_out_are_counted_told_and_recorded(config, capsys):
 
 
 def test_too_many_steps_in_a_row_stop_the_run_at_once(config):
-    config = change(config, non_finite="skip", max_skipped=2, checkpoint_every=1)
+    config = change(config, non_finite="skip", max_skipped=2, checkpoint_every="1 step")
     stage = Small(config, bad=(2, 4, 5, 6))
     with pytest.raises(
         NonFinite, match=r"gradients of step 6 .*, 3 in a row, and finetune\.max_skipped is 2"

@@ -94,7 +94,7 @@ def test_a_finished_run_goes_on_with_more_epochs_as_if_it_had_them_from_the_star
 
 def test_a_run_that_goes_on_with_the_same_settings_has_nothing_to_do(whole, capsys):
     before = (whole / "metrics.jsonl").read_bytes()
-    cli.main(["resume", str(whole), "--log-every", "1", "--finetune.checkpoint-every", "3", "--strict"])
+    cli.main(["resume", str(whole), "--log-every", "1", "--finetune.checkpoint-every", "3 steps", "--strict"])
     said = capsys.readouterr().out
     assert "finetune: already finished" in said and "another setting" not in said
     assert (whole / "metrics.jsonl").read_bytes() == before
@@ -196,7 +196,7 @@ def test_the_same_data_may_lie_elsewhere_and_other_data_may_not(corpus, whole, t
 
 def test_another_checkpoint_is_told_by_its_weights(corpus, tmp_path, capsys):
     run_dir = tmp_path / "run"
-    arguments = options(corpus, run_dir, **{"finetune.max-steps": 2, "finetune.checkpoint-every": 1})
+    arguments = options(corpus, run_dir, **{"finetune.max-steps": 2, "finetune.checkpoint-every": "1 step"})
     cli.main(["finetune", "demo", *arguments])
     first = run_dir / "finetune" / "last"
     second = tmp_path / "second"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from poison import Small
+from states import save_state
 from torch import nn
 
 import mtfast
@@ -194,12 +195,12 @@ def test_a_full_disk_is_told_with_the_files_name(config):
 
 
 def test_a_state_on_a_full_disk_says_so_and_the_one_before_is_kept(tmp_path, engine):
-    engine.save(tmp_path, 1, {"position": 1})
+    save_state(engine, tmp_path, 1, {"position": 1})
     says = (
         rf"could not be written to {tmp_path}: (the disk is full or a limit is reached, [\d,]+ MiB|File too)"
     )
     with file_size_limit(1000), pytest.raises(CheckpointError, match=says):
-        engine.save(tmp_path, 2, {"position": 2})
+        save_state(engine, tmp_path, 2, {"position": 2})
     assert engine.load(tmp_path) | {"position": 1} == engine.load(tmp_path)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-1"]
 
@@ -232,7 +233,7 @@ def damage(file: Path) -> None:
     ],
 )
 def test_a_state_that_is_not_whole_is_named_and_not_passed_over(tmp_path, engine, part, spoil, message):
-    engine.save(tmp_path, 1, {"position": 1})
+    save_state(engine, tmp_path, 1, {"position": 1})
     (file,) = tmp_path.glob(part)
     spoil(file)
     with pytest.raises((ConfigError, CheckpointError)) as raised:
@@ -248,7 +249,7 @@ def test_a_state_of_another_version_is_named(config, tmp_path):
     stage = Small(config)
     run = open_directory(config)
     for client in ({}, {"position": {"place": 1}}):
-        stage.engine.save(run.stage("finetune") / "state", 1, client)
+        save_state(stage.engine, run.stage("finetune") / "state", 1, client)
         with pytest.raises(
             CheckpointError, match=r"run/finetune/state is of another version of mtfast .*; remove"
         ):

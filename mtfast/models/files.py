@@ -87,6 +87,19 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(outgoing, ignore_errors=True)
 
 
+def link_files(source: Path, directory: Path) -> None:
+    """Give `directory`, which is there, the files of `source`: as links to them, so that they have no second
+    place on disk, or copies where the file system has no links."""
+    shutil.copytree(source, directory, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors on any device to a safetensors file."""
     # safetensors wants every tensor to own its storage: the parts of a fused projection do not.

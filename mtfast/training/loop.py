@@ -1,32 +1,26 @@
-"""The one training loop. A stage brings its model, data, losses and evaluation; the loop does the rest."""
+"""The one training loop: what is the same for every stage."""
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtfast.config import STAGES, StageConfig, StageName
+from mtfast.config import STAGES, StageConfig
 from mtfast.errors import Error
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import ranks
-from mtfast.training.engine.engine import Engine
-from mtfast.training.engine.graphs import CudaRecorder, StepGraphs
 from mtfast.training.engine.state import POINTER
 from mtfast.training.run.directory import STATE, RunDirectory
+from mtfast.training.run.keeping import Keeping, note_best
 from mtfast.training.run.progress import StageProgress, peak_flops, say
 from mtfast.training.seeds import seed_for
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from mtfast.training.stage import Batch, Stage
 
 
 class NonFinite(Error, RuntimeError):
@@ -42,96 +36,6 @@ class Trained:
     examples: int
     tokens: int
     skipped: bool
-
-
-class Batch(Protocol):
-    """A micro-batch as the loop sees it: what one forward pass of this rank takes, and how much of the data
-    that is."""
-
-    @property
-    def size(self) -> int:
-        """Examples."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of theirs."""
-
-    @property
-    def shape(self) -> Hashable:
-        """Equal for batches that one CUDA graph serves."""
-
-    def clone(self) -> Self:
-        """The batch in memory of its own."""
-
-    def copy_(self, other: Self) -> None:
-        """Take over the contents of another batch of this shape."""
-
-
-class Stage(ABC):
-    """A stage as the loop sees it.
-
-    name: of the stage. settings: what the loop does with it. seed: of the run.
-    loss_names: of its losses. criteria: dev metrics whose best epoch is kept, by the name of the checkpoint.
-    engine: the model that is trained. flops_per_token: of a step, 0 where no encoder runs in it.
-    """
-
-    name: StageName
-    settings: StageConfig
-    seed: int
-    loss_names: tuple[str, ...]
-    criteria: Mapping[str, str]
-    engine: Engine
-    flops_per_token: float
-
-    @property
-    def fills(self) -> bool:
-        """Whether batches are filled up so that their shapes repeat, from which a CPU gains nothing."""
-        return self.engine.device.type == "cuda"
-
-    @property
-    def capturable(self) -> bool:
-        """Whether a step is work of the device alone, which a CUDA graph can hold."""
-        return self.engine.capturable
-
-    @functools.cached_property
-    def graphs(self) -> StepGraphs | None:
-        """What runs the steps as CUDA graphs, where that can be."""
-        return StepGraphs(self.train_on, CudaRecorder()) if self.capturable else None
-
-    @abstractmethod
-    def plan(self, epoch: int) -> list[Any]:
-        """The epoch's optimizer steps, in order, as this rank sees them; equally many in every epoch."""
-
-    @abstractmethod
-    def micro_batches(self, steps: list[Any], epoch: int) -> Iterator[Sequence[Batch]]:
-        """Each step's micro-batches, ready on this rank's device."""
-
-    @abstractmethod
-    def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Forward pass: the scalar losses by name, scaled as `task_losses` says."""
-
-    @abstractmethod
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The scalar to minimise."""
-
-    def step(self, batch: Any) -> Tensor:
-        """`train_on` a micro-batch; the next call may write over the losses."""
-        return self.train_on(batch) if self.graphs is None else self.graphs(batch)
-
-    def train_on(self, batch: Any) -> Tensor:
-        """Forward pass, backward pass and, after the step's last micro-batch, the update; the losses of this
-        one, [len(loss_names)] on the device. The host reads nothing back."""
-        losses = self.losses(batch)
-        self.engine.step(self.total(losses))
-        return torch.stack([losses[name].detach() for name in self.loss_names])
-
-    @abstractmethod
-    def evaluate(self) -> dict[str, float] | None:
-        """Dev metrics, the same on every rank; None for a stage that has none."""
-
-    @abstractmethod
-    def save(self, directory: Path, state: dict[str, Tensor]) -> None:
-        """Write the checkpoint of `state` (every weight in float32); called on rank 0 only."""
 
 
 @dataclass
@@ -185,6 +89,7 @@ class _Loop:
         self.steps_per_epoch = len(stage.plan(0))
         whole = self.steps_per_epoch * self.settings.epochs
         self.total_steps = min(whole, self.settings.max_steps or whole)
+        self.keeping = Keeping(stage.engine, stage.save, self.directory, self.settings.checkpoint_every)
         self.allowed_in_a_row = self.settings.max_skipped if self.settings.non_finite == "skip" else 0
         self.pending: list[Trained] = []
         if client:
@@ -209,30 +114,37 @@ class _Loop:
             )
         tensor_cores = stage.engine.device.type == "cuda" and stage.engine.precision == "bf16"
         peak = peak_flops(torch.cuda.get_device_name()) if tensor_cores else None
-        with StageProgress(stage.name, self.total_steps, at.step, stage.flops_per_token, peak) as progress:
-            self.progress = progress
-            while at.step < self.total_steps and not self._out_of_patience():
-                self._epoch()
-        return self._finish()
+        progress = StageProgress(stage.name, self.total_steps, at.step, stage.flops_per_token, peak)
+        with self.keeping:
+            with progress as self.progress:
+                while not self._is_over():
+                    self._epoch()
+            return self._finish()
+
+    def _is_over(self) -> bool:
+        patience = getattr(self.settings, "patience", None)
+        impatient = patience is not None and self.at.epochs_without_gain >= patience
+        return impatient or self.at.step >= self.total_steps
 
     def _epoch(self) -> None:
         at, stage = self.at, self.stage
         stage.engine.train()
         self.mark = time.perf_counter()
         steps = stage.plan(at.epoch)[at.step_in_epoch :][: self.total_steps - at.step]
+        end = at.step + len(steps)
         for micro_batches in stage.micro_batches(steps, at.epoch):
             self._step(micro_batches)
-            if at.step % self.log_every == 0 or at.skipped_in_a_row > self.allowed_in_a_row:
+            too_many = at.skipped_in_a_row > self.allowed_in_a_row
+            if at.step % self.log_every == 0 or self.keeping.is_due(at.step) or too_many:
                 self._flush()
-            every = self.settings.checkpoint_every
-            if every and at.step % every == 0 and at.step_in_epoch < self.steps_per_epoch:
-                self._flush()
-                self._save_state()
+                if self.keeping.is_due(at.step) and at.step < end:
+                    self._keep([], last=False, state=True)
         self._flush()
-        if at.step_in_epoch == self.steps_per_epoch:
+        whole = at.step_in_epoch == self.steps_per_epoch
+        if whole:
             at.epoch, at.step_in_epoch = at.epoch + 1, 0
-        self._evaluate()
-        self._save_state()
+        risen, over = self._evaluate(), self._is_over()
+        self._keep(risen, last=over, state=over or self.keeping.is_due(at.step, at.epoch if whole else None))
 
     def _step(self, micro_batches: Sequence[Batch]) -> None:
         at, stage = self.at, self.stage
@@ -258,6 +170,7 @@ class _Loop:
         here does the host wait for the device. Nothing is saved without a flush after the last step."""
         if not self.pending:
             return
+        self.keeping.look()
         at, stage = self.at, self.stage
         device = self.pending[0].losses.device
         counts = torch.tensor(
@@ -336,6 +249,7 @@ class _Loop:
                 "no update had been made yet, so the learning rate is not the cause; look at the checkpoint "
                 "and at the loss weights, or compute in engine.precision fp32"
             )
+        self.keeping.settle()
         kept = (self.state_directory / POINTER).exists()
         left = f"the last good state is in {self.state_directory}" if kept else "no state had been saved yet"
         skip = f", or leave such steps out ({name}.non_finite skip)" if not self.allowed_in_a_row else ""
@@ -344,11 +258,13 @@ class _Loop:
             f"{name}.gradient_clipping{skip}"
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> list[str]:
+        """Dev metrics, where the stage has some; the criteria that have risen."""
         at, stage = self.at, self.stage
         started = time.perf_counter()
         stage.engine.train(False)
         metrics = stage.evaluate()
+        risen = []
         if metrics is not None:
             for name, value in metrics.items():
                 if not math.isfinite(value):
@@ -356,53 +272,27 @@ class _Loop:
                         f"{stage.name}: {name} is {value} after step {at.step}: predictions for the dev data "
                         f"are not finite; {self._advice()}"
                     )
-            record = {
-                "kind": "eval",
-                "stage": stage.name,
-                "step": at.step,
-                "epoch": at.epoch,
-                "metrics": metrics,
-            }
-            self.run_directory.append([record])
+            where = {"stage": stage.name, "step": at.step, "epoch": at.epoch}
+            self.run_directory.append([{"kind": "eval", **where, "metrics": metrics}])
             say(f"{stage.name} epoch {at.epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-            self._keep_best(metrics)
+            risen = note_best(at.best, stage.criteria, metrics, at.epoch)
+            at.epochs_without_gain = 0 if "mean" in risen else at.epochs_without_gain + 1
         at.seconds += time.perf_counter() - started
         self.progress.rest()
+        return risen
 
-    def _keep_best(self, metrics: dict[str, float]) -> None:
-        at = self.at
-        risen = [
-            name
-            for name, metric in self.stage.criteria.items()
-            if name not in at.best or metrics[metric] > at.best[name]["value"]
-        ]
-        at.epochs_without_gain = 0 if "mean" in risen else at.epochs_without_gain + 1
-        if not risen:
-            return
-        state = self.stage.engine.state_dict()
-        for name in risen:
-            at.best[name] = {
-                "value": metrics[self.stage.criteria[name]],
-                "epoch": at.epoch,
-                "metrics": metrics,
-            }
-            ranks.on_main(self.stage.save, self.directory / f"best-{name}", state)
-
-    def _out_of_patience(self) -> bool:
-        patience = getattr(self.settings, "patience", None)
-        return patience is not None and self.at.epochs_without_gain >= patience
-
-    def _save_state(self) -> None:
+    def _keep(self, risen: list[str], *, last: bool, state: bool) -> None:
         started = time.perf_counter()
-        self.stage.engine.save(self.state_directory, self.at.step, {"position": asdict(self.at)})
-        self.at.seconds += time.perf_counter() - started
+        self.keeping.keep(self.at.step, risen, last, asdict(self.at) if state else None)
         self.mark = time.perf_counter()
+        self.at.seconds += self.mark - started
         self.progress.rest()
 
     def _finish(self) -> dict[str, Any]:
         at, stage = self.at, self.stage
-        state = stage.engine.state_dict()
-        ranks.on_main(stage.save, self.directory / "last", state)
+        started = time.perf_counter()
+        self.keeping.finish(at.step)
+        at.seconds += time.perf_counter() - started
         seconds = max(at.train_seconds, 1e-9)
         result = {
             "summary": {

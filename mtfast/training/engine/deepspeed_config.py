@@ -64,6 +64,8 @@ def deepspeed_config(
         conflicts.append(
             "activation_checkpointing: layers do it themselves; set engine.activation_checkpointing"
         )
+    if isinstance(given.get("checkpoint"), dict) and "writer" in given["checkpoint"]:
+        conflicts.append("checkpoint.writer: a thread of the run's own writes the states")
     said = given.get("zero_optimization", {})
     if isinstance(said, dict) and said.get("stage", AUTO) not in (AUTO, 0, 1, 2, 3):
         conflicts.append(f'zero_optimization.stage: {said["stage"]!r} is none of 0, 1, 2, 3 and "auto"')

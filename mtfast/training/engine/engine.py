@@ -7,10 +7,9 @@ import importlib
 import logging
 import math
 import os
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mtfast.config import ConfigError, EngineConfig, StageConfig
 from . import memory, ranks, state
 from .deepspeed_config import deepspeed_config
 from .optimizer import WholeOptimizer, maker, parameter_groups
+from .snapshot import Snapshot
 
 
 def start() -> torch.device:
@@ -184,13 +184,24 @@ class Engine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight in float32 on the host. All ranks must call it; each gets the whole."""
-        masters = self._masters()
+        return self._named(lambda tensor: tensor.cpu().clone())
+
+    def weights_in(self, snapshot: Snapshot) -> dict[str, Tensor] | None:
+        """Rank 0's `state_dict` as a part of a snapshot, None on the others; all ranks must call it."""
+        if ranks.is_main():
+            return self._named(snapshot.tensor)
+        for _ in self._masters():  # whose shares rank 0 needs
+            pass
+        return None
+
+    def _named(self, copied: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         names = {name: p for name, p in self._module.named_parameters(remove_duplicate=False)}
-        by_id = {id(self._parameters[name]): tensor for name, tensor in masters}
+        by_id = {id(self._parameters[name]): copied(tensor) for name, tensor in self._masters()}
         state = {name: by_id[id(parameter)] for name, parameter in names.items()}
-        return state | {name: buffer.detach().cpu() for name, buffer in self._module.named_buffers()}
+        return state | {name: copied(buffer.detach()) for name, buffer in self._module.named_buffers()}
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight in float32 on the device, one that more than one rank has a share of put together."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self._parameters.items():
@@ -200,7 +211,7 @@ class Engine:
                 full = parameter.data
             else:
                 full = safe_get_full_fp32_param(parameter)
-            yield name, full.detach().float().cpu().clone().view(parameter_shape(parameter))
+            yield name, full.detach().float().view(parameter_shape(parameter))
 
     def _set_masters(self, exact: dict[str, Tensor]) -> None:
         from deepspeed import utils
@@ -222,21 +233,21 @@ class Engine:
     def _zero_stage(self) -> int:
         return self._settings["zero_optimization"]["stage"]
 
-    def save(self, directory: Path, step: int, client: dict[str, Any]) -> None:
-        """Write the resumable state of `step`; the one before it is removed only once this one is whole.
+    def state_in(
+        self, snapshot: Snapshot, directory: Path, tag: str, client: dict[str, Any]
+    ) -> dict[Path, Any]:
+        """What this rank has to write of the resumable state, `client` in it, as parts of a snapshot: what
+        torch.save is to put into which files, so that `load` finds the state `tag` in `directory`.
 
-        Raises:
-            CheckpointError: it could not be written, on a full disk for example; the one before is kept.
+        All ranks must call it. Raises what making the files' directory raises.
         """
-        tag = f"step-{step}"
+        own = self._engine.checkpoint_engine
+        self._engine.checkpoint_engine = taking = Taking(own, snapshot)
         try:
             self._engine.save_checkpoint(str(directory), tag=tag, client_state=client, save_latest=False)
-        except (OSError, RuntimeError) as error:  # torch's writer of archives raises RuntimeError
-            failure = state.unwritable(directory, error)
-            shutil.rmtree(directory / tag, ignore_errors=True)
-            raise failure from error
-        ranks.barrier()
-        ranks.on_main(state.point_at, directory, tag, self._facts)
+        finally:
+            self._engine.checkpoint_engine = own
+        return taking.files
 
     def load(self, directory: Path) -> dict[str, Any] | None:
         """Continue from the newest state in `directory`; None where there is none.
@@ -246,7 +257,7 @@ class Engine:
                 it is there.
             CheckpointError: the state cannot be read.
         """
-        tag = ranks.seen_by_main(lambda: state.newest(directory, self._facts))
+        tag = ranks.seen_by_main(lambda: state.newest(directory, self.facts))
         if tag is None:
             return None
         try:
@@ -260,13 +271,28 @@ class Engine:
         return client
 
     @property
-    def _facts(self) -> dict[str, int]:
+    def facts(self) -> dict[str, int]:
+        """What a run that continues from a state must have in common with the one that wrote it."""
         return {"world_size": ranks.world_size(), "zero_stage": self._zero_stage}
 
     def close(self) -> None:
         """Let go of DeepSpeed's buffers and hooks, so that another stage can follow in this process."""
         self._engine.destroy()
         memory.return_freed()
+
+
+class Taking:
+    """DeepSpeed's own way to write a state, but that what it would write is copied into a snapshot."""
+
+    def __init__(self, own: Any, snapshot: Snapshot) -> None:
+        self._own, self._snapshot = own, snapshot
+        self.files: dict[Path, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path)] = self._snapshot.value(state_dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:

@@ -30,7 +30,7 @@ def leave(error: Exception, reason: str, code: int, *, expected: bool) -> NoRetu
         expected: the error is this process's own. Any other may be what another's failure has led to: who
             failed first is then believed, and rank 0 where it failed of itself.
     """
-    store = _store()
+    store = ranks.store()
     failed = _failed(error, expected, store)
     text = reason if ranks.is_main() else f"{ranks.whereabouts()}: {reason}"
     if store is None:
@@ -61,13 +61,6 @@ def _failed(error: Exception, expected: bool, store: Any) -> int | None:
     if getattr(error, "of_main", False) or (store is None and of_command_line):  # which all ranks have
         return 0
     return ranks.rank() if expected else None
-
-
-def _store() -> Any:
-    """The store through which the run's processes met; None for a single one and before they have."""
-    if ranks.world_size() == 1 or not dist.is_initialized():
-        return None
-    return dist.distributed_c10d._get_default_store()
 
 
 def _wait(until: Callable[[], bool], seconds: float) -> None:

@@ -57,6 +57,13 @@ def finish() -> None:
         barrier()
 
 
+def store() -> Any:
+    """The store through which the run's processes met; None for a single one and before they have."""
+    if world_size() == 1 or not dist.is_initialized():
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise mean of `values` over the ranks, as float64 on the host."""
     values = values.detach().double()

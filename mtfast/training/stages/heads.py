@@ -24,8 +24,8 @@ from mtfast.kinds import predictions_of, task_losses
 from mtfast.models.bert import PackedBert, first_rows, flops_per_token
 from mtfast.models.checkpoint import save_heads
 from mtfast.training.engine.engine import Engine
-from mtfast.training.loop import Batch
 from mtfast.training.run.weights import Weights, build_multitask
+from mtfast.training.stage import Batch
 
 from .features import Features, encode
 from .task_stage import Load, TaskStage, predict_packed

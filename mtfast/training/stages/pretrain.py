@@ -24,9 +24,9 @@ from mtfast.models.checkpoint import save_pretrained
 from mtfast.ops import mask_tokens
 from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
-from mtfast.training.loop import Stage
 from mtfast.training.run.weights import Weights, build_pretrain
 from mtfast.training.seeds import seed_for
+from mtfast.training.stage import Stage
 
 
 class Pretrain(Stage):

@@ -20,9 +20,9 @@ from mtfast.models.bert import mean_seqlen
 from mtfast.models.multitask import token_tasks
 from mtfast.tasks import Split, Task
 from mtfast.training.engine import ranks
-from mtfast.training.loop import Batch, Stage
 from mtfast.training.prediction import Forward, in_order, packed_outputs
 from mtfast.training.run.progress import say
+from mtfast.training.stage import Batch, Stage
 
 Tables = dict[str, TokenizedTask]
 Load = Callable[[Split], Tables]
