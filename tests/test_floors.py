@@ -41,7 +41,16 @@ FLOORS = {
     "run": 9,
     "cli": 9,
 }
-FLOORS_OF_TRAINING = {"engine": 0, "seeds": 0, "run": 1, "prediction": 2, "inputs": 2, "loop": 2, "stages": 3}
+FLOORS_OF_TRAINING = {
+    "engine": 0,
+    "seeds": 0,
+    "run": 1,
+    "prediction": 2,
+    "inputs": 2,
+    "stage": 1,
+    "loop": 2,
+    "stages": 3,
+}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or not path.stem.startswith("__"))
 TRAINING = sorted(path for path in (ROOT / "training").rglob("*.py") if path.name != "__init__.py")
 
