@@ -24,7 +24,7 @@ RESULTS = SOURCES / "benchmarks" / "results"
 COLUMNS = (
     "benchmark", "case", "variant", "median_us", "p20_us", "p80_us", "runs", "ratio_to_baseline",
     "examples_per_s", "share_of_step", "gb_per_s", "copy_gb_per_s", "share_of_copy", "tflop_per_s",
-    "peak_mib", "kernels", "idle_share", "wrong",
+    "peak_mib", "kernels", "idle_share", "shapes", "filler_share", "wrong",
     "device", "driver", "threads", "torch", "cuda", "python", "commit", "date",
 )  # fmt: skip
 Row = dict[str, Any]
@@ -153,6 +153,8 @@ def print_rows(rows: Sequence[Row]) -> None:
         ("peak_mib", "MiB"),
         ("kernels", "kernels"),
         ("idle_share", "idle"),
+        ("shapes", "shapes"),
+        ("filler_share", "filler"),
     )
     for row in rows:
         rates = "".join(f"{row[column]:10} {unit}" for column, unit in units if column in row)

@@ -155,7 +155,7 @@ def compare(
         if name != GROUPED  # whose examples are others
     }
     named = case_of(maker, f"{stage.settings.batch_size} {case}", field.batches[WARM_UP:])
-    columns = {"examples_per_s": rates, "tflops": tflops, "kernels": kernels, "idle_share": idle}
+    columns = {"examples_per_s": rates, "tflop_per_s": tflops, "kernels": kernels, "idle_share": idle}
     return rows_of(benchmark, named, timings, REFERENCE, **columns)
 
 

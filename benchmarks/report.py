@@ -1,4 +1,4 @@
-"""Writes the measured tables in README.md from the files in benchmarks/results/."""
+"""Writes the measured tables in README.md and docs/ from the files in benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 from benchmarks.common import RESULTS
 from mtfast.tasks import METRICS_OF
 
-README = RESULTS.parents[1] / "README.md"
+ROOT = RESULTS.parents[1]
+PAGES = ("README.md", "docs/performance.md")
 SECTION = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -22,22 +23,24 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
     check = parser.parse_args(argv).check
-    old = README.read_text(encoding="utf-8")
-    new = render(old)
-    if check:
-        print(
-            "README.md is up to date" if new == old else "README.md differs: run python -m benchmarks report"
-        )
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in PAGES:
+        old = (ROOT / page).read_text(encoding="utf-8")
+        new = render(old)
+        stale += new != old
+        if check:
+            differs = f"{page} differs: run python -m benchmarks report"
+            print(f"{page} is up to date" if new == old else differs)
+        else:
+            (ROOT / page).write_text(new, encoding="utf-8")
+    return int(check and stale > 0)
 
 
 def render(text: str, results: Path = RESULTS) -> str:
     """`text` with every section between `<!-- results: NAME WORDS -->` and `<!-- end -->` made anew.
 
     Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs, all
-    or those named.
+    or those named, and "utilisation" holds training steps against the peak of their machine.
     """
     rows = [row for path in sorted(results.glob("*-????-??-??.csv")) for row in _read(path)]
     runs = {
@@ -48,6 +51,8 @@ def render(text: str, results: Path = RESULTS) -> str:
         name, words = match["name"], set(match["words"].split())
         if name == "runs":
             body = _runs_table({run: runs[run] for run in runs if not words or run in words})
+        elif name == "utilisation":
+            body = _utilisation(rows)
         else:
             wanted = [r for r in rows if r["benchmark"] == name and words <= set(r["case"].split())]
             body = _benchmark_table(wanted)
@@ -72,6 +77,43 @@ def _benchmark_table(rows: list[dict[str, str]]) -> str:
         made_by = f"{row['device']}{threads}, torch {row['torch']}, commit {row['commit']}"
         groups.setdefault(made_by, []).append(row)
     return "\n\n".join(f"{name}:\n\n{_cases(group)}" for name, group in groups.items()) or "not measured"
+
+
+def _utilisation(rows: list[dict[str, str]]) -> str:
+    """Of mtfast's steps the encoder's products, what they would take at the machine's peak, and the step."""
+    peaks, steps = {}, {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        if row["benchmark"] == "peaks" and row["variant"] == "matmul":
+            peaks[row["device"]] = float(row["tflop_per_s"])
+        elif row["benchmark"] in ("finetune_step", "pretrain_step") and row["variant"] == "mtfast":
+            steps[row["device"], row["case"]] = row
+    body = []
+    for (device, case), row in steps.items():
+        if not row.get("tflop_per_s") or device not in peaks:
+            continue
+        rate, seconds = float(row["tflop_per_s"]), float(row["median_us"]) / 1e6
+        peak = peaks[device]
+        body.append(
+            (
+                case.split(" real")[0],
+                f"{device}, commit {row['commit']}",
+                f"{rate * seconds:.3g} TFLOP",
+                f"{peak:.3g} TFLOP/s",
+                _time(rate * seconds / peak * 1e6),
+                _time(seconds * 1e6),
+                f"{rate / peak:.0%}",
+            )
+        )
+    columns = (
+        "step",
+        "machine",
+        "products",
+        "peak",
+        "products at the peak (projection)",
+        "step",
+        "utilisation",
+    )
+    return _markdown(columns, body) if body else "not measured"
 
 
 def _cases(rows: list[dict[str, str]]) -> str:
@@ -99,6 +141,8 @@ def _cell(row: dict[str, str]) -> str:
     """
     if row.get("wrong"):
         return "wrong"
+    if row.get("shapes"):
+        return f"{float(row['shapes']):.0f} shapes, {float(row['filler_share']):.1%} more tokens"
     if row.get("share_of_step"):
         return f"{_time(float(row['median_us']))} ({float(row['share_of_step']):.1%})"
     facts = [] if row["ratio_to_baseline"] == "1.0" else [f"{float(row['ratio_to_baseline']):.2f}x"]

@@ -95,9 +95,9 @@ def weights_of(config: RunConfig, shape: str = "checkpoint") -> Weights:
     return Weights(bert, load_tokenizer(checkpoint), encoder, None, config.model.mlp, config.seed)
 
 
-def reviews_of(setup: Setup) -> Path:
-    """Where the reviews are."""
-    return Path(setup.data) / "imdb" if (Path(setup.data) / "imdb").is_dir() else Path(setup.data)
+def reviews_in(data: str) -> Path:
+    """Where the reviews are in a directory of data."""
+    return Path(data) / "imdb" if (Path(data) / "imdb").is_dir() else Path(data)
 
 
 def load_samples(setup: Setup, config: RunConfig) -> ReviewSamples:
@@ -106,7 +106,7 @@ def load_samples(setup: Setup, config: RunConfig) -> ReviewSamples:
     limit = max(setup.steps, MEGABATCH) * config.pretrain.batch_size  # a review gives one sample or more
     tokenizer = load_tokenizer(setup.checkpoint)
     return build_samples(
-        read_reviews(reviews_of(setup), limit), tokenizer, max_length=setup.max_length, seed=config.seed
+        read_reviews(reviews_in(setup.data), limit), tokenizer, max_length=setup.max_length, seed=config.seed
     )
 
 
@@ -136,7 +136,7 @@ class StageMaker:
         steps = len(stage.plan(0))
         if isinstance(stage, Finetune):
             return steps
-        return round(steps * len(read_reviews(reviews_of(self.setup))) / stage.samples.account.read)
+        return round(steps * len(read_reviews(reviews_in(self.setup.data))) / stage.samples.account.read)
 
     def losses(self) -> dict[str, float]:
         """mtfast's losses of the first step, in float32 and without dropout; of pre-training their sum, as

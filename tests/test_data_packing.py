@@ -221,6 +221,9 @@ def test_bounds_of_an_lstms_tokens(tables):
     assert list(batch.token_bounds) == ["sst"]
     assert batch.token_bounds["sst"].tolist() == [[1, 3], [4, 7]]
     assert filled.token_bounds["sst"].tolist() == [[1, 3], [4, 7], [0, 0]]
+    assert (batch.token_max_seqlen, filled.token_max_seqlen) == (3, 32)
+    assert pack_tasks(tables, {"sst": np.array([0])}).token_max_seqlen == 0
+    assert pack_tasks(read, {}, room={"sst": 3, "quora": 1}).token_max_seqlen == 32
 
 
 def test_wrong_arguments():

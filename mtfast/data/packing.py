@@ -119,9 +119,19 @@ def _shape_of(part: Any) -> Hashable:
 
 @dataclass(frozen=True)
 class PackedBatch(_Packed):
-    """A packed mixed-task batch; ``tasks`` has an entry for every task, even without examples here."""
+    """A packed mixed-task batch.
+
+    tasks: an entry for every task, even without examples here.
+    token_max_seqlen: as max_seqlen, of what `token_bounds` bound; 0 where that is nothing.
+    """
 
     tasks: dict[str, TaskRows]
+    token_max_seqlen: int
+
+    @property
+    def shape(self) -> Hashable:
+        """As of any packed batch; `token_max_seqlen` counts too."""
+        return super().shape, self.token_max_seqlen
 
     @property
     def sequences(self) -> dict[str, torch.Tensor]:
@@ -136,7 +146,8 @@ class PackedBatch(_Packed):
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of `MultiTaskModel`, without labels."""
-        return self.encoder_inputs() | {"sequences": self.sequences, "token_bounds": self.token_bounds}
+        names = ("sequences", "token_bounds", "token_max_seqlen")
+        return self.encoder_inputs() | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,7 @@ def pack_tasks(
     sequences = sum(n * tables[name].task.sequences_per_example for name, n in counts.items())
     cu_seqlens, max_seqlen = _cu_seqlens(parts, None if room is None else sequences)
     packed, arrays = _pack(parts, cu_seqlens, more)
-    tasks, begin = {}, 0
+    tasks, begin, longest_of_tokens = {}, 0, 0
     for (name, table), (_, wanted) in zip(tables.items(), parts, strict=True):
         mine = {what: array for (task, what), array in arrays.items() if task == name}
         real, end = len(rows[name]), begin + len(wanted)
@@ -221,11 +232,20 @@ def pack_tasks(
             bounds = mine["token_bounds"] = mine["token_bounds"].reshape(-1, 2)
             bounds[:real, 0], bounds[:real, 1] = cu_seqlens[begin:end] + 1, cu_seqlens[begin + 1 : end + 1]
             bounds[real:] = 0
+            longest_of_tokens = max(longest_of_tokens, int((bounds[:, 1] - bounds[:, 0]).max(initial=0)))
         if (per := table.task.sequences_per_example) > 1:
             mine["sequences"] = mine["sequences"].reshape(-1, per)
         tasks[name] = TaskRows(**{what: torch.from_numpy(array) for what, array in mine.items()})
         begin = end
-    return PackedBatch(**packed, max_seqlen=max_seqlen, size=sum(map(len, rows.values())), tasks=tasks)
+    if room is not None:
+        longest_of_tokens = _filled_length(max(longest_of_tokens, 1), parts[0][0].max_length)
+    return PackedBatch(
+        **packed,
+        max_seqlen=max_seqlen,
+        size=sum(map(len, rows.values())),
+        tasks=tasks,
+        token_max_seqlen=longest_of_tokens,
+    )
 
 
 def packed_steps(
@@ -300,6 +320,12 @@ def filled_count(count: int, room: int) -> int:
     return room if count <= room else -(-count // ROOM_STEP) * ROOM_STEP
 
 
+def _filled_length(longest: int, limit: int | None) -> int:
+    """What the longest length of a batch that is filled up is rounded up to, where sequences have a limit."""
+    rounded = max(FILLER, 1 << (longest - 1).bit_length())
+    return rounded if limit is None else max(longest, min(rounded, limit))
+
+
 def _cu_seqlens(parts: _Parts, room: int | None) -> tuple[np.ndarray, int]:
     """Where each sequence of a batch begins, those that fill it up too, and the total: int64; and max_seqlen.
 
@@ -312,9 +338,9 @@ def _cu_seqlens(parts: _Parts, room: int | None) -> tuple[np.ndarray, int]:
         return (np.append(begins, real) if real else np.array([0, 1])), longest
     bucket = max(FILLER, 1 << max(real // _BUCKETS, 1).bit_length() - 1)
     total = max(-(-real // bucket), 1) * bucket
-    limit = parts[0][0].max_length or longest
-    max_seqlen = max(longest, min(max(FILLER, 1 << (longest - 1).bit_length()), limit))
-    most = min(FILLER, limit)
+    limit = parts[0][0].max_length
+    max_seqlen = _filled_length(longest, limit)
+    most = min(FILLER, limit or max_seqlen)
     fillers = np.arange(real, total, most)
     empty = room - len(lengths) + -(-bucket // most) - len(fillers)
     return np.concatenate([begins, fillers, np.full(empty + 1, total)]), max_seqlen

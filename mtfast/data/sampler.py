@@ -7,7 +7,7 @@ micro-batches only decides how a step is divided, so 1 rank and 8 ranks see the 
 import itertools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,6 +160,17 @@ def plan_reviews(
         )
         for s in range(len(step_offsets) - 1)
     ]
+
+
+def room_of(plan: Sequence[StepPlan]) -> dict[str, int]:
+    """The most examples of each task in one of the plan's micro-batches."""
+    parts = [part for step in plan for part in step.micro_batches]
+    return {name: max(len(part[name]) for part in parts) for name in parts[0]}
+
+
+def room_of_reviews(plan: Sequence[ReviewStepPlan]) -> int:
+    """The most samples in one of the plan's micro-batches."""
+    return max(len(part) for step in plan for part in step.micro_batches)
 
 
 def plan_evaluation(

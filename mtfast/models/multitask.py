@@ -302,6 +302,7 @@ class MultiTaskModel(nn.Module):
         max_seqlen: int,
         sequences: Mapping[str, Tensor],
         token_bounds: Mapping[str, Tensor] | None = None,
+        token_max_seqlen: int | None = None,
         rows: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """`MultiTaskHeads.forward` on the encoder's output; with `rows`, the tasks' losses of that.
@@ -310,13 +311,15 @@ class MultiTaskModel(nn.Module):
 
         Args:
             sequences, token_bounds: as there; they count the batch's sequences and its tokens.
+            token_max_seqlen: its max_seqlen; by default the batch's.
             rows: what `task_losses` takes.
         """
         inputs = (input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen)
         if token_tasks(self.heads.tasks):
             tokens = self.encoder(*inputs)
             cls = tokens.index_select(0, first_rows(cu_seqlens, tokens.size(0)))
-            of_tokens = {"tokens": tokens, "token_bounds": token_bounds, "max_seqlen": max_seqlen}
+            longest = max_seqlen if token_max_seqlen is None else token_max_seqlen
+            of_tokens = {"tokens": tokens, "token_bounds": token_bounds, "max_seqlen": longest}
             outputs = self.heads(cls, sequences, **of_tokens)
         else:
             outputs = self.heads(self.encoder(*inputs, cls_only=True), sequences)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-MOST_GRAPHS = 32
+MOST_GRAPHS = 48
 
 
 class Recorder(Protocol):

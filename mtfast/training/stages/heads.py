@@ -185,9 +185,9 @@ class Heads(TaskStage):
         with torch.no_grad():
             states = self.encoder(**batch.encoder_inputs(), cls_only=not self.token_tasks)
         if not self.token_tasks:
-            return self._heads(Features(states, batch.sequences, None, {}, batch.max_seqlen))
+            return self._heads(Features(states, batch.sequences, None, {}, 0))
         cls = states.index_select(0, first_rows(batch.cu_seqlens, states.size(0)))
-        return self._heads(Features(cls, batch.sequences, states, batch.token_bounds, batch.max_seqlen))
+        return self._heads(Features(cls, batch.sequences, states, batch.token_bounds, batch.token_max_seqlen))
 
     def predict_dev(self) -> dict[str, np.ndarray]:
         if not self.cached:

@@ -18,7 +18,7 @@ from mtfast.config import EngineConfig, PretrainConfig
 from mtfast.data.packing import ReviewBatch, pack_reviews
 from mtfast.data.prefetch import prefetch
 from mtfast.data.reviews import ReviewSamples
-from mtfast.data.sampler import Layout, ReviewStepPlan, plan_reviews
+from mtfast.data.sampler import Layout, ReviewStepPlan, plan_reviews, room_of_reviews
 from mtfast.models.bert import flops_per_token, mean_seqlen
 from mtfast.models.checkpoint import save_pretrained
 from mtfast.ops import mask_tokens
@@ -85,9 +85,7 @@ class Pretrain(Stage):
     @functools.cached_property
     def room(self) -> int | None:
         """Samples up to which micro-batches are filled, where they are."""
-        if not self.fills:
-            return None
-        return max(len(part) for step in self.plan(0) for part in step.micro_batches)
+        return room_of_reviews(self.plan(0)) if self.fills else None
 
     def losses(self, batch: ReviewBatch) -> dict[str, Tensor]:
         masked = mask_tokens(

@@ -13,7 +13,7 @@ from torch import Tensor
 from mtfast.config import TaskStageConfig
 from mtfast.data.cs224n import overall_score
 from mtfast.data.packing import packed_steps
-from mtfast.data.sampler import Layout, StepPlan, plan_epoch
+from mtfast.data.sampler import Layout, StepPlan, plan_epoch, room_of
 from mtfast.data.tokens import TokenizedTask
 from mtfast.kinds import predictions_of, task_metrics
 from mtfast.models.bert import mean_seqlen
@@ -66,10 +66,7 @@ class TaskStage(Stage):
     @functools.cached_property
     def room(self) -> dict[str, int] | None:
         """Examples of each task up to which micro-batches are filled, where they are."""
-        if not self.fills:
-            return None
-        parts = [part for step in self.plan(0) for part in step.micro_batches]
-        return {name: max(len(part[name]) for part in parts) for name in self.tasks}
+        return room_of(self.plan(0)) if self.fills else None
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         return torch.stack([losses[name] * task.weight for name, task in self.tasks.items()]).sum()
