@@ -12,8 +12,8 @@ PyTorch, which shows what the engine costs; on a GPU "launched" is mtfast's step
 is Hugging Face's BertModel with SDPA, each task padded to the longest sentence of its part; "grouped" is that
 on other batches, of the examples of 50 steps grouped by length as Trainer's `group_by_length` does, within
 their task, and "compile" is "eager" under torch.compile with dynamic shapes. A commit's name is mtfast as it
-is there, in a process of its own. Ratios are of examples a second over all steps; "tflop_per_s" are the encoder's
-products of the real tokens, in 1e12 operations a second.
+is there, in a process of its own. Ratios are of examples a second over all steps; "tflop_per_s" are the
+encoder's products of the real tokens.
 """
 
 from __future__ import annotations

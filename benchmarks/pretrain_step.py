@@ -14,7 +14,7 @@ is Hugging Face's BertForPreTraining with SDPA on padded samples, "masked logits
 vocabulary's logits at the masked places alone, "grouped" is "eager" on other batches, of the samples of 50
 steps grouped by length as Trainer's `group_by_length` does, and "compile" is "eager" under torch.compile with
 dynamic shapes. A commit's name is mtfast as it is there, in a process of its own. Ratios are of examples a
-second over all steps; "tflop_per_s" are the encoder's products of the real tokens, in 1e12 operations a second.
+second over all steps; "tflop_per_s" are the encoder's products of the real tokens.
 """
 
 from __future__ import annotations

@@ -149,7 +149,8 @@ def test_the_demo_on_two_ranks_says_and_writes_what_one_rank_does(tmp_path):
         done = launch(command("run", "demo", *short), tmp_path / name)
         lines = [line for line in done.stdout.splitlines() if not line.startswith("[")]  # the launcher's
         said[name] = [re.sub(r"-?\d[\d,.:]*", "#", line) for line in lines]
-        assert done.stderr == ""
+        # How far it is, on a slow machine.
+        assert [line for line in done.stderr.splitlines() if not line.endswith(" left")] == []
     assert said["two"] == said["one"] and len(set(said["one"])) > 20
     files = {
         name: sorted(
