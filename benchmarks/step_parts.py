@@ -10,15 +10,17 @@ what is left of the step; hooks of the engine that run while autograd does count
 in, and drawing the masks of pre-training as a part of the heads and losses.
 
 Beside the step, not in it: "input", the packing of its micro-batch, which training does in a thread of its
-own meanwhile; "keeping", what writes the state, and once the best weights, at the end of an epoch, as a part
-of each of the epoch's steps. "matrix products" are the step's own, by torch's profiler (addmm, mm and bmm),
-without those inside mtfast's ops. The picture shows the cases of the results file.
+own meanwhile; "keeping", what copies the state, and the best weights, at the end of an epoch for the thread
+that writes them, as a part of each of the epoch's steps. "matrix products" are the step's own, by torch's
+profiler (addmm, mm and bmm), without those inside mtfast's ops. The picture shows the cases of the results
+file.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,6 +36,7 @@ from benchmarks.real_steps import WARM_UP, setup_of, step_parser
 from benchmarks.stage_setup import Clock, StageMaker, packed_batches
 from mtfast.models.bert import PackedBert
 from mtfast.training.engine.engine import start, stop
+from mtfast.training.engine.keeping import Keeper, State
 
 STEP, INPUT, KEEPING, PRODUCTS = "step", "input", "keeping", "matrix products"
 PARTS = (
@@ -176,10 +179,14 @@ def input_seconds(stage: Any, turns: int) -> list[float]:
 
 
 def keeping_seconds(stage: Any) -> float:
-    """Seconds of saving the state and, in a stage that has a best epoch, the weights of one."""
+    """Seconds that training waits for copies of the state and, where there is a best epoch, the weights."""
+    keeper = Keeper(stage.engine)
+    clock = Clock(stage.engine.device)
     with tempfile.TemporaryDirectory() as directory:
-        clock = Clock(stage.engine.device)
-        stage.engine.save(Path(directory) / "state", 1, {})
-        if stage.criteria:
-            stage.save(Path(directory) / "best", stage.engine.state_dict())
-        return clock.lap()
+        best = partial(stage.save, Path(directory) / "best") if stage.criteria else None
+        for step in range(2):  # what the first takes memory for, the others use again
+            clock.lap()
+            keeper.keep(best, State(Path(directory) / "state", step, {}))
+            seconds = clock.lap()
+            keeper.wait()
+    return seconds

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
-from benchmarks import finetune_step, pretrain_step, real_steps, step_parts
+from benchmarks import finetune_step, keeping, pretrain_step, real_steps, step_parts
 from benchmarks.real_steps import WARM_UP
 from benchmarks.stage_setup import Setup
 from mtfast.data.demo import write_demo_corpus
@@ -137,6 +137,20 @@ def test_ops_of_a_step_grow_with_its_layers(steps):
     of_one, of_two = sum(one.values()), sum(two.values())
     assert of_one + 11 * (of_two - of_one) <= 420  # BERT-base has twelve layers
     assert not {"aten.view", "aten.t", "aten.detach", "aten.empty"} & set(two)
+
+
+def test_keeping(inputs, tmp_path):
+    data, checkpoint = inputs
+    fit = keeping.Fit(str(tmp_path), data, checkpoint, epochs=3, rows=200, threads=1, kept=True)
+    rows = {(row["case"].endswith(", waiting"), row["variant"]): row for row in keeping.compare(fit, {})}
+    assert set(rows) == {(part, name) for part in (False, True) for name in ("mtfast", "nothing kept")}
+    epoch, waiting = rows[False, "mtfast"], rows[True, "mtfast"]
+    assert "finetune, epochs of 4 steps" in epoch["case"] and epoch["runs"] == waiting["runs"] == 1
+    assert epoch["examples_per_s"] == pytest.approx(600 / epoch["median_us"] * 1e6, rel=1e-3)
+    share = waiting["median_us"] / epoch["median_us"]
+    assert 0 < share < 1 and waiting["share_of_step"] == pytest.approx(share, rel=1e-3)
+    assert (tmp_path / "mtfast" / "finetune" / "state" / "latest.json").exists()
+    assert not (tmp_path / "nothing kept" / "finetune" / "last").exists()
 
 
 @pytest.mark.parametrize("module", [finetune_step, pretrain_step])

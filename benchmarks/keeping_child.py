@@ -1,0 +1,113 @@
+"""The process that fine-tunes as mtfast in its path does: `python -m benchmarks.keeping_child FIT`.
+
+It asks of mtfast no more than the command, and two methods of the stage: another commit's has them too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import mtfast
+from benchmarks.stage_setup import recipe
+from mtfast.commands import train
+from mtfast.training.stages.finetune import Finetune
+
+KEEP = "mtfast.training.engine.keeping.Keeper.keep"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A run: where it is, what it reads, how long it is.
+
+    rows: training rows of each task, None for all. kept: weights and states are written.
+    """
+
+    run_dir: str
+    data: str
+    checkpoint: str
+    epochs: int
+    rows: int | None
+    threads: int
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """What was measured: steps and examples of an epoch; seconds of each after the first, and of waiting at
+    their ends."""
+
+    steps: int
+    examples: int
+    seconds: list[float]
+    waits: list[float]
+
+
+def measure(fit: Fit) -> Epochs:
+    """Fine-tune, and measure all epochs but the first and the last."""
+    begun: list[float] = []
+    evaluated: list[float] = []
+    plans: list[list[Any]] = []
+
+    def noting(method: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            result = method(*arguments)
+            note(result)
+            return result
+
+        return noted
+
+    def planned(plan: list[Any]) -> None:
+        begun.append(time.perf_counter())
+        plans.append(plan)
+
+    plan = noting(Finetune.plan, planned)
+    evaluate = noting(Finetune.evaluate, lambda _: evaluated.append(time.perf_counter()))
+    keeping: Any = nullcontext() if fit.kept else mock.patch(KEEP)
+    with mock.patch.multiple(Finetune, plan=plan, evaluate=evaluate), keeping:
+        train(config_of(fit), "finetune")
+    begun = begun[1:]  # the loop makes a plan to count the steps
+    (whole,) = {sum(sum(step.step_counts.values()) for step in steps) for steps in plans}
+    return Epochs(
+        len(plans[0]),
+        whole,
+        [end - begin for begin, end in pairwise(begun[1:])],
+        [begin - end for end, begin in zip(evaluated[1:-1], begun[2:], strict=True)],
+    )
+
+
+def config_of(fit: Fit) -> Any:
+    """The run's configuration."""
+    config = recipe(fit.checkpoint)
+    data = Path(fit.data)
+    return replace(
+        config,
+        run_dir=fit.run_dir,
+        tasks={name: replace(task, max_rows=fit.rows) for name, task in config.tasks.items()},
+        data=replace(
+            config.data,
+            tasks=str(data / "cs224n" if (data / "cs224n").is_dir() else data),
+            cache_dir=str(Path(fit.run_dir).parent / "cache"),
+        ),
+        finetune=replace(config.finetune, epochs=fit.epochs),
+    )
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed is no answer
+    fit = Fit(**json.loads(sys.argv[1]))
+    torch.set_num_threads(fit.threads)
+    found = asdict(measure(fit)) | {"package": str(Path(mtfast.__file__).parent)}
+    print(json.dumps(found), file=answers, flush=True)
