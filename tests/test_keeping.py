@@ -335,7 +335,7 @@ def test_a_failed_writing_does_not_hide_the_error_of_training(config, monkeypatc
 
 
 class TwoRanks:
-    """Stands for the processes of a run, of which this one is rank 0, through the store in which they meet."""
+    """Stands for the processes of a run, of which this one is rank 0, and the store in which they meet."""
 
     def __init__(self) -> None:
         self.met = torch.distributed.HashStore()
@@ -384,7 +384,7 @@ def test_a_state_is_the_newest_when_every_rank_has_written_its_part(two_ranks, t
 def test_a_rank_that_cannot_write_its_part_is_heard_by_rank_0(two_ranks, tmp_path):
     ranks, keeper = two_ranks
     ranks.met.set(f"{ranks.key}/failed", "the training state could not be written to here: no space")
-    with pytest.raises(CheckpointError, match="^the training state could not be written to here: no space$"):
+    with pytest.raises(CheckpointError, match=r"^the training state could not be written to here: no space$"):
         keeper.wait()
     assert states(tmp_path) == ("step-1", ["step-1"])
 
