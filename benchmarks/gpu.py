@@ -5,11 +5,11 @@
     python -m benchmarks gpu --rehearse    every step on the CPU, on small shapes: no GPU is needed
 
 Part 1, at most 240 s, is what is right: versions and peaks, the build, every kernel once against float64,
-the ops' GPU tests, compute-sanitizer on small shapes, the demo in all its stages. Part 2, at most 400 s, is
-how fast: the ops' benchmarks, whole training steps, ncu on the main kernels. Both need a library for this
-GPU: --prebuilt brings one, else it is built. With MTFAST_TEST_DATA and MTFAST_TEST_CHECKPOINT, a directory of
-data and a checkpoint of which tokenizer and config are enough, the steps are measured as the trainer makes
-them too, in the shape of BERT-base.
+the ops' GPU tests, compute-sanitizer on small shapes, the demo and the tests of CUDA graphs in all stages.
+Part 2, at most 400 s, is how fast: the ops' benchmarks, whole training steps, ncu on the main kernels. Both
+need a library for this GPU: --prebuilt brings one, else it is built. With MTFAST_TEST_DATA and
+MTFAST_TEST_CHECKPOINT, a directory of data and a checkpoint of which tokenizer and config are enough, the
+steps are measured as the trainer makes them too, in the shape of BERT-base.
 
 Each step is a process of its own with its share of the time that is left, so that none takes another with it;
 one that needs what is not installed here is left out. Results go to $OUT where that is set, else to
@@ -129,6 +129,7 @@ def part_1(place: Place) -> list[Step]:
         # A rehearsal's are one and the same.
         *(sanitizer(place, name) for name in (SANITIZERS[:1] if place.is_rehearsal else SANITIZERS)),
         demo(place),
+        graph_tests(place),
     ]
 
 
@@ -136,14 +137,14 @@ def part_2(place: Place) -> list[Step]:
     """How fast."""
     return [
         build(place),
-        measured(place, "packed_attention", 100, "--tokens 64 --distributions quora --dtypes float32"),
-        measured(place, "concat_mlp", 50, "--batches 8 --hidden 16 --no-compile"),
+        measured(place, "packed_attention", 60, "--tokens 64 --distributions quora --dtypes float32"),
+        measured(place, "concat_mlp", 30, "--batches 8 --hidden 16 --no-compile"),
         measured(place, "dropout_add_layer_norm", 25, "--rows 8 --hidden 16 --no-compile"),
         measured(place, "bias_gelu", 25, "--rows 64 --columns 64 --dtypes float32 --no-compile"),
         measured(place, "mask_tokens", 25, "--most-tokens 512 --no-compile"),
         ncu(place),
-        real_steps(place, "finetune_step", 60),
-        real_steps(place, "pretrain_step", 70),
+        real_steps(place, "finetune_step", 130),
+        real_steps(place, "pretrain_step", 100),
         # Last, since what is compiled there may take longer than there is time.
         measured(
             place,
@@ -195,12 +196,19 @@ def demo(place: Place) -> Step:
     return Step("demo", command, 60, needs="build", why_not=why_not)
 
 
+def graph_tests(place: Place) -> Step:
+    """That a captured step is the step, in every stage, and that none waits for the GPU."""
+    why_not = "captures need a GPU" if place.is_rehearsal else missing(*TRAINER)
+    command = [*PYTHON, "pytest", "-v", "--tb=short", "-m", "gpu", "tests/test_graphs.py"]
+    return Step("tests of graphs", command, 80, needs="build", why_not=why_not)
+
+
 def real_steps(place: Place, name: str, seconds: int) -> Step:
     """Whole steps of the trainer on real data."""
     unset = [variable for variable in REAL if not os.environ.get(variable)]
     why_not = f"not set: {', '.join(unset)}" if unset else missing(*TRAINER)
     command = [*PYTHON, "benchmarks", name, "--shape", "bert-base", "--no-compile", "--results"]
-    command += [str(place.results), *(("--steps", "1") if place.is_rehearsal else ("--steps", "20"))]
+    command += [str(place.results), *(("--steps", "1") if place.is_rehearsal else ("--steps", "10"))]
     return Step(name, command, seconds, needs="build", why_not=why_not)
 
 

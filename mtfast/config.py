@@ -93,7 +93,7 @@ class StageConfig:
     """Largest global gradient norm; 0 does not clip."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What a NaN or infinite gradient does: stop the run, or skip the update of its step. To know in time,
-    `skip` waits for the device in every step, and steps of head training are no CUDA graphs."""
+    `skip` waits for the device in every step, and steps are no CUDA graphs."""
     max_skipped: int = 3
     """With `skip`, stop the run after more than so many steps in a row were left out."""
     checkpoint_every: str = "1 epoch"

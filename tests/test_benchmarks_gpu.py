@@ -37,7 +37,10 @@ def test_both_parts_fit_one_visit(tmp_path, monkeypatch):
     monkeypatch.setattr(tools, "tool", lambda name: f"/cuda/bin/{name}")
     parts = [gpu.part_1(place(tmp_path)), gpu.part_2(place(tmp_path))]
     assert [[step.name for step in steps] for steps in parts] == [
-        ["peaks", "build", "smoke", *(f"tests of {op}" for op in gpu.OPS), *tools.SANITIZERS, "demo"],
+        [
+            *("peaks", "build", "smoke", *(f"tests of {op}" for op in gpu.OPS), *tools.SANITIZERS),
+            *("demo", "tests of graphs"),
+        ],
         ["build", *gpu.OPS, "ncu", "finetune_step", "pretrain_step", "steps"],
     ]
     assert gpu.SECONDS == {1: 240, 2: 400}
@@ -50,7 +53,7 @@ def test_tools_that_are_not_there_are_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "TRAINER", ("deepspeed", "no_such_package"))
     monkeypatch.delenv(gpu.REAL[1], raising=False)
     found = [s.name for part in (gpu.part_1, gpu.part_2) for s in part(place(tmp_path)) if s.why_not]
-    assert found == [*tools.SANITIZERS, "demo", "ncu", "finetune_step", "pretrain_step"]
+    assert found == [*tools.SANITIZERS, "demo", "tests of graphs", "ncu", "finetune_step", "pretrain_step"]
     assert gpu.main(["--plan", "--part", "1"]) == 0
     printed = capsys.readouterr().out
     assert "left out: compute-sanitizer is not installed" in printed and "Part 2" not in printed
@@ -278,7 +281,7 @@ def test_rehearsal(tmp_path, full_sweep):
     assert of_parts | {"smoke.jsonl"} <= names
     assert len(names) <= 8  # with ncu.csv: what can be brought back
     report = json.loads((results / "visit-1.json").read_text())
-    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 9 + ["left out"]
+    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 9 + ["left out"] * 2
     (table,) = results.glob("*.csv")
     measured = {line.split(",")[0] for line in table.read_text().split("\n")[1:-1]}
     assert measured == ({"peaks", *gpu.OPS, "steps"} if full_sweep else {"peaks"})

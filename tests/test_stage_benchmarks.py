@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
-from benchmarks import finetune_step, keeping, pretrain_step, real_steps, step_parts
+from benchmarks import finetune_step, keeping, pretrain_step, real_steps, shapes, step_parts
 from benchmarks.real_steps import WARM_UP
 from benchmarks.stage_setup import Setup
 from mtfast.data.demo import write_demo_corpus
@@ -168,6 +168,15 @@ def test_options_make_the_cases(module, monkeypatch, tmp_path):
         },
     }
     assert found == expected[module]
+
+
+def test_shapes(inputs):
+    data, checkpoint = inputs
+    rows = shapes.finetuning(data, checkpoint) + shapes.pretraining(data, checkpoint, 60, 64)
+    assert [row["variant"] for row in rows] == 2 * [shapes.AS_THEY_COME, shapes.FILLED]
+    for plain, filled in zip(rows[::2], rows[1::2], strict=True):
+        assert plain["case"] == filled["case"] and plain["shapes"] > filled["shapes"] >= 1
+        assert plain["filler_share"] == 0 < filled["filler_share"] < 64 / 200
 
 
 def test_a_picture_of_the_parts(tmp_path):
