@@ -1,10 +1,10 @@
 """What keeping weights and states costs fine-tuning: whole epochs, and what training waits for at their ends.
 
-    python -m benchmarks keeping --data DIR --checkpoint DIR [--epochs 5] [--rows N] [--baseline COMMIT]
-        [--directory DIR] [--threads 2]
+    python -m benchmarks keeping --data DIR --checkpoint DIR [--epochs 5] [--rows N] [--precision fp32]
+        [--baseline COMMIT] [--directory DIR] [--threads 2]
 
-Each variant is `mtfast finetune` of the paper's recipe in bf16 without ZeRO, in a process of its own, one
-after the other, with dev metrics and a state at each epoch's end: "mtfast" as it is, "nothing kept" without
+Each variant is `mtfast finetune` of the paper's recipe without ZeRO, in a process of its own, one after the
+other, with dev metrics and a state at the end of each epoch: "mtfast" as it is, "nothing kept" without
 writing weights and states, and, by a commit's name, mtfast as it is there. An epoch is from one plan of its
 steps to the next; waiting is from the end of the dev metrics to the next plan, and its share is of the epoch.
 The first epoch warms up. On a GPU copies that are queued as an epoch ends are a part of the next one's time.
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each variant (default: 5)")
     parser.add_argument("--rows", type=int, help="training rows of each task (default: all)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: bf16)")
     parser.add_argument("--baseline", metavar="COMMIT", help="mtfast as it is there takes part too")
     parser.add_argument("--directory", type=Path, help="where the runs are (default: a temporary one)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> int:
             checkpoint=str(Path(options.checkpoint).resolve()),
             epochs=options.epochs,
             rows=options.rows,
+            precision=options.precision,
             threads=options.threads,
             kept=True,
         )
@@ -89,7 +91,8 @@ def compare(fit: Fit, others: Mapping[str, Path]) -> list[Row]:
     found |= {name: epochs_of(fit, name, path) for name, path in others.items()}
     config = load_bert_config(fit.checkpoint)
     steps, examples = found[OURS].steps, found[OURS].examples
-    case = f"{config.num_hidden_layers} x {config.hidden_size} finetune, epochs of {steps} steps"
+    shape = f"{config.num_hidden_layers} x {config.hidden_size}"
+    case = f"{shape} finetune in {fit.precision}, epochs of {steps} steps"
     timings = {name: summary(epochs.seconds) for name, epochs in found.items()}
     rates = {name: examples / timing.median for name, timing in timings.items()}
     rows = rows_of("keeping", case, timings, OURS, examples_per_s=rates)

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -31,7 +31,8 @@ KEEP = "mtfast.training.engine.keeping.Keeper.keep"
 class Fit:
     """A run: where it is, what it reads, how long it is.
 
-    rows: training rows of each task, None for all. kept: weights and states are written.
+    rows: training rows of each task, None for all. precision: bf16 or fp32. kept: weights and states are
+    written.
     """
 
     run_dir: str
@@ -39,6 +40,7 @@ class Fit:
     checkpoint: str
     epochs: int
     rows: int | None
+    precision: Literal["bf16", "fp32"]
     threads: int
     kept: bool
 
@@ -100,6 +102,7 @@ def config_of(fit: Fit) -> Any:
             tasks=str(data / "cs224n" if (data / "cs224n").is_dir() else data),
             cache_dir=str(Path(fit.run_dir).parent / "cache"),
         ),
+        engine=replace(config.engine, precision=fit.precision),
         finetune=replace(config.finetune, epochs=fit.epochs),
     )
 

@@ -231,7 +231,7 @@ def test_without_transformers_steps_are_left_out():
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "left out: steps need transformers, which is not installed\n"

@@ -55,7 +55,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def launch(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -182,7 +182,7 @@ def test_two_nodes_follow_one_rank(corpus, one_rank, tmp_path):
             )
             for node in range(2)
         ]  # fmt: skip
-        outputs = [node.communicate(timeout=300)[0] for node in nodes]
+        outputs = [node.communicate(timeout=900)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:]
     assert_follow(run_dir, one_rank)
 

@@ -66,7 +66,7 @@ def run(code, inputs, out):
         cwd=SOURCES,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
@@ -141,7 +141,9 @@ def test_ops_of_a_step_grow_with_its_layers(steps):
 
 def test_keeping(inputs, tmp_path):
     data, checkpoint = inputs
-    fit = keeping.Fit(str(tmp_path), data, checkpoint, epochs=3, rows=200, threads=1, kept=True)
+    fit = keeping.Fit(
+        str(tmp_path), data, checkpoint, epochs=3, rows=200, precision="fp32", threads=1, kept=True
+    )
     rows = {(row["case"].endswith(", waiting"), row["variant"]): row for row in keeping.compare(fit, {})}
     assert set(rows) == {(part, name) for part in (False, True) for name in ("mtfast", "nothing kept")}
     epoch, waiting = rows[False, "mtfast"], rows[True, "mtfast"]
