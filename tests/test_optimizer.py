@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from states import save_state
 from torch import nn
 
 from mtfast.config import EngineConfig, TaskStageConfig
@@ -112,7 +113,7 @@ def test_a_continued_optimizer_repeats_the_uninterrupted_one(tmp_path):
 
     whole = made(copy.deepcopy(model), 0, 2)
     steps(whole, range(3))
-    whole.save(tmp_path, 3, {})
+    save_state(whole, tmp_path, 3, {})
     right = steps(whole, range(3, 6))
     whole.close()
     continued = made(model, 0, 2)

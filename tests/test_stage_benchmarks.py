@@ -147,7 +147,7 @@ def test_keeping(inputs, tmp_path):
     rows = {(row["case"].endswith(", waiting"), row["variant"]): row for row in keeping.compare(fit, {})}
     assert set(rows) == {(part, name) for part in (False, True) for name in ("mtfast", "nothing kept")}
     epoch, waiting = rows[False, "mtfast"], rows[True, "mtfast"]
-    assert "finetune, epochs of 4 steps" in epoch["case"] and epoch["runs"] == waiting["runs"] == 1
+    assert "finetune in fp32, epochs of 4 steps" in epoch["case"] and epoch["runs"] == waiting["runs"] == 1
     assert epoch["examples_per_s"] == pytest.approx(600 / epoch["median_us"] * 1e6, rel=1e-3)
     share = waiting["median_us"] / epoch["median_us"]
     assert 0 < share < 1 and waiting["share_of_step"] == pytest.approx(share, rel=1e-3)
