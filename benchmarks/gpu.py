@@ -2,7 +2,7 @@
 
     python -m benchmarks gpu [--part 1|2] [--prebuilt FILE] [--results DIR] [--commit HASH]
     python -m benchmarks gpu --plan        what would run, and for how long
-    python -m benchmarks gpu --rehearse    every step on the CPU, on small shapes: no GPU is needed
+    python -m benchmarks gpu --rehearse    every step on the CPU, small, without haste: no GPU is needed
 
 Part 1, at most 240 s, is what is right: versions and peaks, the build, every kernel once against float64,
 the ops' GPU tests, compute-sanitizer on small shapes, the demo and the tests of CUDA graphs in all stages.
@@ -37,6 +37,7 @@ from benchmarks.tools import SANITIZERS, profiled, sanitized
 from benchmarks.visit import Outcome, Step, Visit, grouped, share, table
 
 SECONDS = {1: 240, 2: 400}
+PATIENCE = 20  # times as long for a rehearsal: a CPU is no measure of what a GPU does in time
 TRAINER = ("deepspeed", "datasets", "transformers")  # the packages that training needs beside the ops'
 REAL = ("MTFAST_TEST_DATA", "MTFAST_TEST_CHECKPOINT")
 OPS = ("packed_attention", "concat_mlp", "dropout_add_layer_norm", "bias_gelu", "mask_tokens")
@@ -59,6 +60,10 @@ class Place:
     @property
     def is_rehearsal(self) -> bool:
         return self.device.type != "cuda"
+
+    def seconds(self, part: int) -> int:
+        """What a part may take here."""
+        return SECONDS[part] * (PATIENCE if self.is_rehearsal else 1)
 
     def benchmark(self, name: str, *arguments: str, results: bool = True, small: str = "") -> list[str]:
         """The command of a benchmark here; `small` is what cuts it down for a rehearsal."""
@@ -91,7 +96,7 @@ def main(argv: list[str]) -> int:
         os.environ["OMP_NUM_THREADS"] = "1"  # what is so small is slower on more
     if options.plan:
         for part in parts:
-            print(f"Part {part}, at most {SECONDS[part]} s\n{plan(steps[part], SECONDS[part])}\n")
+            print(f"Part {part}, at most {place.seconds(part)} s\n{plan(steps[part], place.seconds(part))}\n")
         return 0
     if not torch.cuda.is_available() and not options.rehearse:
         print("python -m benchmarks gpu: torch sees no GPU here; --rehearse needs none", file=sys.stderr)
@@ -103,7 +108,7 @@ def main(argv: list[str]) -> int:
         visit.say(", ".join(f"{key} {value}" for key, value in facts.items()))
         if commit() == "unknown":
             visit.say("these sources are no repository: say with --commit which commit they are")
-        outcomes += visit.run(steps[part], SECONDS[part])
+        outcomes += visit.run(steps[part], place.seconds(part))
     print(f"\n{table(outcomes)}\nin {place.results}")
     return 1 if any(outcome.bad for outcome in outcomes) else 0
 

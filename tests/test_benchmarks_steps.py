@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from transformers import AttentionInterface
 
 from benchmarks import step_batches, step_contenders, steps
@@ -231,7 +232,7 @@ def test_without_transformers_steps_are_left_out():
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "left out: steps need transformers, which is not installed\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 
 from mtfast import cli
 from mtfast.experiments import ALL_RECIPES
@@ -23,7 +24,7 @@ FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 
 def started(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in FROM_LAUNCHERS} | {"DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from patience import PATIENCE
 
 from mtfast.data.prefetch import prefetch
 
@@ -18,7 +19,7 @@ def test_prefetch_keeps_order_and_works_ahead():
 
     iterator = prefetch(produce(), depth=3)
     assert next(iterator) == 0
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while len(made) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
@@ -59,7 +60,7 @@ def test_prefetch_stops_its_thread_when_abandoned(how):
         iterator.close()
     del iterator
     thread = started.pop()
-    thread.join(timeout=5)
+    thread.join(timeout=PATIENCE)
     assert not thread.is_alive()
 
 

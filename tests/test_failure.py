@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 import mtfast
 
@@ -125,7 +126,7 @@ def ends(tmp_path_factory) -> dict[str, tuple[tuple[int, ...], str]]:
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=600)[0] for process in processes]
+    said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     parts = zip(*(text.split("=====\n")[1:] for text in said), strict=True)
     status = re.compile(r"^status (\d+)\n", re.MULTILINE)
     return {

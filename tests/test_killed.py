@@ -9,6 +9,7 @@ from pathlib import Path
 import killed
 import pytest
 import torch
+from patience import PATIENCE
 from poison import METRICS
 from test_keeping import losses, weights
 
@@ -24,7 +25,7 @@ def killed_runs(tmp_path_factory) -> Path:
     here = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, str(tests / "killed.py"), str(directory), *killed.CASES],
-        env=os.environ | here, capture_output=True, text=True, timeout=900,
+        env=os.environ | here, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return directory

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 import mtfast
 from mtfast.data.demo import write_demo_corpus
@@ -55,7 +56,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def launch(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -182,7 +185,7 @@ def test_two_nodes_follow_one_rank(corpus, one_rank, tmp_path):
             )
             for node in range(2)
         ]  # fmt: skip
-        outputs = [node.communicate(timeout=900)[0] for node in nodes]
+        outputs = [node.communicate(timeout=PATIENCE)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:]
     assert_follow(run_dir, one_rank)
 
@@ -209,7 +212,7 @@ def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_p
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         metrics = broken / "metrics.jsonl"
         if (

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 from poison import STEPS, Small, check_skipping
 from torch import Tensor
 
@@ -134,7 +135,7 @@ def test_two_ranks_leave_out_a_step_in_which_one_has_a_nan():
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-3000:]
 
 

@@ -11,6 +11,7 @@ import filelock
 import nbclient
 import nbformat
 import pytest
+from patience import PATIENCE
 
 import mtfast
 from mtfast import cli
@@ -37,7 +38,12 @@ def python(code: str, cwd: Path) -> str:
     for name in LAUNCHERS:
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -74,7 +80,7 @@ def test_training_in_a_notebook_leaves_the_losses_of_the_command(tmp_path, monke
     notebook = nbclient.execute(
         nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TRAIN)]),
         cwd=str(tmp_path),
-        timeout=600,
+        timeout=PATIENCE,
         kernel_name="python3",
     )
     printed = "".join(output.get("text", "") for output in notebook.cells[0].outputs)

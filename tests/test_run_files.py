@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from poison import Small
 from states import save_state
 from torch import nn
@@ -85,7 +86,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(config):
     python = {**os.environ, "PYTHONPATH": str(Path(mtfast.__file__).parents[1])}
     command = [sys.executable, "-c", HOLD]
     refused = subprocess.run(
-        [*command, config.run_dir], env=python, capture_output=True, text=True, timeout=30
+        [*command, config.run_dir], env=python, capture_output=True, text=True, timeout=PATIENCE
     )
     assert (
         refused.returncode

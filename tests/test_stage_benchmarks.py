@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
 from benchmarks import finetune_step, keeping, pretrain_step, real_steps, shapes, step_parts
@@ -66,7 +67,7 @@ def run(code, inputs, out):
         cwd=SOURCES,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
