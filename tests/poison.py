@@ -1,9 +1,4 @@
-"""Gradients that are not finite under a finite loss, and small training runs that meet them on several ranks.
-
-    torchrun --nproc_per_node=2 tests/poison.py
-
-holds skipping against leaving the step out, in every ZeRO stage.
-"""
+"""Gradients that are not finite under a finite loss, and small training runs that meet them."""
 
 import itertools
 import math
@@ -15,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
-from mtfast.launcher import end_process
 from mtfast.models.files import replacing
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine import ranks
@@ -125,11 +119,11 @@ def check_skipping(precision: str, zero_stage: int, value: float, clipping: floa
     assert all(torch.equal(x, without[name]) for name, x in weights.items())
 
 
-if __name__ == "__main__":
+def check_every_zero_stage() -> None:
+    """On each rank of a run: `check_skipping` with gradients of the last rank's."""
     engine_module.start()
     for kind in (("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)):
         check_skipping(*kind, math.nan, clipping=0.0)
     # The rank without such gradients tells of the weights too.
     assert trained("bf16", 1, [1, 2], {2: math.nan})[1:] == (0, "0.weight")
     ranks.finish()
-    end_process(0)

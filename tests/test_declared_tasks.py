@@ -1,19 +1,17 @@
 """Runs of tasks that nothing in the package knows, each declared in one file: on one rank and on two."""
 
 import json
-import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_launch import launch
+from processes import Ranks, command
 
 from mtfast import cli
 from mtfast.data.demo import write_demo_corpus
 from mtfast.models.checkpoint import load_tasks
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SETTINGS = """\
 recipe: demo
 run_dir: {run_dir}
@@ -141,7 +139,8 @@ def test_the_report_has_every_task(one_rank):
 def test_two_ranks_under_zero_2_follow_one(one_rank, corpus, tmp_path):
     run_dir = tmp_path / "run"
     path = declared(corpus, run_dir, five(corpus))
-    launch([*TORCHRUN, "-m", "mtfast", "run", str(path), "--engine.zero-stage", "2"])
+    arguments = ("run", str(path), "--engine.zero-stage", "2")
+    Ranks(command, *arguments, output=tmp_path, world_size=2).succeed()
     ours, theirs = records(run_dir, "step"), records(one_rank, "step")
     assert len(ours) == len(theirs) > 12
     for mine, wanted in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""Runs started as people start them: plainly, with `deepspeed`, with `torchrun`; on one rank and on two."""
+"""Runs by `deepspeed` and `torchrun` on two ranks and on two nodes follow one rank; a killed run goes on."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from patience import PATIENCE
+from processes import RENDEZVOUS, Ranks, command
 
 import mtfast
 from mtfast.data.demo import write_demo_corpus
 
 BIN = Path(sys.executable).parent
-RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEPS = 20
 
 
@@ -55,16 +55,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **here, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def launch(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=PATIENCE
-    )
+def launch(line: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(line, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
-
-
-def plainly(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "mtfast", *arguments]
 
 
 def deepspeed_launcher() -> list[str]:
@@ -93,7 +87,7 @@ def assert_follow(run_dir: Path, one_rank: Path) -> None:
 def one_rank(corpus, tmp_path_factory) -> Path:
     """Heads, then 20 steps of fine-tuning, on one rank without ZeRO."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    launch(plainly("run", "demo", *options(corpus, run_dir)))
+    Ranks(command, "run", "demo", *options(corpus, run_dir), output=run_dir.parent).succeed()
     assert len(losses(run_dir, "finetune")) == STEPS
     return run_dir
 
@@ -146,14 +140,17 @@ def test_bf16_starts_from_the_exact_weights_on_two_ranks(zero_stage, one_rank, t
 def test_the_demo_on_two_ranks_says_and_writes_what_one_rank_does(tmp_path):
     steps = {"pretrain.max-steps": 2, "heads.max-steps": 2, "finetune.max-steps": 2, "log-every": 100}
     short = flags(steps | {"engine.zero-stage": 2})
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    alone = Ranks(command, "run", "demo", *short, output=tmp_path, cwd=one)
+    alone.succeed()
+    both = launch(deepspeed("run", "demo", *short), two)
     said = {}
-    for name, command in (("one", plainly), ("two", deepspeed)):
-        (tmp_path / name).mkdir()
-        done = launch(command("run", "demo", *short), tmp_path / name)
-        lines = [line for line in done.stdout.splitlines() if not line.startswith("[")]  # the launcher's
+    for name, out, err in (("one", alone.stdout(), alone.stderr()), ("two", both.stdout, both.stderr)):
+        lines = [line for line in out.splitlines() if not line.startswith("[")]  # the launcher's
         said[name] = [re.sub(r"-?\d[\d,.:]*", "#", line) for line in lines]
         # How far it is, on a slow machine.
-        assert [line for line in done.stderr.splitlines() if not line.endswith(" left")] == []
+        assert [line for line in err.splitlines() if not line.endswith(" left")] == []
     assert said["two"] == said["one"] and len(set(said["one"])) > 20
     files = {
         name: sorted(
@@ -192,7 +189,7 @@ def test_two_nodes_follow_one_rank(corpus, one_rank, tmp_path):
 def test_accumulation_follows_one_batch(corpus, one_rank, tmp_path):
     run_dir = tmp_path / "run"
     more = {"finetune.accumulation": 2, "heads.accumulation": 2}
-    launch(plainly("run", "demo", *options(corpus, run_dir, **more)))
+    Ranks(command, "run", "demo", *options(corpus, run_dir, **more), output=tmp_path).succeed()
     assert_follow(run_dir, one_rank)
 
 
@@ -203,16 +200,14 @@ def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_p
         "engine.precision": precision,
         "model.dropout-p": 0.1,
         "finetune.checkpoint-every": "7 steps",
+        "finetune.max-steps": 2 * STEPS,
         "log-every": 1,
     }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    launch(plainly("finetune", "demo", *options(corpus, whole, **more)))
-    command = plainly("finetune", "demo", *options(corpus, broken, **more))
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and process.poll() is None:
+    Ranks(command, "finetune", "demo", *options(corpus, whole, **more), output=tmp_path).succeed()
+    arguments = ("finetune", "demo", *options(corpus, broken, **more))
+    run = Ranks(command, *arguments, output=tmp_path)
+    while run.processes[0].is_alive():
         metrics = broken / "metrics.jsonl"
         if (
             metrics.exists()
@@ -221,13 +216,13 @@ def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_p
         ):
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(losses_or_none(broken / "metrics.jsonl")) < STEPS, (
+    run.kill()
+    assert run.wait() == [-signal.SIGKILL] and len(losses_or_none(broken / "metrics.jsonl")) < 2 * STEPS, (
         "the run ended before it could be interrupted"
     )
-    again = launch(command)
-    assert "continuing after step" in again.stdout
+    again = Ranks(command, *arguments, output=tmp_path)
+    again.succeed()
+    assert "continuing after step" in again.stdout()
     assert losses(broken, "finetune") == losses(whole, "finetune")
 
 

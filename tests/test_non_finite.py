@@ -2,21 +2,16 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from patience import PATIENCE
-from poison import STEPS, Small, check_skipping
+from poison import STEPS, Small, check_every_zero_stage, check_skipping
+from processes import Ranks
 from torch import Tensor
 
-import mtfast
 from mtfast.commands import open_directory
 from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
 from mtfast.recipes import PAPER_TASKS
@@ -116,27 +111,8 @@ def test_a_step_left_out_changes_nothing(precision, zero_stage, value, clipping)
     check_skipping(precision, zero_stage, value, clipping)
 
 
-def test_two_ranks_leave_out_a_step_in_which_one_has_a_nan():
-    here = Path(__file__).parent
-    common = {
-        "PYTHONPATH": str(Path(mtfast.__file__).parents[1]),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(31600 + os.getpid() % 1000),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(here / "poison.py")],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-3000:]
+def test_two_ranks_leave_out_a_step_in_which_one_has_a_nan(tmp_path):
+    Ranks(check_every_zero_stage, output=tmp_path, world_size=2).succeed()
 
 
 def test_skipping_is_refused_where_weights_change_outside_the_step(config, tmp_path):
