@@ -17,6 +17,7 @@ import mtfast
 from mtfast.data.demo import write_demo_corpus
 
 BIN = Path(sys.executable).parent
+STAGES = ("heads", "finetune")
 STEPS = 20
 
 
@@ -42,7 +43,7 @@ def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
         "finetune.max-steps": STEPS,
         **more,
     }
-    return ["--stages", "heads", "finetune", *flags(values)]
+    return flags(values)
 
 
 def flags(values: dict[str, object]) -> list[str]:
@@ -76,7 +77,7 @@ def losses(run_dir: Path, stage: str) -> list[dict[str, float]]:
 
 
 def assert_follow(run_dir: Path, one_rank: Path) -> None:
-    for stage in ("heads", "finetune"):
+    for stage in STAGES:
         ours, expected = losses(run_dir, stage), losses(one_rank, stage)
         assert len(ours) == len(expected) > 5
         for step, (mine, wanted) in enumerate(zip(ours, expected, strict=True), start=1):
@@ -87,12 +88,17 @@ def assert_follow(run_dir: Path, one_rank: Path) -> None:
 def one_rank(corpus, tmp_path_factory) -> Path:
     """Heads, then 20 steps of fine-tuning, on one rank without ZeRO."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    Ranks(command, "run", "demo", *options(corpus, run_dir), output=run_dir.parent).succeed()
+    train(run_dir, *options(corpus, run_dir))
     assert len(losses(run_dir, "finetune")) == STEPS
     return run_dir
 
 
-# Every run of a list of command lines, in processes that start once for all of them.
+def train(run_dir: Path, *options: str) -> None:
+    for stage in STAGES:
+        Ranks(command, stage, "demo", *options, output=run_dir.parent).succeed()
+
+
+# Every command of a list, in processes that start once for all of them.
 IN_TURN = """
 import json, sys
 from mtfast import cli
@@ -115,9 +121,10 @@ def two_ranks(corpus, tmp_path_factory) -> Path:
         (0, "bf16"),
     ):
         engine = {"engine.zero-stage": zero_stage, "engine.precision": precision}
-        runs.append(["run", "demo", *options(corpus, directory / f"{zero_stage}-{precision}", **engine)])
+        arguments = options(corpus, directory / f"{zero_stage}-{precision}", **engine)
         if zero_stage in (1, 3):
-            runs[-1].append("--engine.activation-checkpointing")
+            arguments.append("--engine.activation-checkpointing")
+        runs += [[stage, "demo", *arguments] for stage in STAGES]
     script = directory / "in_turn.py"
     script.write_text(IN_TURN)
     launch([*deepspeed_launcher(), str(script), json.dumps(runs)])
@@ -175,7 +182,7 @@ def test_two_nodes_follow_one_rank(corpus, one_rank, tmp_path):
             [
                 sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
                 f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
-                "-m", "mtfast", "run", "demo", *options(corpus, run_dir),
+                "-m", "mtfast", "run", "demo", "--stages", *STAGES, *options(corpus, run_dir),
             ],
             env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -189,7 +196,7 @@ def test_two_nodes_follow_one_rank(corpus, one_rank, tmp_path):
 def test_accumulation_follows_one_batch(corpus, one_rank, tmp_path):
     run_dir = tmp_path / "run"
     more = {"finetune.accumulation": 2, "heads.accumulation": 2}
-    Ranks(command, "run", "demo", *options(corpus, run_dir, **more), output=tmp_path).succeed()
+    train(run_dir, *options(corpus, run_dir, **more))
     assert_follow(run_dir, one_rank)
 
 
@@ -200,6 +207,7 @@ def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_p
         "engine.precision": precision,
         "model.dropout-p": 0.1,
         "finetune.checkpoint-every": "7 steps",
+        "finetune.batch-size": 16,
         "finetune.max-steps": 2 * STEPS,
         "log-every": 1,
     }
