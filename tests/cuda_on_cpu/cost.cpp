@@ -23,13 +23,13 @@ const std::function<void()>* kernel_body = nullptr;  // which each fiber reads t
 
 // A place in a kernel's code, and how often each thread of a block was there.
 struct Site {
-  const void* caller = nullptr;
+  const void* path = nullptr;
   uint32_t block = 0;  // the running block's number, else visits are another's
   std::array<uint32_t, 1024> visits;
 };
 
 constexpr size_t kMostSites = 1 << 15;
-std::vector<std::unique_ptr<Site>> sites(2 * kMostSites);  // by hash of the address
+std::vector<std::unique_ptr<Site>> sites(2 * kMostSites);  // by hash of the path
 size_t known_sites = 0;
 
 uint64_t mixed(uint64_t x) {
@@ -37,14 +37,14 @@ uint64_t mixed(uint64_t x) {
   return x ^ x >> 29;
 }
 
-Site& site_of(const void* caller) {
-  for (size_t at = mixed(reinterpret_cast<uintptr_t>(caller));; ++at) {
+Site& site_of(const void* path) {
+  for (size_t at = mixed(reinterpret_cast<uintptr_t>(path));; ++at) {
     auto& site = sites[at % sites.size()];
-    if (site && site->caller == caller) return *site;
+    if (site && site->path == path) return *site;
     if (site) continue;
     if (++known_sites > kMostSites) std::abort();
     site = std::make_unique<Site>();
-    site->caller = caller;
+    site->path = path;
     return *site;
   }
 }
@@ -94,6 +94,17 @@ bool is_global(const void* address) {
 
 }  // namespace
 
+const void* call_path() {
+  struct Frame {
+    const Frame* caller;
+    uintptr_t return_address;
+  };
+  uint64_t path = 0;
+  for (auto* f = static_cast<const Frame*>(__builtin_frame_address(0)); f; f = f->caller)
+    path = (path ^ f->return_address) * 0x9E3779B97F4A7C15u;
+  return reinterpret_cast<const void*>(path);
+}
+
 void costs_begin_launch(const void* kernel, int64_t blocks, const std::function<void()>& body) {
   kernel_body = &body;
   if (config.costs) launches.push_back({static_cast<const char*>(kernel) - __ehdr_start, blocks, {}});
@@ -103,9 +114,9 @@ void count(Cost what, int64_t amount) {
   if (config.costs) launches.back().count[static_cast<int>(what)] += amount;
 }
 
-uint32_t count_visit(const void* caller) {
+uint32_t count_visit(const void* path) {
   if (!config.costs) return 0;
-  Site& site = site_of(caller);
+  Site& site = site_of(path);
   if (site.block != block.number) {
     site.block = block.number;
     site.visits.fill(0);
@@ -116,16 +127,17 @@ uint32_t count_visit(const void* caller) {
   return before;
 }
 
-void count_access(const void* address, size_t bytes, bool write, bool atomic, const void* caller) {
+void count_access(const void* address, size_t bytes, bool write, bool atomic) {
   if (!config.costs || !current || on_fiber_stack(address)) return;
   if (!is_global(address)) {
-    if (block.shared && within(address, block.shared, block.shared_bytes)) count_visit(caller);
+    if (block.shared && within(address, block.shared, block.shared_bytes)) count_visit(call_path());
     return;
   }
-  const uint64_t before = count_visit(caller);
+  const void* path = call_path();
+  const uint64_t before = count_visit(path);
   if (!atomic) {
     uint64_t key = mixed(reinterpret_cast<uintptr_t>(address));
-    key = mixed(key + reinterpret_cast<uintptr_t>(caller));
+    key = mixed(key + reinterpret_cast<uintptr_t>(path));
     if (!requests.insert(mixed(key + (before << 5 | static_cast<uint64_t>(current->warp))))) return;
   }
   if (write) count(Cost::kWritten, static_cast<int64_t>(bytes));
@@ -152,7 +164,7 @@ void count_collective(Collective what) {
 void note_philox() {
   if (!config.costs || !current) return;
   count(Cost::kPhilox);
-  count_visit(__builtin_return_address(0));
+  count_visit(call_path());
 }
 
 }  // namespace cuda_on_cpu

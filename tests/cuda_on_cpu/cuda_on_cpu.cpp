@@ -46,7 +46,7 @@ struct Fiber : Thread {
   State state = State::kReady;
   const char* file = "";
   int line = 0;
-  const void* caller = nullptr;  // of the collective
+  const void* path = nullptr;  // to the collective
   Collective what{};
   Operands* operands = nullptr;
   std::vector<Copy> uncommitted;
@@ -64,6 +64,7 @@ Fiber* running = &scheduler;
 int threads = 0, alive = 0;
 std::deque<int> ready;
 std::vector<Meeting> meetings[32];
+uint32_t exited[32];  // lanes of each warp
 uint32_t priority[32];
 const std::function<void()>* kernel_body = nullptr;
 std::mt19937 random_bits;
@@ -118,13 +119,17 @@ void switch_to(Fiber* to) {
 #endif
 }
 
-void make_ready(std::vector<int> who) {
-  if (config.order == Order::kReverse) std::reverse(who.begin(), who.end());
-  if (config.order == Order::kRandom) std::shuffle(who.begin(), who.end(), random_bits);
-  for (const int i : who) {
-    fibers[i]->state = State::kReady;
-    ready.push_back(i);
+void make_ready(int* begin, int* end) {
+  if (config.order == Order::kReverse) std::reverse(begin, end);
+  if (config.order == Order::kRandom) std::shuffle(begin, end, random_bits);
+  for (const int* i = begin; i != end; ++i) {
+    fibers[*i]->state = State::kReady;
+    ready.push_back(*i);
   }
+}
+
+bool same_place(const char* file, int line, const Fiber& f) {
+  return f.line == line && (f.file == file || std::strcmp(f.file, file) == 0);
 }
 
 // Opens the barrier when every thread that still runs stands at it.
@@ -135,7 +140,7 @@ bool open_barrier() {
   if (waiting.empty() || static_cast<int>(waiting.size()) != alive) return false;
   const Fiber& first = *fibers[waiting[0]];
   for (const int i : waiting)
-    if (fibers[i]->line != first.line || std::strcmp(fibers[i]->file, first.file) != 0) {
+    if (!same_place(first.file, first.line, *fibers[i])) {
       fail("divergent barrier: thread %d waits at %s:%d, thread %d at %s:%d", first.index, first.file,
            first.line, i, fibers[i]->file, fibers[i]->line);
       return false;
@@ -147,7 +152,7 @@ bool open_barrier() {
   }
   ++block.interval;
   count(Cost::kBarriers);
-  make_ready(std::move(waiting));
+  make_ready(waiting.data(), waiting.data() + waiting.size());
   return true;
 }
 
@@ -174,12 +179,13 @@ void yield() {
       if (!open_barrier() && error.empty()) report_deadlock();
       continue;
     }
-    auto next = ready.begin();
-    if (config.order == Order::kWarpPriority)  // one warp runs as far ahead as it can
-      next = std::max_element(ready.begin(), ready.end(),
-                              [](int a, int b) { return priority[a / 32] < priority[b / 32]; });
-    Fiber* fiber = fibers[*next].get();
-    ready.erase(next);
+    if (config.order == Order::kWarpPriority) {  // one warp runs as far ahead as it can
+      const auto next = std::max_element(ready.begin(), ready.end(),
+                                         [](int a, int b) { return priority[a / 32] < priority[b / 32]; });
+      std::rotate(ready.begin(), next, next + 1);
+    }
+    Fiber* fiber = fibers[ready.front()].get();
+    ready.pop_front();
     if (fiber != running) switch_to(fiber);
     return;
   }
@@ -193,6 +199,7 @@ void fiber_main() {
   copy_async_commit();
   copy_async_wait(0);
   running->state = State::kDone;
+  exited[running->warp] |= 1u << running->lane;
   --alive;
   yield();
   std::abort();  // a finished fiber is never resumed
@@ -243,9 +250,10 @@ void run_block(dim3 block_dim, uint3 block_index, dim3 grid_dim) {
   }
   for (int w = 0; w < 32; ++w) {
     meetings[w].clear();
+    exited[w] = 0;
     priority[w] = random_bits();
   }
-  make_ready(std::move(all));
+  make_ready(all.data(), all.data() + threads);
   yield();
 #if defined(__SANITIZE_ADDRESS__)
   if (rounded) ASAN_UNPOISON_MEMORY_REGION(block.shared, rounded);
@@ -292,8 +300,8 @@ void collective(Collective what, unsigned mask, Operands& operands, const char* 
   self->operands = &operands;
   self->file = file;
   self->line = line;
-  self->caller = __builtin_return_address(0);
-  count_visit(self->caller);
+  self->path = call_path();
+  count_visit(self->path);
   self->state = State::kInCollective;
   const int first = self->warp * 32;
   const unsigned present = first + 32 <= threads ? ~0u : (1u << (threads - first)) - 1;
@@ -312,31 +320,30 @@ void collective(Collective what, unsigned mask, Operands& operands, const char* 
   if (meeting == open.end()) meeting = open.insert(open.end(), Meeting{mask, 0});
   meeting->arrived |= 1u << self->lane;
   if (meeting->arrived != mask) {
-    for (int l = 0; l < 32; ++l)
-      if ((mask >> l & 1) && fibers[first + l]->state == State::kDone)
-        fail("%s:%d: a warp collective names lane %d, which has exited", file, line, l);
+    if (const unsigned gone = mask & exited[self->warp])
+      fail("%s:%d: a warp collective names lane %d, which has exited", file, line, __builtin_ctz(gone));
     return yield();
   }
   open.erase(meeting);
   Operands* lane[32] = {};
   Thread* thread[32] = {};
-  std::vector<int> released;
+  int released[32], count_released = 0;
   for (int l = 0; l < 32; ++l) {
     if (!(mask >> l & 1)) continue;
     Fiber* f = fibers[first + l].get();
-    if (f->what != what || f->line != line || std::strcmp(f->file, file) != 0)
+    if (f->what != what || !same_place(file, line, *f))
       fail("divergent warp collective: lane %d is at %s:%d, lane %d at %s:%d", self->lane, file, line, l,
            f->file, f->line);
-    else if (f->caller != self->caller)
+    else if (f->path != self->path)
       fail("divergent warp collective at %s:%d: lanes %d and %d came there on two branches", file, line,
            self->lane, l);
     lane[l] = f->operands;
     thread[l] = f;
-    released.push_back(first + l);
+    released[count_released++] = first + l;
   }
   if (error.empty()) act(what, lane, thread);
   count_collective(what);
-  make_ready(std::move(released));
+  make_ready(released, released + count_released);
   yield();
 }
 
@@ -357,7 +364,7 @@ void copy_async(void* shared, const void* global, int bytes, void* caller) {
     return yield();
   }
   if (bytes) refuse_shared(global, "cp.async: the source");
-  count_visit(caller);
+  if (config.costs) count_visit(call_path());
   count(Cost::kCopied, bytes);
   const Copy copy{shared, global, bytes, caller};
   if (!config.late_copies) return land(copy);

@@ -217,18 +217,22 @@ def kernel_objects(sources: Iterable[str | Path], races: bool = False, sanitized
         pytest.skip("no CUDA headers: CUDA_HOME, /usr/local/cuda or nvcc on PATH should lead to them")
     if platform.machine() != "x86_64" or sys.platform != "linux":
         pytest.skip("the emulation switches fibers by x86-64 Linux code")
-    flags = ["-std=c++17", "-g", "-fPIC", "-DMTFAST_CUDA_ON_CPU", f"-I{CSRC}", f"-I{HERE}"]
+    # Lines are what reports of races and sanitizers name by address.
+    lines = "-g1" if races or sanitized else "-g0"
+    flags = ["-std=c++17", lines, "-fPIC", "-DMTFAST_CUDA_ON_CPU", f"-I{CSRC}", f"-I{HERE}"]
     flags += ["-isystem", str(home / "include"), "-Wno-unknown-pragmas", "-Wno-attributes"]
     flags += ["-fno-strict-aliasing"]
     # Without jump threading a place in the source stays one in the code, as collectives need it.
-    flags += ["-O1", "-fno-thread-jumps", *(SANITIZED if sanitized else [])]
+    flags += ["-O1", "-fno-thread-jumps", "-fno-omit-frame-pointer"]
+    flags += SANITIZED if sanitized else []
     flags += ["-DCUDA_ON_CPU_RACES"] if races else []
     # Kernels take longer to compile than to run, so they are hardly optimised. Only they are instrumented for
     # races and costs: the emulation itself is the detector.
     kernel_flags = [*flags, *_contracted(), *(["-O0"] if sanitized else [])]
     kernel_flags += ["-fsanitize=thread"] if races else []
     kernels = [object_of(_find(source), [*kernel_flags, "-x", "c++"]) for source in sources]
-    return [*kernels, *(object_of(part, flags) for part in EMULATION)]
+    emulation_flags = [*flags, "-O2", *(["-fno-sanitize=undefined"] if sanitized else [])]
+    return [*kernels, *(object_of(part, emulation_flags) for part in EMULATION)]
 
 
 def object_of(source: Path, flags: list[str]) -> Path:

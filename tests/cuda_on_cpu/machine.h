@@ -29,6 +29,9 @@ extern Block block;
 
 void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 bool on_fiber_stack(const void* address);  // of the running thread
+// Stands for the place in the kernel that the running thread is at: the same in two functions' calls of a
+// third are two. Everything is compiled with frame pointers for it.
+const void* call_path();
 
 // runtime.cpp: whether a kernel may be launched so; fails where it may not.
 bool may_launch(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel);
@@ -56,14 +59,14 @@ enum class Cost {
 void costs_begin_launch(const void* kernel, int64_t blocks, const std::function<void()>& body);
 void count(Cost what, int64_t amount = 1);
 void count_collective(Collective what);
-// That the running thread is at this place in the code; returns how often it was there before. The most
+// That the running thread is where it is in the code; returns how often it was there before. The most
 // visits of one thread to one place stand for its longest serial loop: no branch needs to be seen for that.
 // Places are loads and stores of global or shared memory, collectives, copies and Philox calls, so that a
 // loop of arithmetic alone goes unseen, and nested loops count as their product.
-uint32_t count_visit(const void* caller);
+uint32_t count_visit(const void* path);
 // Bytes that several lanes of a warp ask for at one place, each of them for the n-th time, are moved once:
 // that is one instruction of the warp, and a broadcast. What a lane asks for again counts again.
-void count_access(const void* address, size_t bytes, bool write, bool atomic, const void* caller);
+void count_access(const void* address, size_t bytes, bool write, bool atomic);
 
 // warp.cpp: acts for all lanes that are not null.
 void act(Collective what, Operands* const (&lane)[32], Thread* const (&thread)[32]);

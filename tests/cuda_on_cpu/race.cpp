@@ -33,9 +33,16 @@ struct Byte {
   bool read_by_threads = false;  // in read's interval and warp interval, by more than one thread
 };
 
-using Page = std::array<Byte, 4096>;
+constexpr uintptr_t kPageBytes = 256;
+using Page = std::array<Byte, kPageBytes>;
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
 std::set<std::pair<void*, void*>> reported;
+
+Page& page_of(uintptr_t number) {
+  auto& page = pages[number];
+  if (!page) page = std::make_unique<Page>();
+  return *page;
+}
 
 std::string place(void* caller) {
   if (!caller) return "ldmatrix";
@@ -77,11 +84,12 @@ void note_access(const void* address, size_t bytes, bool write, bool atomic, voi
   const int warp = current->warp;
   const Access now{block.number, block.interval, block.warp_interval[warp], current->index, caller};
   const auto* begin = static_cast<const unsigned char*>(address);
+  Page* page = nullptr;
   for (const unsigned char* a = begin; a < begin + bytes; ++a) {
     const bool shared = block.shared && a >= block.shared && a < block.shared + block.shared_bytes;
-    auto& page = pages[reinterpret_cast<uintptr_t>(a) >> 12];
-    if (!page) page = std::make_unique<Page>();
-    Byte& byte = (*page)[reinterpret_cast<uintptr_t>(a) & 4095];
+    const auto at = reinterpret_cast<uintptr_t>(a);
+    if (!page || at % kPageBytes == 0) page = &page_of(at / kPageBytes);
+    Byte& byte = (*page)[at % kPageBytes];
     // Shared memory of an earlier block may have been at the same address.
     const auto foreign = [&](const Access& x) {
       return x.thread < 0 || x.block < block.first_of_launch || (shared && x.block != now.block);
@@ -118,13 +126,13 @@ void note_access(const void* address, size_t bytes, bool write, bool atomic, voi
 }
 
 void note_atomic(const void* address, size_t bytes, void* caller) {
-  count_access(address, bytes, true, true, caller);
+  count_access(address, bytes, true, true);
   note_access(address, bytes, true, true, caller);
 }
 
 #ifdef CUDA_ON_CPU_RACES
 static void touch(const void* address, size_t bytes, bool write, void* caller) {
-  count_access(address, bytes, write, false, caller);
+  count_access(address, bytes, write, false);
   note_access(address, bytes, write, false, caller);
 }
 #endif
