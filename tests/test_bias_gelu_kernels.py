@@ -1,5 +1,8 @@
 """The CUDA source of bias_gelu run on the CPU: against eager PyTorch in float64, in any thread order, under
-race detector and sanitizers; what its machine code holds."""
+race detector and sanitizers; what its machine code holds.
+
+MTFAST_TEST_SWEEP=full takes every number, otherwise every seventh, and reads the machine code for Ampere too.
+"""
 
 from __future__ import annotations
 
@@ -120,6 +123,7 @@ def test_sanitizers_are_silent():
     run_sanitized("test_bias_gelu_kernels:small_shapes", SOURCE)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("direction", "read"), [("forward", 1), ("backward", 2)])
 def test_rows_move_16_bytes_at_a_time(direction, read):
     """Two rows of each matrix before the first is turned to, in registers that leave room for 32 warps; of

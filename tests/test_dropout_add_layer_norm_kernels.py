@@ -1,7 +1,8 @@
 """The CUDA source of dropout_add_layer_norm run on the CPU: against eager PyTorch in float64, in any thread
 order, under race detector and sanitizers; what its machine code holds.
 
-MTFAST_TEST_SWEEP=full runs all 200 random cases in each dtype, otherwise a dozen.
+MTFAST_TEST_SWEEP=full runs all 200 random cases in each dtype, otherwise a dozen, and reads the machine code
+for Ampere too.
 """
 
 from __future__ import annotations
@@ -194,6 +195,7 @@ def test_sanitizers_are_silent():
     run_sanitized("test_dropout_add_layer_norm_kernels:small_shapes", *SOURCES)
 
 
+@pytest.mark.sweep
 def test_machine_code_loads_and_stores_16_bytes():
     for source, direction in zip(SOURCES, ("forward", "backward"), strict=True):
         kernels = disassembled(source, f"{direction}_kernel")
