@@ -29,8 +29,8 @@ extern Block block;
 
 void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 bool on_fiber_stack(const void* address);  // of the running thread
-// Stands for the place in the kernel that the running thread is at: the same in two functions' calls of a
-// third are two. Everything is compiled with frame pointers for it.
+// Stands for the place in the kernel that the running thread is at, by the calls that led there: one function
+// called from two places is two. Everything is compiled with frame pointers for it.
 const void* call_path();
 
 // runtime.cpp: whether a kernel may be launched so; fails where it may not.
