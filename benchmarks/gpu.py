@@ -1,6 +1,6 @@
 """Everything worth doing in a short visit to a GPU, in two parts.
 
-    python -m benchmarks gpu [--part 1|2] [--prebuilt FILE] [--results DIR] [--commit HASH]
+    python -m benchmarks gpu [--part 1|2] [--ops OP ...] [--prebuilt FILE] [--results DIR] [--commit HASH]
     python -m benchmarks gpu --plan        what would run, and for how long
     python -m benchmarks gpu --rehearse    every step on the CPU, small, without haste: no GPU is needed
 
@@ -26,6 +26,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +52,13 @@ class Place:
 
     results: where files are written.
     prebuilt: a library built elsewhere.
+    ops: those that are looked at.
     """
 
     device: torch.device
     results: Path
     prebuilt: Path | None
+    ops: Sequence[str] = OPS
 
     @property
     def is_rehearsal(self) -> bool:
@@ -81,6 +84,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", type=int, choices=(1, 2), help="one of the two parts (default: both)")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="look at these alone")
     parser.add_argument("--prebuilt", type=Path, metavar="FILE", help="a library built elsewhere")
     parser.add_argument("--results", type=Path, help="directory of the results (default: $OUT)")
     parser.add_argument("--commit", help="which commit the sources are, where they are no repository")
@@ -118,10 +122,10 @@ def place_of(options: argparse.Namespace) -> Place:
     their own unless one is named, and it takes the library that is there."""
     if options.rehearse:
         results = options.results or Path(tempfile.mkdtemp(prefix="mtfast-rehearsal-"))
-        return Place(torch.device("cpu"), results.resolve(), options.prebuilt or LIBRARY)
+        return Place(torch.device("cpu"), results.resolve(), options.prebuilt or LIBRARY, options.ops)
     results = options.results or Path(os.environ.get("OUT") or RESULTS)
     device = default_device() if not options.plan else torch.device("cuda")
-    return Place(device, results.resolve(), options.prebuilt)
+    return Place(device, results.resolve(), options.prebuilt, options.ops)
 
 
 def part_1(place: Place) -> list[Step]:
@@ -129,8 +133,8 @@ def part_1(place: Place) -> list[Step]:
     return [
         Step("peaks", place.benchmark("peaks", small="--mib 4 --size 128"), 20),
         build(place),
-        Step("smoke", place.benchmark("smoke"), 50, needs="build"),
-        *(gpu_tests(place, op) for op in OPS),
+        Step("smoke", place.benchmark("smoke", "--ops", *place.ops), 50, needs="build"),
+        *(gpu_tests(place, op) for op in place.ops),
         # A rehearsal's are one and the same.
         *(sanitizer(place, name) for name in (SANITIZERS[:1] if place.is_rehearsal else SANITIZERS)),
         demo(place),
@@ -140,13 +144,16 @@ def part_1(place: Place) -> list[Step]:
 
 def part_2(place: Place) -> list[Step]:
     """How fast."""
+    of_ops = {
+        "packed_attention": (60, "--tokens 64 --distributions quora --dtypes float32"),
+        "concat_mlp": (30, "--batches 8 --hidden 16 --no-compile"),
+        "dropout_add_layer_norm": (25, "--rows 8 --hidden 16 --no-compile"),
+        "bias_gelu": (25, "--rows 64 --columns 64 --dtypes float32 --no-compile"),
+        "mask_tokens": (25, "--most-tokens 512 --no-compile"),
+    }
     return [
         build(place),
-        measured(place, "packed_attention", 60, "--tokens 64 --distributions quora --dtypes float32"),
-        measured(place, "concat_mlp", 30, "--batches 8 --hidden 16 --no-compile"),
-        measured(place, "dropout_add_layer_norm", 25, "--rows 8 --hidden 16 --no-compile"),
-        measured(place, "bias_gelu", 25, "--rows 64 --columns 64 --dtypes float32 --no-compile"),
-        measured(place, "mask_tokens", 25, "--most-tokens 512 --no-compile"),
+        *(measured(place, op, *of_ops[op]) for op in OPS if op in place.ops),
         ncu(place),
         real_steps(place, "finetune_step", 130),
         real_steps(place, "pretrain_step", 100),

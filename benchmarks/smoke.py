@@ -1,6 +1,6 @@
 """Every kernel once against float64, in every dtype and head_dim: what to know first of a GPU.
 
-    python -m benchmarks smoke [--device cpu] [--results DIR]
+    python -m benchmarks smoke [--device cpu] [--ops concat_mlp] [--results DIR]
 
 Writes a JSON line a case to smoke.jsonl: whether the results' errors are at most twice eager PyTorch's (of
 mask_tokens: whether they are the reference's bit for bit), and which they are. Each op has a process of its
@@ -40,11 +40,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of smoke.jsonl")
+    text = "ops whose names begin so (default: all)"
+    parser.add_argument("--ops", nargs="+", default=[""], metavar="OP", help=text)
     parser.add_argument("--op", choices=CASES, help=argparse.SUPPRESS)  # in a process of its own,
     parser.add_argument("--cases", nargs="+", help=argparse.SUPPRESS)  # these of its cases
     options = parser.parse_args(argv)
     if options.op:
         return run_here(options.op, options.cases, options.device)
+    ops = [op for op in CASES if op.startswith(tuple(options.ops))]
     options.results.mkdir(parents=True, exist_ok=True)
     path, lock = options.results / "smoke.jsonl", threading.Lock()
     failed = []
@@ -60,8 +63,8 @@ def main(argv: list[str]) -> int:
                     failed.extend([] if line["ok"] else [f"{op} {line['case']}"])
 
         with ThreadPoolExecutor() as pool:
-            list(pool.map(keep, CASES))
-    count = sum(map(len, CASES.values()))
+            list(pool.map(keep, ops))
+    count = sum(len(CASES[op]) for op in ops)
     print(f"written to {path}")
     print(f"{len(failed)} of {count} cases failed: {'; '.join(failed)}" if failed else f"all {count} right")
     return 1 if failed else 0

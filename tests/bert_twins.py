@@ -1,11 +1,14 @@
 """What the tests of the model share: a small BERT, packed batches, Hugging Face's view of them, and tasks."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import BertConfig
 
+from mtfast.data.demo import DemoCorpus, write_demo_corpus
 from mtfast.models.checkpoint import hf_state_dict
 from mtfast.recipes import PAPER_TASKS
 from mtfast.tasks import Task
@@ -31,6 +34,18 @@ def paper_tasks(head: str = "linear", pair_input: str = "separate") -> dict[str,
         name: replace(task, pair_input=pair_input) if task.has_mlp else replace(task, head=head)
         for name, task in PAPER_TASKS.items()
     }
+
+
+def small_corpus(directory: Path, rows: int) -> DemoCorpus:
+    """The demo corpus with so many rows of each task and split, and a smaller BERT."""
+    corpus = write_demo_corpus(directory)
+    for file in corpus.tasks.glob("*.csv"):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        file.write_text("".join(lines[: 1 + rows]), encoding="utf-8")
+    config = corpus.bert / "config.json"
+    smaller = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+    config.write_text(json.dumps(json.loads(config.read_text()) | smaller))
+    return corpus
 
 
 def pack(sentences: list[list[int]], first_segments: list[int] | None = None) -> dict:

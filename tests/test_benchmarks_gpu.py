@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,11 +74,12 @@ def test_results_go_to_out_where_that_is_set(tmp_path, monkeypatch, capsys):
     assert f"--results {tmp_path / 'out'}" in capsys.readouterr().out
 
 
-def test_every_test_of_a_gpu_is_selected():
+def test_every_test_of_a_gpu_is_selected(capsys):
     """By the marker that the visit asks for: tests that take a device, and those that are for a GPU alone."""
     files = [f"tests/test_{op}.py" for op in gpu.OPS]
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *files]
-    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    paths = [str(ROOT / file) for file in files]
+    assert pytest.main(["-q", "--collect-only", "-m", "gpu", "--rootdir", str(ROOT), *paths]) == 0
+    collected = capsys.readouterr().out
     for name in ("test_wrong_arguments_on_a_gpu", "test_cuda_graph_replays", "test_cuda_graph_capture"):
         assert name in collected
     for file in files:
@@ -86,18 +89,6 @@ def test_every_test_of_a_gpu_is_selected():
             takes = arguments.split(")")[0]
             if name.startswith("test_") and ("device" in takes or "mask" in takes.split(", ")):
                 assert f"{file}::{name}[" in collected and "cuda" in collected, name
-
-
-def test_it_begins_without_a_library():
-    """Which it is there to build: nothing before that may import the ops."""
-    code = """
-import sys
-sys.modules["mtfast.ops"] = None
-from benchmarks import build, gpu, peaks
-gpu.main(["--plan"])
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "Part 2" in done.stdout, done.stderr
 
 
 # ---- the library ----
@@ -245,33 +236,46 @@ MISSING = (
 )
 
 
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+sys.modules["mtfast.ops"] = None
+from benchmarks import build, gpu, peaks
+gpu.main(["--plan"])
+del sys.modules["mtfast.ops"]
+import {modules}
+"""
+
+
 def test_what_it_runs_imports_nothing_that_may_be_missing(tmp_path):
+    """It begins without a library too, which it is there to build: nothing before that imports the ops."""
     steps = [step for part in (gpu.part_1, gpu.part_2) for step in part(place(tmp_path, "cpu"))]
     names = {step.command[3] for step in steps if step.command[1:3] == ["-m", "benchmarks"]}
     names -= {"finetune_step", "pretrain_step"}  # which are the trainer's
     assert names >= {*gpu.OPS, "smoke", "kernels", "steps"}
     modules = [f"benchmarks.{name}" for name in sorted({*names, "gpu", "step_contenders"})]
-    code = f"import sys; sys.modules.update(dict.fromkeys({MISSING})); import {', '.join(modules)}"
+    code = WITHOUT.format(missing=MISSING, modules=", ".join(modules))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Part 2" in done.stdout, done.stderr
 
 
 @pytest.mark.sweep
 def test_rehearsal(tmp_path, full_sweep):
-    """Of the first part alone unless the sweep is full: what the second runs has tests of its own."""
-    parts = (1, 2) if full_sweep else (1,)
+    """Of one op's first part alone unless the sweep is full: what the second runs has tests of its own."""
+    parts, ops = ((1, 2), gpu.OPS) if full_sweep else ((1,), ("bias_gelu",))
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({MISSING}))\n")
     results = tmp_path / "results"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--results", str(results)]
-        + ["--part", "1"] * (not full_sweep),
+        + ([] if full_sweep else ["--part", "1", "--ops", *ops]),
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path), "MTFAST_COMMIT": "abc"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
-    steps = [step for part in parts for step in (gpu.part_1, gpu.part_2)[part - 1](place(tmp_path, "cpu"))]
+    there = replace(place(tmp_path, "cpu"), ops=ops)
+    steps = [step for part in parts for step in (gpu.part_1, gpu.part_2)[part - 1](there)]
     lines = done.stdout.strip().split("\n")[-1 - len(steps) : -1]
     assert [line.split("  ")[0] for line in lines] == [step.name for step in steps]
     for line, step in zip(lines, steps, strict=True):
@@ -281,7 +285,11 @@ def test_rehearsal(tmp_path, full_sweep):
     assert of_parts | {"smoke.jsonl"} <= names
     assert len(names) <= 8  # with ncu.csv: what can be brought back
     report = json.loads((results / "visit-1.json").read_text())
-    assert report["rehearsal"] and [s["status"] for s in report["steps"]] == ["passed"] * 9 + ["left out"] * 2
+    found = [step["status"] for step in report["steps"]]
+    assert report["rehearsal"] and found == ["passed"] * (4 + len(ops)) + ["left out"] * 2
+    cases = [json.loads(line) for line in (results / "smoke.jsonl").read_text().splitlines()]
+    smoked = {op for op in smoke_cases.CASES if op.startswith(ops)}
+    assert Counter(case["op"] for case in cases) == {op: len(smoke_cases.CASES[op]) for op in smoked}
     (table,) = results.glob("*.csv")
     measured = {line.split(",")[0] for line in table.read_text().split("\n")[1:-1]}
     assert measured == ({"peaks", *gpu.OPS, "steps"} if full_sweep else {"peaks"})

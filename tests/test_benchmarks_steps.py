@@ -28,7 +28,7 @@ def small(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(steps, "BATCHES", 2)
     draw = step_batches.draw_examples
-    monkeypatch.setattr(step_batches, "draw_examples", lambda *args: [min(n, 70) for n in draw(*args)])
+    monkeypatch.setattr(step_batches, "draw_examples", lambda *args: [min(n, 20) for n in draw(*args)])
     steps.say_once.cache_clear()
     torch.set_num_threads(1)
     yield

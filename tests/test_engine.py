@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bert_twins import paper_tasks
+from bert_twins import paper_tasks, small_corpus
 from stages import demo_on, stage_of
 from states import save_state
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtfast.config import EngineConfig, HeadsConfig, RunConfig, TaskStageConfig
-from mtfast.data.demo import write_demo_corpus
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine.engine import Engine
@@ -42,13 +41,13 @@ class ReadBack(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return write_demo_corpus(tmp_path_factory.mktemp("demo"))
+    return small_corpus(tmp_path_factory.mktemp("demo"), 200)
 
 
 @pytest.fixture
 def config(corpus, tmp_path) -> RunConfig:
     config = demo_on(corpus, tmp_path / "run")
-    return replace(config, heads=replace(config.heads, epochs=3, batch_size=512))
+    return replace(config, heads=replace(config.heads, epochs=3, batch_size=64))
 
 
 STEPS = [
@@ -66,9 +65,9 @@ STEPS = [
 @pytest.mark.parametrize(("kind", "head", "zero_stage", "precision"), STEPS)
 def test_a_step_reads_nothing_back(kind, head, zero_stage, precision, config, monkeypatch):
     changed = {
-        "tasks": {name: replace(task, max_rows=200) for name, task in paper_tasks(head).items()},
+        "tasks": {name: replace(task, max_rows=100) for name, task in paper_tasks(head).items()},
         "engine": EngineConfig(precision=precision, zero_stage=zero_stage),
-        "finetune": TaskStageConfig(),
+        "finetune": TaskStageConfig(batch_size=40),
         "heads": HeadsConfig(batch_size=100),
     }
     stage = stage_of(kind, replace(config, **changed))

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from bert_twins import paper_tasks
+from bert_twins import paper_tasks, small_corpus
 from devices import needs_cuda
 from safetensors.torch import load_file
 from stages import demo_on, stage_of
 from tape import TapeRecorder
 from torch import Tensor
 
-from mtfast import train
+from mtfast import commands
 from mtfast.config import EngineConfig, RunConfig
-from mtfast.data.demo import write_demo_corpus
 from mtfast.training import stage as stage_module
 from mtfast.training.engine import graphs as graphs_module
 from mtfast.training.engine.engine import Engine
@@ -91,7 +90,13 @@ def test_a_tape_shows_what_a_step_reads_beside_its_batch():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return write_demo_corpus(tmp_path_factory.mktemp("demo"))
+    return small_corpus(tmp_path_factory.mktemp("demo"), 120)
+
+
+def train(config: RunConfig) -> None:
+    """All stages; what follows them, predictions and the report, is nothing that graphs see."""
+    for stage in config.stages:
+        commands.train(config, stage)
 
 
 def small_run(corpus, run_dir: Path, precision: str = "fp32", head: str = "linear") -> RunConfig:
@@ -100,7 +105,7 @@ def small_run(corpus, run_dir: Path, precision: str = "fp32", head: str = "linea
     return replace(
         config,
         log_every=1,
-        tasks={name: replace(task, max_rows=120) for name, task in paper_tasks(head).items()},
+        tasks=paper_tasks(head),
         data=replace(config.data, max_reviews=40),
         engine=EngineConfig(precision=precision),
         pretrain=replace(config.pretrain, batch_size=8, masking="dynamic", **moving),

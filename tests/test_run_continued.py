@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bert_twins import small_corpus
 from test_launch import flags
 
 from mtfast import cli
 from mtfast.commands import open_directory
 from mtfast.config import ConfigError, RunConfig, to_dict
-from mtfast.data.demo import write_demo_corpus
 from mtfast.files import to_yaml
 from mtfast.recipes import demo, paper
 from mtfast.training.run.directory import compare
@@ -22,7 +22,7 @@ from mtfast.training.run.settings import FREE, PLACES, Change, located
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("corpus") / "demo"
-    write_demo_corpus(directory)
+    small_corpus(directory, 150)
     return directory
 
 
@@ -34,7 +34,7 @@ def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
         "data.reviews": corpus / "imdb",
         "finetune.schedule": "constant",
         "finetune.warmup-fraction": 0,
-        "finetune.batch-size": 512,
+        "finetune.batch-size": 64,
         "finetune.epochs": 2,
         "log-every": 2,
         **more,

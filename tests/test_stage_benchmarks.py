@@ -1,86 +1,68 @@
 """The stage benchmarks run, and refuse to time two things that are not the same."""
 
 import csv
-import json
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from patience import PATIENCE
+from bert_twins import small_corpus
 from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
-from benchmarks import finetune_step, keeping, pretrain_step, real_steps, shapes, step_parts
-from benchmarks.real_steps import WARM_UP
-from benchmarks.stage_setup import Setup
-from mtfast.data.demo import write_demo_corpus
-
-SOURCES = Path(__file__).parents[1]
-HEAD_STAGE = """
-from benchmarks import head_stage
-result = head_stage.compare(data, checkpoint, 1)
-"""
-STEPS = """
-from dataclasses import asdict
-from benchmarks import finetune_step, pretrain_step, step_parts
+from benchmarks import (
+    finetune_step,
+    head_stage,
+    keeping,
+    keeping_child,
+    pretrain_step,
+    real_steps,
+    shapes,
+    step_parts,
+)
 from benchmarks.op_count import finetune_ops
-from benchmarks.real_steps import compare
+from benchmarks.real_steps import WARM_UP
 from benchmarks.stage_setup import Setup, StageMaker
-from mtfast.training.engine.engine import start, stop
-from transformers import BertConfig
-start()
-finetune = Setup("finetune", data, checkpoint, "checkpoint", 512, 4, 1)
-pretrain = Setup("pretrain", data, checkpoint, "checkpoint", 64, 4, 1)
-small = dict(hidden_size=64, num_attention_heads=2, intermediate_size=64, vocab_size=30522)
-result = {
-    "finetune": compare("finetune_step", "examples", finetune, finetune_step.field_of),
-    "pretrain": compare("pretrain_step", "samples", pretrain, pretrain_step.field_of),
-    "parts": step_parts.parts_of_stage("pretrain at most 64", StageMaker(pretrain), 4),
-    "ops": {n: finetune_ops(BertConfig(num_hidden_layers=n, **small)) for n in (1, 2)},
-}
-stop()
-"""
-RUN = """
-import json, sys
-out, data, checkpoint = sys.argv[1:]
-{}
-json.dump(result, open(out, "w"))
-"""
+from mtfast.data.demo import write_demo_corpus
+from mtfast.training.engine.engine import start
+
+ROWS = 240  # of each task: an epoch of five steps
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """The demo corpus, and a tiny checkpoint with random weights."""
-    corpus = write_demo_corpus(tmp_path_factory.mktemp("demo"))
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("demo"), ROWS)
+
+
+@pytest.fixture(scope="module")
+def data(corpus):
+    return str(corpus.tasks)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(corpus, tmp_path_factory):
+    """A tiny checkpoint with random weights."""
     checkpoint = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     BertForPreTraining(BertConfig.from_pretrained(corpus.bert)).save_pretrained(checkpoint)
     BertTokenizerFast.from_pretrained(corpus.bert).save_pretrained(checkpoint)
-    return str(corpus.tasks), str(checkpoint)
-
-
-def run(code, inputs, out):
-    """What the code leaves, in a process of its own, because DeepSpeed starts but once."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN.format(code), str(out), *inputs],
-        cwd=SOURCES,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text())
+    return str(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def steps(inputs, tmp_path_factory):
-    """Rows of the benchmarks of whole steps on two measured steps, and ops of steps by layers."""
-    return run(STEPS, inputs, tmp_path_factory.mktemp("steps") / "result.json")
+def steps(data, checkpoint):
+    """Rows of the benchmarks of whole steps on two measured steps."""
+    start()
+    finetune = Setup("finetune", data, checkpoint, "checkpoint", 512, 4, 1)
+    pretrain = Setup("pretrain", data, checkpoint, "checkpoint", 64, 4, 1)
+    return {
+        "finetune": real_steps.compare("finetune_step", "examples", finetune, finetune_step.field_of),
+        "pretrain": real_steps.compare("pretrain_step", "samples", pretrain, pretrain_step.field_of),
+        "parts": step_parts.parts_of_stage("pretrain at most 64", StageMaker(pretrain), 4),
+    }
 
 
-def test_head_stage(inputs, tmp_path):
-    result = run(HEAD_STAGE, inputs, tmp_path / "result.json")
+def test_head_stage(data, checkpoint, monkeypatch):
+    monkeypatch.setattr(head_stage, "stop", lambda: None)  # the process group is the other tests' too
+    result = head_stage.compare(data, checkpoint, 1)
     cached, live, eager = (result[name] for name in ("cached", "live", "eager"))
     assert cached["stage_s"] == pytest.approx(cached["before_s"] + 48 * cached["epoch_s"])
     assert live["ratio"] == pytest.approx(48 * live["epoch_s"] / cached["stage_s"])
@@ -121,9 +103,11 @@ def test_parts_of_a_step_add_up(steps):
     assert 0 < shares[step_parts.PRODUCTS] < 1
 
 
-def test_ops_of_a_step_grow_with_its_layers(steps):
+def test_ops_of_a_step_grow_with_its_layers():
     """The last layer is one on [CLS] alone; what one more layer adds is an ordinary one, both ways."""
-    one, two = (steps["ops"][layers] for layers in ("1", "2"))
+    start()
+    shape = dict(hidden_size=64, num_attention_heads=2, intermediate_size=64, vocab_size=30522)
+    one, two = (finetune_ops(BertConfig(num_hidden_layers=layers, **shape)) for layers in (1, 2))
     for op, per_layer in {
         "mtfast.packed_attention_qkv": 1,
         "mtfast.packed_attention_qkv_backward": 1,
@@ -140,8 +124,16 @@ def test_ops_of_a_step_grow_with_its_layers(steps):
     assert not {"aten.view", "aten.t", "aten.detach", "aten.empty"} & set(two)
 
 
-def test_keeping(inputs, tmp_path):
-    data, checkpoint = inputs
+def test_keeping(data, checkpoint, tmp_path, monkeypatch):
+    in_a_process = keeping.epochs_of
+
+    def epochs_of(fit, name):
+        """One of the two in this process, which saves a start."""
+        if name == keeping.NOTHING:
+            return in_a_process(fit, name)
+        return keeping_child.measure(replace(fit, run_dir=str(tmp_path / name)))
+
+    monkeypatch.setattr(keeping, "epochs_of", epochs_of)
     fit = keeping.Fit(
         str(tmp_path), data, checkpoint, epochs=3, rows=200, precision="fp32", threads=1, kept=True
     )
@@ -173,8 +165,8 @@ def test_options_make_the_cases(module, monkeypatch, tmp_path):
     assert found == expected[module]
 
 
-def test_shapes(inputs):
-    data, checkpoint = inputs
+def test_shapes(checkpoint, tmp_path):
+    data = str(write_demo_corpus(tmp_path).tasks)
     rows = shapes.finetuning(data, checkpoint) + shapes.pretraining(data, checkpoint, 60, 64)
     assert [row["variant"] for row in rows] == 2 * [shapes.AS_THEY_COME, shapes.FILLED]
     for plain, filled in zip(rows[::2], rows[1::2], strict=True):
