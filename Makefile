@@ -4,6 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 # Python compiles what is imported when it is first imported: the most part never is.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
+# Else every process would compile again all that it imports, twice as long as it takes to run.
+unexport PYTHONDONTWRITEBYTECODE
 # Two files of tests at a time, with one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
