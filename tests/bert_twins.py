@@ -36,12 +36,18 @@ def paper_tasks(head: str = "linear", pair_input: str = "separate") -> dict[str,
     }
 
 
-def small_corpus(directory: Path, rows: int) -> DemoCorpus:
-    """The demo corpus with so many rows of each task and split, and a smaller BERT."""
+def short_corpus(directory: Path, rows: int) -> DemoCorpus:
+    """The demo corpus with so many rows of each task and split."""
     corpus = write_demo_corpus(directory)
     for file in corpus.tasks.glob("*.csv"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         file.write_text("".join(lines[: 1 + rows]), encoding="utf-8")
+    return corpus
+
+
+def small_corpus(directory: Path, rows: int) -> DemoCorpus:
+    """`short_corpus` with a smaller BERT."""
+    corpus = short_corpus(directory, rows)
     config = corpus.bert / "config.json"
     smaller = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
     config.write_text(json.dumps(json.loads(config.read_text()) | smaller))

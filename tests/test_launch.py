@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from bert_twins import short_corpus
 from patience import PATIENCE
 from processes import RENDEZVOUS, Ranks, command
 
 import mtfast
-from mtfast.data.demo import write_demo_corpus
 
 BIN = Path(sys.executable).parent
 STAGES = ("heads", "finetune")
@@ -24,7 +24,7 @@ STEPS = 20
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("demo-corpus")
-    write_demo_corpus(directory)
+    short_corpus(directory, 480)
     return directory
 
 
@@ -37,7 +37,7 @@ def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
         "data.reviews": corpus / "imdb",
         "data.cache-dir": corpus / "cache",
         "heads.epochs": 1,
-        "heads.batch-size": 512,
+        "heads.batch-size": 128,
         "finetune.epochs": 1,
         "finetune.batch-size": 48,
         "finetune.max-steps": STEPS,
