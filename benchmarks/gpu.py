@@ -38,7 +38,7 @@ from benchmarks.tools import SANITIZERS, profiled, sanitized
 from benchmarks.visit import Outcome, Step, Visit, grouped, share, table
 
 SECONDS = {1: 240, 2: 400}
-PATIENCE = 20  # times as long for a rehearsal: a CPU is no measure of what a GPU does in time
+REHEARSAL_FACTOR = 20  # times as long as on a GPU: a CPU is no measure of what a GPU does in time
 TRAINER = ("deepspeed", "datasets", "transformers")  # the packages that training needs beside the ops'
 REAL = ("MTFAST_TEST_DATA", "MTFAST_TEST_CHECKPOINT")
 OPS = ("packed_attention", "concat_mlp", "dropout_add_layer_norm", "bias_gelu", "mask_tokens")
@@ -66,7 +66,7 @@ class Place:
 
     def seconds(self, part: int) -> int:
         """What a part may take here."""
-        return SECONDS[part] * (PATIENCE if self.is_rehearsal else 1)
+        return SECONDS[part] * (REHEARSAL_FACTOR if self.is_rehearsal else 1)
 
     def benchmark(self, name: str, *arguments: str, results: bool = True, small: str = "") -> list[str]:
         """The command of a benchmark here; `small` is what cuts it down for a rehearsal."""

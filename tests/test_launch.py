@@ -50,10 +50,10 @@ def flags(values: dict[str, object]) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS}
     here = {"PYTHONPATH": str(Path(mtfast.__file__).parents[1])}  # some runs start in another directory
-    return {**kept, **here, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
+    return {**kept, **here, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(line: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -220,12 +220,12 @@ def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_p
         if (
             metrics.exists()
             and (broken / "finetune/state/latest.json").exists()
-            and len(losses_or_none(metrics)) > 9
+            and len(whole_lines(metrics)) > 9
         ):
             break
         time.sleep(0.02)
     run.kill()
-    assert run.wait() == [-signal.SIGKILL] and len(losses_or_none(broken / "metrics.jsonl")) < 2 * STEPS, (
+    assert run.wait() == [-signal.SIGKILL] and len(whole_lines(broken / "metrics.jsonl")) < 2 * STEPS, (
         "the run ended before it could be interrupted"
     )
     again = Ranks(command, *arguments, output=tmp_path)
@@ -234,5 +234,5 @@ def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_p
     assert losses(broken, "finetune") == losses(whole, "finetune")
 
 
-def losses_or_none(metrics: Path) -> list[str]:
+def whole_lines(metrics: Path) -> list[str]:
     return [line for line in metrics.read_text().splitlines() if line.endswith("}")]
