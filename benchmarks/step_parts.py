@@ -36,7 +36,7 @@ from benchmarks.real_steps import WARM_UP, setup_of, step_parser
 from benchmarks.stage_setup import Clock, StageMaker, packed_batches
 from mtfast.models.bert import PackedBert
 from mtfast.training.engine.engine import start, stop
-from mtfast.training.engine.keeping import Keeper, State
+from mtfast.training.engine.keeping import Due, Keeper
 
 STEP, INPUT, KEEPING, PRODUCTS = "step", "input", "keeping", "matrix products"
 PARTS = (
@@ -186,7 +186,7 @@ def keeping_seconds(stage: Any) -> float:
         best = partial(stage.save, Path(directory) / "best") if stage.criteria else None
         for step in range(2):  # what the first takes memory for, the others use again
             clock.lap()
-            keeper.keep(best, State(Path(directory) / "state", step, {}))
+            keeper.keep(best, Due(Path(directory) / "state", step, {}))
             seconds = clock.lap()
             keeper.wait()
     return seconds

@@ -25,7 +25,16 @@ from mtfast.files import to_yaml
 from mtfast.launcher import end_process, is_main, world_size
 
 # Failures of the system that its user can do something about; any other keeps its traceback.
-FIXABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+FIXABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
 COMMANDS = {
     "prepare": "read, account for and tokenize the data",
@@ -157,14 +166,20 @@ def _parsed(command: str, name: str, file: ConfigFile, options: list[str]) -> tu
 
 def _carry_out(name: str, file: ConfigFile, config: RunConfig, options: dict[str, Any]) -> None:
     from mtfast.commands import execute
-    from mtfast.training.engine import ranks
+    from mtfast.training.engine import alive
     from mtfast.training.engine.failure import leave
+    from mtfast.training.stopping import SIGNALS, Stopped
 
     try:
         execute(name, file.recipe, config, **options)
-        ranks.finish()
+        alive.finish()
+    except Stopped as stopped:
+        for signum in SIGNALS:  # launchers pass on what they were sent, to whom it was sent too
+            signal.signal(signum, signal.SIG_IGN)
+        alive.finish()
+        _fail(str(stopped), code=128 + stopped.signum)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command continues the run", code=130)
+        _fail("interrupted; the same command continues the run", code=128 + signal.SIGINT)
     except Error as error:
         leave(error, f"mtfast: {_located(error, file, config)}", 2, expected=True)
     except Exception as error:

@@ -99,6 +99,8 @@ class StageConfig:
     checkpoint_every: str = "1 epoch"
     """How often the resumable state is saved, besides at the stage's end: "200 steps", "5 epochs" or
     "10 minutes", say."""
+    keep: int = 2
+    """How many resumable states stay. Where the newest is damaged, the run goes on from the one before."""
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
 
@@ -210,6 +212,7 @@ _STAGE_RULES: dict[str, Rule] = {
     "gradient_clipping": _NOT_NEGATIVE,
     "max_skipped": _at_least(1),
     "checkpoint_every": (WANTED, is_interval),
+    "keep": _at_least(1),
     "max_steps": _at_least(1),
     "temperature": _at_least(1),
     "patience": _at_least(1),

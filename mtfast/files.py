@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mtfast.config import ConfigError
+from mtfast.durable import sealed, sync, unsealed
 
 
 @contextmanager
@@ -26,13 +27,15 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole: to a neighbour first, then renamed over it."""
+    """Write a file whole: to a neighbour first, then renamed over it. It is on the disk on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         with naming(path):
             partial.write_text(text, encoding="utf-8")
+            sync(partial)
             os.replace(partial, path)
+            sync(path.parent)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
@@ -43,21 +46,22 @@ def to_yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object, with a checksum that `read_json` looks at."""
+    write_text(path, json.dumps(sealed(values), indent=2) + "\n")
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file that is there.
+    """The JSON object in a file that is there, as `write_json` was given it.
 
     Raises:
         ConfigError: it cannot be read, or holds anything else; the message ends in `remedy`.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return unsealed(value)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path} cannot be read ({reason}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} does not hold a JSON object; {remedy}")
-    return value
+    raise ConfigError(f"{path} does not hold a JSON object; {remedy}")

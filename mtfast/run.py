@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from mtfast.commands import execute
 from mtfast.config import RunConfig, validate
-from mtfast.training.engine import ranks
+from mtfast.training.engine import alive
 from mtfast.training.run.directory import read_summary
 from mtfast.training.run.lock import release
+from mtfast.training.stopping import Stopped
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -53,6 +55,8 @@ def train(config: RunConfig) -> Run:
         config = dataclasses.replace(mtfast.recipes.local(), run_dir="runs/mine")
         run = mtfast.train(config)
 
+    SIGTERM and SIGINT, which Ctrl-C sends, take effect once the step that is being made is saved.
+
     Raises:
         mtfast.errors.Error: the configuration, the data or the checkpoint cannot be used, or the run went
             astray; the message says what is right.
@@ -61,7 +65,11 @@ def train(config: RunConfig) -> Run:
     with _environment_kept():
         try:
             execute("run", "", config)
-            ranks.finish()
+            alive.finish()
+        except Stopped as stopped:
+            alive.finish()
+            signal.raise_signal(stopped.signum)  # whose handlers are again those of the caller
+            raise
         finally:
             release()
     return Run(config.path.absolute())

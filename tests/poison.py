@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
-from mtfast.models.files import replacing
+from mtfast.models.files import replacing, save_tensors
+from mtfast.training.engine import alive, ranks
 from mtfast.training.engine import engine as engine_module
-from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
 from mtfast.training.stage import Stage
 
@@ -79,7 +79,7 @@ class Small(Stage):
 
     def save(self, directory: Path, state: dict[str, Tensor]) -> None:
         with replacing(directory) as incoming:
-            torch.save(state, incoming / "weights.pt")
+            save_tensors(incoming / "weights.safetensors", state)
 
 
 def trained(
@@ -126,4 +126,4 @@ def check_every_zero_stage() -> None:
         check_skipping(*kind, math.nan, clipping=0.0)
     # The rank without such gradients tells of the weights too.
     assert trained("bf16", 1, [1, 2], {2: math.nan})[1:] == (0, "0.weight")
-    ranks.finish()
+    alive.finish()

@@ -16,13 +16,14 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import faults
 from patience import PATIENCE
 
 import mtfast
 
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = ["deepspeed", "torch._inductor.compile_fx", "scipy.stats", "pandas", "mtfast.commands"]
-IMPORTED += ["killed", "dying"]  # with whose functions tests call `Ranks`
+IMPORTED += ["faulty", "dying"]  # with whose functions tests call `Ranks`
 # Of every process; a fork could not use a GPU.
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(map(str, (Path(mtfast.__file__).parents[1], Path(__file__).parent))),
@@ -110,7 +111,7 @@ def _rendezvous(world_size: int) -> list[dict[str, str]]:
 @functools.cache
 def _start_server() -> None:
     kept = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT, LD_PRELOAD=str(faults.library()))
     try:
         FORKS.set_forkserver_preload(IMPORTED)
         forkserver.ensure_running()

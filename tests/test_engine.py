@@ -3,18 +3,15 @@
 import collections
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from bert_twins import paper_tasks, small_corpus
 from stages import demo_on, stage_of
-from states import save_state
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtfast.config import EngineConfig, HeadsConfig, RunConfig, TaskStageConfig
-from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine.engine import Engine
 from mtfast.training.stages import features as features_module
@@ -130,24 +127,6 @@ def test_first_update_is_adamws_on_the_exact_weights(zero_stage, precision):
     engine.step(engine.model(x).float().sum())  # every gradient is 4: Adam's first step is the learning rate
     for name, weight in weights.items():
         torch.testing.assert_close(engine.state_dict()[name], weight - 0.25, rtol=0, atol=1e-6)
-    engine.close()
-
-
-def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
-    engine_module.start()
-    engine = Engine(nn.Linear(4, 4), EngineConfig(precision="fp32", zero_stage=0), SETTINGS, "finetune")
-    save_state(engine, tmp_path, 1, {"position": 1})
-
-    def full(value, file, *_, **__) -> None:
-        Path(file).write_bytes(b"half")
-        raise RuntimeError("unexpected pos 64 vs 0")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(CheckpointError, match=f"could not be written to {tmp_path}: the disk is full or"):
-            save_state(engine, tmp_path, 2, {"position": 2})
-    assert engine.load(tmp_path)["position"] == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "step-1"]
     engine.close()
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 from poison import METRICS, STEPS, Small
+from safetensors.torch import load_file
+from states import load_state
 from torch import Tensor
 
-from mtfast import files
 from mtfast.commands import open_directory
 from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine import keeping as engine_keeping
 from mtfast.training.engine import state as engine_state
-from mtfast.training.engine.keeping import Keeper, State, Write
+from mtfast.training.engine.keeping import Due, Keeper, Write
+from mtfast.training.engine.state import State, states_in
 from mtfast.training.loop import NonFinite, train_stage
 from mtfast.training.run import keeping
 
@@ -45,12 +46,12 @@ def newest(monkeypatch) -> list[str]:
     """The states that have been made the newest."""
     found = []
 
-    def point_at(directory: Path, tag: str, facts: dict[str, int]) -> None:
-        found.append(tag)
-        own(directory, tag, facts)
+    def write_state(directory: Path, state: State, *arguments: Any) -> None:
+        found.append(f"step-{state.step}")
+        own(directory, state, *arguments)
 
-    own = engine_keeping.point_at
-    monkeypatch.setattr(engine_keeping, "point_at", point_at)
+    own = engine_keeping.write_state
+    monkeypatch.setattr(engine_keeping, "write_state", write_state)
     return found
 
 
@@ -81,7 +82,11 @@ def train(config: RunConfig, stage: Small, log_every: int = 1) -> dict[str, Any]
 
 
 def weights(config: RunConfig, name: str) -> Path:
-    return config.path / "finetune" / name / "weights.pt"
+    return config.path / "finetune" / name / "weights.safetensors"
+
+
+def states(config: RunConfig) -> list[str]:
+    return [path.name for path in states_in(config.path / "finetune" / "state")]
 
 
 def losses(config: RunConfig) -> list[tuple[int, Any]]:
@@ -95,10 +100,12 @@ def test_weights_are_written_once_for_all_criteria(config):
     train(config, stage)
     assert stage.written == ["best-mean", "best-sst", "best-mean"]
     first, last = ("best-quora", "best-sts"), ("best-mean", "best-sst", "last")
+    state = config.path / "finetune" / "state" / f"step-{3 * STEPS}"
     for together in (first, last):
-        assert len({weights(config, name).stat().st_ino for name in together}) == 1
-        assert weights(config, together[0]).stat().st_nlink == len(together)
-    early, late = (torch.load(weights(config, name)) for name in ("best-quora", "last"))
+        in_state = [state / name / "weights.safetensors" for name in together if name != "last"]
+        files = [weights(config, name) for name in together] + in_state
+        assert len({file.stat().st_ino for file in files}) == 1
+    early, late = (load_file(weights(config, name)) for name in ("best-quora", "last"))
     assert not any(torch.equal(early[name], late[name]) for name in early)
 
 
@@ -177,7 +184,7 @@ def test_what_is_written_is_of_the_moment(precision, zero_stage, config, tmp_pat
     steps(range(3))
     moment = stage.engine.state_dict()
     keeper = Keeper(stage.engine)
-    keeper.keep(write, State(tmp_path, 3, {"position": 3}))
+    keeper.keep(write, Due(tmp_path, 3, {"position": 3}))
     steps(range(3, 6))
     later = stage.engine.state_dict()
     held.set()
@@ -185,7 +192,7 @@ def test_what_is_written_is_of_the_moment(precision, zero_stage, config, tmp_pat
     assert kept.keys() == moment.keys()
     assert all(torch.equal(x, moment[name]) and not torch.equal(x, later[name]) for name, x in kept.items())
     # What is read again goes on as this did from that moment: the optimizer's state is of it too.
-    assert stage.engine.load(tmp_path)["position"] == 3
+    assert load_state(stage.engine, tmp_path) == {"position": 3}
     assert all(torch.equal(x, moment[name]) for name, x in stage.engine.state_dict().items())
     steps(range(3, 6))
     assert all(torch.equal(x, later[name]) for name, x in stage.engine.state_dict().items())
@@ -207,7 +214,7 @@ def test_training_is_at_most_one_moment_ahead_and_memory_is_used_again(config, t
 
     monkeypatch.setattr(engine_keeping, "Snapshot", Noted)
     keeper.keep(write, None)
-    second = threading.Thread(target=keeper.keep, args=(write, State(tmp_path, 1, {})))
+    second = threading.Thread(target=keeper.keep, args=(write, Due(tmp_path, 1, {})))
     second.start()
     second.join(0.2)
     assert second.is_alive() and order == ["copied"]
@@ -217,10 +224,10 @@ def test_training_is_at_most_one_moment_ahead_and_memory_is_used_again(config, t
     assert order == ["copied", "written"] * 2
     chunks = [chunk.data_ptr() for chunk in keeper._memory._chunks]
     for step in range(2, 6):
-        keeper.keep(write, State(tmp_path, step, {}))
+        keeper.keep(write, Due(tmp_path, step, {}))
     keeper.wait()
     assert [chunk.data_ptr() for chunk in keeper._memory._chunks] == chunks
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-5"]
+    assert [path.name for path in states_in(tmp_path)] == ["step-5"]
     stage.engine.close()
 
 
@@ -228,17 +235,17 @@ def test_training_is_at_most_one_moment_ahead_and_memory_is_used_again(config, t
 def test_masters_that_are_in_the_state_are_not_copied_twice(precision, config, tmp_path):
     stage = Small(replace(config, engine=EngineConfig(precision=precision, zero_stage=0)))
 
-    def used(write: Write | None, state: State | None) -> list[int]:
+    def used(write: Write | None, due: Due | None) -> list[int]:
         keeper = Keeper(stage.engine)
-        keeper.keep(write, state)
+        keeper.keep(write, due)
         keeper.wait()
         return keeper._memory._used
 
     def write(weights: dict[str, Tensor]) -> None:
         assert all(torch.equal(x, expected[name]) for name, x in weights.items())
 
-    expected, state = stage.engine.state_dict(), State(tmp_path, 1, {})
-    assert used(write, state) == used(None, state) and used(write, None) > []
+    expected, due = stage.engine.state_dict(), Due(tmp_path, 1, {})
+    assert used(write, due) == used(None, due) and used(write, None) > []
     stage.engine.close()
 
 
@@ -249,23 +256,27 @@ def settle() -> None:
             thread.join()
 
 
-@pytest.mark.parametrize("what", ["state", "weights", "pointer"])
+# Where what is written of a state, or of weights, comes from.
+WRITERS = {
+    "weights": (torch, "save"),
+    "tensors": (engine_state, "save_tensors"),
+    "position": (engine_state, "write_json"),
+    "links": (engine_state, "link_files"),
+    "manifest": (engine_state, "write_manifest"),
+}
+
+
+@pytest.mark.parametrize("what", WRITERS)
 def test_what_cannot_be_written_is_told_and_the_state_before_kept(what, config, monkeypatch, tmp_path):
-    own, full = torch.save, threading.Event()
+    full, (module, name) = threading.Event(), WRITERS[what]
+    own = getattr(module, name)
 
-    def save(value: Any, file: Path, **options: Any) -> None:
-        if full.is_set() and what == ("state" if "state" in file.parts else "weights"):
-            file.write_bytes(b"half")
+    def write(*arguments: Any, **options: Any) -> None:
+        if full.is_set():
             raise OSError(28, "No space left on device")
-        own(value, file, **options)
+        own(*arguments, **options)
 
-    def write_json(*arguments: Any) -> None:
-        if full.is_set() and what == "pointer":
-            raise OSError(28, "No space left on device")
-        files.write_json(*arguments)
-
-    monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(engine_state, "write_json", write_json)
+    monkeypatch.setattr(module, name, write)
     stage, numbers = Scored(config, {"mean": 1.0}, {"mean": 2.0}), itertools.count(1)
     made = stage.step
 
@@ -280,30 +291,29 @@ def test_what_cannot_be_written_is_told_and_the_state_before_kept(what, config, 
         train(config, stage)
     assert next(numbers) == 2 * STEPS + 2  # at the first flush after it
     full.clear()
-    state = config.path / "finetune" / "state"
-    assert json.loads((state / "latest.json").read_text())["tag"] == f"step-{STEPS}"
+    assert states(config) == [f"step-{STEPS}"]
     train(config, Scored(config, {"mean": 2.0}))
     whole = replace(config, run_dir=str(tmp_path / "whole"))
     train(whole, Scored(whole, {"mean": 1.0}, {"mean": 2.0}))
     assert losses(config) == losses(whole) and len(losses(whole)) == 3 * STEPS
-    assert [path.name for path in state.glob("step-*")] == [f"step-{3 * STEPS}"]
-    ours, expected = (torch.load(weights(run, "best-mean")) for run in (config, whole))
+    assert states(config) == states(whole) == [f"step-{2 * STEPS}", f"step-{3 * STEPS}"]
+    ours, expected = (load_file(weights(run, "best-mean")) for run in (config, whole))
     assert all(torch.equal(x, expected[name]) for name, x in ours.items())
 
 
 def test_an_error_of_training_leaves_what_was_kept_before_it(config, monkeypatch):
     config = change(config, checkpoint_every="3 steps")
-    own, stopped = torch.save, threading.Event()
+    own = engine_state.save_tensors
 
-    def slow(value: Any, file: Any, **options: Any) -> None:
-        stopped.wait(0.2)
-        own(value, file, **options)
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.2)
+        own(*arguments)
 
-    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr(engine_state, "save_tensors", slow)
     says = "the last good state is in .*run/finetune/state"
     with pytest.raises(NonFinite, match=says):  # the state of step 3 is being written still
         train(config, Small(config, bad=(4,)), log_every=4)
-    assert json.loads((config.path / "finetune/state/latest.json").read_text())["tag"] == "step-3"
+    assert states(config) == ["step-3"]
 
 
 def test_a_failed_writing_does_not_hide_the_error_of_training(config, monkeypatch, capsys):
@@ -324,69 +334,7 @@ def test_a_failed_writing_does_not_hide_the_error_of_training(config, monkeypatc
 
     made, stage.step = stage.step, broken
     stage.total = lambda losses: losses["fit"]
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(engine_state, "save_tensors", full)
     with pytest.raises(ZeroDivisionError):
         train(config, stage)
-    assert "could not be written to" in capsys.readouterr().out
-
-
-class TwoRanks:
-    """Stands for the processes of a run, of which this one is rank 0, and the store in which they meet."""
-
-    def __init__(self) -> None:
-        self.met = torch.distributed.HashStore()
-        self.key = f"mtfast/kept/{next(engine_keeping._moments) + 1}"  # of what is kept next
-
-    def store(self) -> torch.distributed.Store:
-        return self.met
-
-    def world_size(self) -> int:
-        return 2
-
-    def is_main(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def two_ranks(config, tmp_path, monkeypatch) -> Iterator[tuple[TwoRanks, Keeper]]:
-    """Rank 0, whose state of step 1 is the newest, and that of step 2 kept and not yet that."""
-    engine = Small(config).engine
-    keeper = Keeper(engine)
-    keeper.keep(None, State(tmp_path, 1, {}))
-    keeper.wait()
-    ranks = TwoRanks()
-    monkeypatch.setattr(engine_keeping, "ranks", ranks)
-    keeper.keep(None, State(tmp_path, 2, {}))
-    while ranks.met.add(ranks.key, 0) < 1:
-        time.sleep(0.01)
-    assert json.loads((tmp_path / "latest.json").read_text())["tag"] == "step-1"
-    yield ranks, keeper
-    engine.close()
-
-
-def states(directory: Path) -> tuple[str, list[str]]:
-    """The newest state, and all that are there."""
-    newest = json.loads((directory / "latest.json").read_text())["tag"]
-    return newest, sorted(path.name for path in directory.glob("step-*"))
-
-
-def test_a_state_is_the_newest_when_every_rank_has_written_its_part(two_ranks, tmp_path):
-    ranks, keeper = two_ranks
-    ranks.met.add(ranks.key, 1)
-    keeper.wait()
-    assert states(tmp_path) == ("step-2", ["step-2"])
-
-
-def test_a_rank_that_cannot_write_its_part_is_heard_by_rank_0(two_ranks, tmp_path):
-    ranks, keeper = two_ranks
-    ranks.met.set(f"{ranks.key}/failed", "the training state could not be written to here: no space")
-    with pytest.raises(CheckpointError, match=r"^the training state could not be written to here: no space$"):
-        keeper.wait()
-    assert states(tmp_path) == ("step-1", ["step-1"])
-
-
-def test_a_rank_that_has_ended_is_not_waited_for_by_one_that_ends(two_ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_keeping, "PATIENCE_SECONDS", 0.0)
-    error = two_ranks[1].leave()
-    assert isinstance(error, CheckpointError) and "other ranks have not" in str(error)
-    assert states(tmp_path) == ("step-1", ["step-1"])
+    assert "could not be written" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from patience import PATIENCE
 from processes import RENDEZVOUS, Ranks, command
 
 import mtfast
+from mtfast.training.engine.state import states_in
 
 BIN = Path(sys.executable).parent
 STAGES = ("heads", "finetune")
@@ -217,11 +218,7 @@ def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_p
     run = Ranks(command, *arguments, output=tmp_path)
     while run.processes[0].is_alive():
         metrics = broken / "metrics.jsonl"
-        if (
-            metrics.exists()
-            and (broken / "finetune/state/latest.json").exists()
-            and len(whole_lines(metrics)) > 9
-        ):
+        if states_in(broken / "finetune/state") and len(whole_lines(metrics)) > 9:
             break
         time.sleep(0.02)
     run.kill()

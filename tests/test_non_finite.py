@@ -10,12 +10,14 @@ import pytest
 import torch
 from poison import STEPS, Small, check_every_zero_stage, check_skipping
 from processes import Ranks
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mtfast.commands import open_directory
 from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig
 from mtfast.recipes import PAPER_TASKS
 from mtfast.training.engine import engine as engine_module
+from mtfast.training.engine.state import newest_state
 from mtfast.training.loop import NonFinite, train_stage
 from mtfast.training.stage import Stage
 from mtfast.training.stages.task_stage import labelled_metrics
@@ -45,7 +47,7 @@ def change(config: RunConfig, **changes) -> RunConfig:
 
 
 def last_weights(config: RunConfig) -> dict[str, Tensor]:
-    return torch.load(config.path / "finetune" / "last" / "weights.pt")
+    return load_file(config.path / "finetune" / "last" / "weights.safetensors")
 
 
 def lines(config: RunConfig, kind: str) -> list[dict]:
@@ -67,7 +69,7 @@ def test_a_nan_gradient_stops_the_run_before_it_is_saved(precision, zero_stage, 
     with pytest.raises(NonFinite, match=rf"finetune: {what}; the last good state is in .*run/finetune/state"):
         train(config, Small(config, bad=(STEPS,)))
     assert not list((config.path / "finetune").glob("best-*"))
-    assert json.loads((config.path / "finetune/state/latest.json").read_text())["tag"] == "step-2"
+    assert newest_state(config.path / "finetune/state").path.name == "step-2"
     train(config, Small(config))  # goes on from there
     whole = replace(config, run_dir=str(tmp_path / "whole"))
     train(whole, Small(whole))
@@ -99,7 +101,7 @@ def test_too_many_steps_in_a_row_stop_the_run_at_once(config):
     ):
         train(config, stage)
     assert next(stage.steps) == 7
-    assert json.loads((config.path / "finetune/state/latest.json").read_text())["tag"] == "step-5"
+    assert newest_state(config.path / "finetune/state").path.name == "step-5"
     with pytest.raises(NonFinite, match="gradients of step 6 "):  # steps are counted across a continuation
         train(config, Small(config, bad=(1,)))
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -17,7 +16,7 @@ import pytest
 import torch
 from patience import PATIENCE
 from poison import Small
-from states import save_state
+from states import load_state, save_state
 from torch import nn
 
 import mtfast
@@ -197,51 +196,11 @@ def test_a_full_disk_is_told_with_the_files_name(config):
 
 def test_a_state_on_a_full_disk_says_so_and_the_one_before_is_kept(tmp_path, engine):
     save_state(engine, tmp_path, 1, {"position": 1})
-    says = (
-        rf"could not be written to {tmp_path}: (the disk is full or a limit is reached, [\d,]+ MiB|File too)"
-    )
+    says = rf"could not be written: {tmp_path}/step-2 cannot be written: .*File too large"
     with file_size_limit(1000), pytest.raises(CheckpointError, match=says):
         save_state(engine, tmp_path, 2, {"position": 2})
-    assert engine.load(tmp_path) | {"position": 1} == engine.load(tmp_path)
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-1"]
-
-
-def overwrite(file: Path, text: bytes) -> None:
-    file.write_bytes(text)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-200])
-
-
-def damage(file: Path) -> None:
-    file.write_bytes(bytes(len(file.read_bytes())))
-
-
-@pytest.mark.parametrize(
-    ("part", "spoil", "message"),
-    [
-        ("latest.json", lambda file: overwrite(file, b""), r"latest\.json cannot be read"),
-        ("latest.json", lambda file: overwrite(file, b'{"tag": "st'), r"latest\.json cannot be read"),
-        ("latest.json", lambda file: overwrite(file, b"[]"), r"latest\.json does not hold a JSON object"),
-        ("latest.json", lambda file: overwrite(file, b"{}"), r"latest\.json does not say which state"),
-        ("step-1", shutil.rmtree, r"step-1/\S+ is missing"),
-        ("step-1/*optim*", Path.unlink, r"step-1/\S*optim\S* is missing"),
-        ("step-1/*optim*", cut, r"step-1/\S*optim\S* has \d+ bytes and should have \d+"),
-        ("step-1/*model*", cut, r"step-1/\S*model\S* has \d+ bytes and should have \d+"),
-        ("step-1/*optim*", damage, r"the training state in \S*/step-1 cannot be read \(."),
-        ("step-1/*model*", damage, r"the training state in \S*/step-1 cannot be read \(."),
-    ],
-)
-def test_a_state_that_is_not_whole_is_named_and_not_passed_over(tmp_path, engine, part, spoil, message):
-    save_state(engine, tmp_path, 1, {"position": 1})
-    (file,) = tmp_path.glob(part)
-    spoil(file)
-    with pytest.raises((ConfigError, CheckpointError)) as raised:
-        engine.load(tmp_path)
-    text = str(raised.value)
-    assert re.search(message, text) and text.endswith(f"remove {tmp_path} to start the stage again")
-    assert "\n" not in text
+    assert load_state(engine, tmp_path) == {"position": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
 def test_a_state_of_another_version_is_named(config, tmp_path):
@@ -249,12 +208,16 @@ def test_a_state_of_another_version_is_named(config, tmp_path):
     config = replace(config, engine=EngineConfig(precision="fp32", zero_stage=0))
     stage = Small(config)
     run = open_directory(config)
-    for client in ({}, {"position": {"place": 1}}):
-        save_state(stage.engine, run.stage("finetune") / "state", 1, client)
-        with pytest.raises(
-            CheckpointError, match=r"run/finetune/state is of another version of mtfast .*; remove"
-        ):
-            train_stage(stage, run, config.log_every)
+    state = run.stage("finetune") / "state"
+    save_state(stage.engine, state, 1, {"place": 1})
+    with pytest.raises(CheckpointError, match=rf"{state}/step-1 cannot be gone on from .*'place'.*; remove"):
+        train_stage(stage, run, config.log_every)
+    # As DeepSpeed wrote it.
+    shutil.rmtree(state / "step-1")
+    (state / "step-1").mkdir()
+    (state / "step-1" / "mp_rank_00_model_states.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"manifest\.json is missing: .* of another version of mtf"):
+        train_stage(stage, run, config.log_every)
     stage.engine.close()
 
 

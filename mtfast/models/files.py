@@ -1,5 +1,6 @@
 """Files of a checkpoint: read with errors that name them, and written as directories that appear whole."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,7 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mtfast.durable import sync, sync_tree
 from mtfast.errors import Error
+
+# What a file system answers that has no links, or no more of one file, or not to another disk.
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 class CheckpointError(Error, ValueError):
@@ -60,52 +65,74 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of `directory` where filling it raises nothing.
+    """An empty directory to fill, which takes the place of `directory`, and is on the disk, where filling it
+    raises nothing.
 
     Raises:
         CheckpointError: the disk is full, or may not be written to; nothing of the attempt stays.
     """
     target = Path(directory).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    incoming = target.with_name(f".{target.name}.incoming")
-    shutil.rmtree(incoming, ignore_errors=True)
+    incoming, outgoing = target.with_name(f".{target.name}.incoming"), _outgoing(target)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir()
         yield incoming
+        sync_tree(incoming)
+        restore(target)
+        shutil.rmtree(outgoing, ignore_errors=True)
+        if target.exists():
+            target.rename(outgoing)
+        incoming.rename(target)
+        sync(target.parent)
     except BaseException as error:
         shutil.rmtree(incoming, ignore_errors=True)
         # The tokenizers library raises plain exceptions.
         if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
-            raise CheckpointError(f"{target} cannot be written: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{target} cannot be written: {reason}") from error
         raise
-    restore(target)
-    outgoing = _outgoing(target)
-    shutil.rmtree(outgoing, ignore_errors=True)
-    if target.exists():
-        target.rename(outgoing)
-    incoming.rename(target)
     shutil.rmtree(outgoing, ignore_errors=True)
 
 
 def link_files(source: Path, directory: Path) -> None:
     """Give `directory`, which is there, the files of `source`: as links to them, so that they have no second
     place on disk, or copies where the file system has no links."""
-    shutil.copytree(source, directory, copy_function=_link, dirs_exist_ok=True)
+    for file in sorted(source.rglob("*")):
+        target = directory / file.relative_to(source)
+        if file.is_dir():
+            target.mkdir()
+        else:
+            _link(file, target)
 
 
-def _link(source: str, target: str) -> None:
+def replace_by_links(directory: Path, source: Path) -> None:
+    """Make `directory` one of links to the files of `source`, in place of what it was."""
+    with replacing(directory) as incoming:
+        link_files(source, incoming)
+
+
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         shutil.copyfile(source, target)
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors on any device to a safetensors file."""
     # safetensors wants every tensor to own its storage: the parts of a fused projection do not.
-    owned = {
-        name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()
-    }
+    owned: dict[str, Tensor] = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        x = tensor.detach().cpu()
+        storage = x.untyped_storage()
+        if not x.is_contiguous() or storage.nbytes() != x.nbytes or storage.data_ptr() in storages:
+            x = x.clone(memory_format=torch.contiguous_format)
+        storages.add(x.untyped_storage().data_ptr())
+        owned[name] = x
     save_file(owned, file, metadata={"format": "pt"})
 
 

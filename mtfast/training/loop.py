@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,12 +17,15 @@ from mtfast.config import STAGES, StageConfig
 from mtfast.errors import Error
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import ranks
-from mtfast.training.engine.state import POINTER
+from mtfast.training.engine.state import states_in, unreadable
 from mtfast.training.run.directory import STATE, RunDirectory
-from mtfast.training.run.keeping import Keeping, note_best
+from mtfast.training.run.keeping import Keeping, best_of, newest, note_best
 from mtfast.training.run.progress import StageProgress, peak_flops, say
 from mtfast.training.seeds import seed_for
 from mtfast.training.stage import Batch, Stage
+from mtfast.training.stopping import Stopped, Stopping
+
+LOOK_SECONDS = 5.0  # after which several ranks tell each other at the latest that they were asked to stop
 
 
 class NonFinite(Error, RuntimeError):
@@ -40,7 +45,10 @@ class Trained:
 
 @dataclass
 class Position:
-    """Where a stage stands; saved with its state, so that a continued run repeats the uninterrupted one."""
+    """Where a stage stands; saved with its state, so that a continued run repeats the uninterrupted one.
+
+    to_evaluate: an epoch's steps are made, and what comes after them is not.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -55,6 +63,7 @@ class Position:
     epochs_without_gain: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    to_evaluate: bool = False
 
 
 def learning_rate_at(stage: StageConfig, step: int, total_steps: int) -> float:
@@ -84,26 +93,34 @@ class _Loop:
         self.settings = stage.settings
         self.directory = run.stage(stage.name)
         self.state_directory = self.directory / STATE
-        client = stage.engine.load(self.state_directory)
-        self.at = Position() if client is None else self._position(client)
+        self.at = self._position()
         self.steps_per_epoch = len(stage.plan(0))
         whole = self.steps_per_epoch * self.settings.epochs
         self.total_steps = min(whole, self.settings.max_steps or whole)
-        self.keeping = Keeping(stage.engine, stage.save, self.directory, self.settings.checkpoint_every)
+        self.keeping = Keeping(
+            stage.engine, stage.save, self.directory, self.settings.checkpoint_every, self.settings.keep
+        )
+        self.stopping = Stopping()
+        self.asked = 0  # the signal that some rank was sent
+        self.look_at = self.at.step + 1
         self.allowed_in_a_row = self.settings.max_skipped if self.settings.non_finite == "skip" else 0
         self.pending: list[Trained] = []
-        if client:
+        if self.at.step:
             say(f"{stage.name}: continuing after step {self.at.step} of {self.total_steps}")
         run.rewind(stage.name, self.at.step)
 
-    def _position(self, client: dict[str, Any]) -> Position:
+    def _position(self) -> Position:
+        """Where the newest state leaves off, which the engine goes on from."""
+        found = newest(self.directory)
+        if found is None:
+            return Position()
         try:
-            return Position(**client["position"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"the state in {self.state_directory} is of another version of mtfast ({error}); remove that "
-                "directory to start the stage again"
-            ) from error
+            self.stage.engine.load(found.state)
+            at = Position(**found.state.client)
+        except (CheckpointError, TypeError) as error:
+            raise unreadable(self.state_directory / f"step-{found.state.step}", error) from error
+        at.best = {name: best for name, best in at.best.items() if best_of(name) in found.best}
+        return at
 
     def run(self) -> dict[str, Any]:
         stage, at = self.stage, self.at
@@ -115,11 +132,14 @@ class _Loop:
         tensor_cores = stage.engine.device.type == "cuda" and stage.engine.precision == "bf16"
         peak = peak_flops(torch.cuda.get_device_name()) if tensor_cores else None
         progress = StageProgress(stage.name, self.total_steps, at.step, stage.flops_per_token, peak)
-        with self.keeping:
+        with self.stopping, self.keeping:
             with progress as self.progress:
-                while not self._is_over():
+                while self.at.to_evaluate or not self._is_over():
                     self._epoch()
-            return self._finish()
+            result = self._finish()
+        if self._tell_asked(self.stopping.signum):
+            raise Stopped(self.asked, f"{stage.name} has finished; {self._left_off()}")
+        return result
 
     def _is_over(self) -> bool:
         patience = getattr(self.settings, "patience", None)
@@ -132,19 +152,37 @@ class _Loop:
         self.mark = time.perf_counter()
         steps = stage.plan(at.epoch)[at.step_in_epoch :][: self.total_steps - at.step]
         end = at.step + len(steps)
-        for micro_batches in stage.micro_batches(steps, at.epoch):
+        for micro_batches in stage.micro_batches(steps, at.epoch) if steps else ():
             self._step(micro_batches)
-            too_many = at.skipped_in_a_row > self.allowed_in_a_row
-            if at.step % self.log_every == 0 or self.keeping.is_due(at.step) or too_many:
+            if self._is_to_flush():
                 self._flush()
-                if self.keeping.is_due(at.step) and at.step < end:
+                if at.step < end and self.asked:
+                    self._stop()
+                if at.step < end and self.keeping.is_due(at.step):
                     self._keep([], last=False, state=True)
         self._flush()
+        at.to_evaluate = True
+        if self.asked:
+            self._stop()
         whole = at.step_in_epoch == self.steps_per_epoch
+        epoch = at.epoch + 1 if whole else at.epoch
+        risen = self._evaluate(epoch)
+        at.to_evaluate = False
         if whole:
-            at.epoch, at.step_in_epoch = at.epoch + 1, 0
-        risen, over = self._evaluate(), self._is_over()
+            at.epoch, at.step_in_epoch = epoch, 0
+        over = self._is_over()
         self._keep(risen, last=over, state=over or self.keeping.is_due(at.step, at.epoch if whole else None))
+
+    def _is_to_flush(self) -> bool:
+        """Whether losses are to be read after this step; the same on every rank."""
+        at = self.at
+        alone = ranks.world_size() == 1
+        return (
+            at.step % self.log_every == 0
+            or self.keeping.is_due(at.step)
+            or at.skipped_in_a_row > self.allowed_in_a_row
+            or (self.stopping.signum is not None if alone else at.step >= self.look_at)
+        )
 
     def _step(self, micro_batches: Sequence[Batch]) -> None:
         at, stage = self.at, self.stage
@@ -173,12 +211,20 @@ class _Loop:
         self.keeping.look()
         at, stage = self.at, self.stage
         device = self.pending[0].losses.device
+        pace = (time.perf_counter() - self.mark) / len(self.pending)
+        told = [self.stopping.signum is not None, self.keeping.failed, pace]
         counts = torch.tensor(
-            [[p.examples, p.tokens] for p in self.pending], dtype=torch.float64, device=device
+            [[*told, p.examples, p.tokens] for p in self.pending], dtype=torch.float64, device=device
         )
         table = torch.cat([torch.stack([p.losses for p in self.pending]).double(), counts], dim=1)
         rows = ranks.mean_over_ranks(table).tolist()
         steps, self.pending = self.pending, []
+        asked, failed, pace = rows[-1][-5:-2]
+        if failed:
+            self.keeping.wait()
+        if asked:
+            self.asked = self.stopping.signum or signal.SIGTERM
+        self.look_at = at.step + max(1, int(LOOK_SECONDS / max(pace, 1e-6)))
         bad = stage.engine.first_non_finite()
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
@@ -250,7 +296,7 @@ class _Loop:
                 "and at the loss weights, or compute in engine.precision fp32"
             )
         self.keeping.settle()
-        kept = (self.state_directory / POINTER).exists()
+        kept = states_in(self.state_directory)
         left = f"the last good state is in {self.state_directory}" if kept else "no state had been saved yet"
         skip = f", or leave such steps out ({name}.non_finite skip)" if not self.allowed_in_a_row else ""
         return (
@@ -258,12 +304,40 @@ class _Loop:
             f"{name}.gradient_clipping{skip}"
         )
 
-    def _evaluate(self) -> list[str]:
-        """Dev metrics, where the stage has some; the criteria that have risen."""
+    def _stop(self) -> NoReturn:
+        """Leave, as a signal asks for, with a state to go on from."""
+        at = self.at
+        self._keep([], last=False, state=True)
+        self.keeping.wait()
+        raise Stopped(
+            self.asked,
+            f"{self.stage.name}: stopped after step {at.step} of {self.total_steps}, which is saved; "
+            + self._left_off(),
+        )
+
+    def _left_off(self) -> str:
+        return f"{signal.Signals(self.asked).name} was received; the same command continues the run"
+
+    def _tell_asked(self, signum: int | None) -> bool:
+        """Whether any rank was asked to stop."""
+        if ranks.mean_over_ranks(torch.tensor(float(signum is not None), device=self.stage.engine.device)):
+            self.asked = signum or signal.SIGTERM
+        return bool(self.asked)
+
+    def _evaluate(self, epoch: int) -> list[str]:
+        """Dev metrics after so many epochs, where the stage has some; the criteria that have risen.
+
+        What evaluates has no state, so one rank leaves it at once; several cannot agree to.
+        """
         at, stage = self.at, self.stage
         started = time.perf_counter()
         stage.engine.train(False)
-        metrics = stage.evaluate()
+        try:
+            with self.stopping.at_once() if ranks.world_size() == 1 else nullcontext():
+                metrics = stage.evaluate()
+        except Stopped as stopped:
+            self.asked = stopped.signum
+            self._stop()
         risen = []
         if metrics is not None:
             for name, value in metrics.items():
@@ -272,10 +346,10 @@ class _Loop:
                         f"{stage.name}: {name} is {value} after step {at.step}: predictions for the dev data "
                         f"are not finite; {self._advice()}"
                     )
-            where = {"stage": stage.name, "step": at.step, "epoch": at.epoch}
+            where = {"stage": stage.name, "step": at.step, "epoch": epoch}
             self.run_directory.append([{"kind": "eval", **where, "metrics": metrics}])
-            say(f"{stage.name} epoch {at.epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-            risen = note_best(at.best, stage.criteria, metrics, at.epoch)
+            say(f"{stage.name} epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+            risen = note_best(at.best, stage.criteria, metrics, epoch)
             at.epochs_without_gain = 0 if "mean" in risen else at.epochs_without_gain + 1
         at.seconds += time.perf_counter() - started
         self.progress.rest()
@@ -283,7 +357,9 @@ class _Loop:
 
     def _keep(self, risen: list[str], *, last: bool, state: bool) -> None:
         started = time.perf_counter()
-        self.keeping.keep(self.at.step, risen, last, asdict(self.at) if state else None)
+        if state:
+            self.run_directory.sync_metrics()
+        self.keeping.keep(self.at.step, risen, self.at.best, last, asdict(self.at) if state else None)
         self.mark = time.perf_counter()
         self.at.seconds += self.mark - started
         self.progress.rest()

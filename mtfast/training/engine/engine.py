@@ -9,19 +9,20 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mtfast.config import ConfigError, EngineConfig, StageConfig
+from mtfast.models.checkpoint import CheckpointError
 
-from . import memory, ranks, state
+from . import alive, memory, ranks
 from .deepspeed_config import deepspeed_config
-from .optimizer import WholeOptimizer, maker, parameter_groups
+from .optimizer import Moments, WholeOptimizer, maker, parameter_groups
 from .snapshot import Snapshot
+from .state import State
 
 
 def start() -> torch.device:
@@ -34,6 +35,7 @@ def start() -> torch.device:
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    alive.start()
     if not torch.cuda.is_available():
         memory.keep_freed()
         return torch.device("cpu")
@@ -92,11 +94,10 @@ class Engine:
         self._parameters = dict(model.named_parameters())
         exact: dict[str, Tensor] = {}
         make = maker(config, stage, self.capturable)
-        self._whole: WholeOptimizer | None = None
-        optimizer: torch.optim.Optimizer
+        whole: WholeOptimizer | None = None
         if self._zero_stage == 0:
             model.to(_device())
-            optimizer = self._whole = WholeOptimizer(
+            whole = WholeOptimizer(
                 parameter_groups(model, stage),
                 make,
                 copies=self._bf16,
@@ -106,17 +107,25 @@ class Engine:
             model.to(torch.bfloat16 if self._bf16 else None)
         else:
             exact = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-            optimizer = make(parameter_groups(model, stage))
         self._engine, _, _, _ = _deepspeed().initialize(
-            model=model, optimizer=optimizer, config=self._settings
+            model=model, optimizer=whole or make(parameter_groups(model, stage)), config=self._settings
         )
         self.model = self._engine  # what is called
         self._learning_rate = torch.zeros((), device=self.device) if self.capturable else None
-        if self._bf16 and self._zero_stage > 0:
-            self._set_masters(exact)
-        if self._whole is not None and ranks.world_size() == 1:
-            self._engine.enable_backward_allreduce = False  # which would copy the gradients there and back
-        if stage.non_finite == "skip" and self._zero_stage > 0:
+        self._whole = whole
+        if whole is not None:
+            self._optimizer: Any = whole
+            if ranks.world_size() == 1:
+                self._engine.enable_backward_allreduce = (
+                    False  # which would copy the gradients there and back
+                )
+            return
+        from .zero import ZeroOptimizer  # which imports deepspeed
+
+        self._optimizer = ZeroOptimizer(self._engine.optimizer, self._zero_stage, float32=not self._bf16)
+        for name, value in exact.items() if self._bf16 else ():
+            self._optimizer.set_master(self._parameters[name], value.float().to(self.device))
+        if stage.non_finite == "skip":
             self._engine.optimizer.check_grad_overflow = True  # ZeRO 3 looks in any case
 
     def _is_capturable(self, config: EngineConfig, stage: StageConfig) -> bool:
@@ -184,96 +193,78 @@ class Engine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight in float32 on the host. All ranks must call it; each gets the whole."""
-        return self._named(lambda tensor: tensor.cpu().clone())
+        return self.named({name: tensor.cpu().clone() for name, tensor in self._weights()})
+
+    def named(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by all of their names: those that share memory have several."""
+        first = {id(parameter): name for name, parameter in self._parameters.items()}
+        names = self._module.named_parameters(remove_duplicate=False)
+        return {name: weights[first[id(parameter)]] for name, parameter in names} | weights
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight and buffer once, float32 on the device, put together where ranks share it."""
+        for name, parameter in self._parameters.items():
+            master = self._optimizer.master(parameter).detach()
+            yield name, master.float().view(parameter_shape(parameter))
+        yield from ((name, buffer.detach()) for name, buffer in self._module.named_buffers())
+
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        """What the optimizer knows of each weight that it trains, by its key and the weight's name."""
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                for key, x in self._optimizer.moments(parameter).items():
+                    yield f"{key}.{name}", x if key == "step" else x.view(parameter_shape(parameter))
+
+    def state(self, snapshot: Snapshot, step: int, client: dict[str, Any]) -> State | None:
+        """The state of this moment, after `step`, as parts of a snapshot; None on other ranks than 0. All
+        must call it."""
+        weights = self.weights_in(snapshot)
+        moments = self._copied(self._moments(), snapshot)
+        if weights is None:
+            return None
+        return State(step, self._engine.skipped_steps, client, weights, moments)
 
     def weights_in(self, snapshot: Snapshot) -> dict[str, Tensor] | None:
-        """Rank 0's `state_dict` as a part of a snapshot, None on the others; all ranks must call it."""
-        if ranks.is_main():
-            return self._named(snapshot.tensor)
-        for _ in self._masters():  # whose shares rank 0 needs
-            pass
-        return None
+        """The weights of a `state`."""
+        weights = self._copied(self._weights(), snapshot)
+        return weights if ranks.is_main() else None
 
-    def _named(self, copied: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        names = {name: p for name, p in self._module.named_parameters(remove_duplicate=False)}
-        by_id = {id(self._parameters[name]): copied(tensor) for name, tensor in self._masters()}
-        state = {name: by_id[id(parameter)] for name, parameter in names.items()}
-        return state | {name: copied(buffer.detach()) for name, buffer in self._module.named_buffers()}
+    def _copied(self, tensors: Iterator[tuple[str, Tensor]], snapshot: Snapshot) -> dict[str, Tensor]:
+        copied = {}
+        for name, x in tensors:  # by all ranks, since rank 0 needs their shares
+            if ranks.is_main():
+                copied[name] = snapshot.tensor(x)
+        return copied
 
-    def _masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight in float32 on the device, one that more than one rank has a share of put together."""
-        from deepspeed.utils import safe_get_full_fp32_param
+    def load(self, state: State) -> None:
+        """Go on from a state, which any number of ranks, ZeRO stage and precision may have written. All ranks
+        must call it.
 
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        own = dict(self._module.named_buffers()) | self._parameters
+        misfits = own.keys() ^ state.weights.keys() or {
+            name for name, x in own.items() if parameter_shape(x) != state.weights[name].shape
+        }
+        if misfits:
+            raise CheckpointError(f"it is of another model, in which {min(misfits)} differs")
         for name, parameter in self._parameters.items():
-            if self._whole is not None:
-                full = self._whole.master_of[parameter].data
-            elif not self._bf16 and self._zero_stage < 3:
-                full = parameter.data
-            else:
-                full = safe_get_full_fp32_param(parameter)
-            yield name, full.detach().float().view(parameter_shape(parameter))
-
-    def _set_masters(self, exact: dict[str, Tensor]) -> None:
-        from deepspeed import utils
-
-        for name, parameter in self._parameters.items():
-            value = exact[name].float().to(self.device)
-            if self._zero_stage < 3:
-                utils.safe_set_full_fp32_param(parameter, value)
-                continue
-            # Each rank has an equal share of the weights, the last one's filled up with zeros. DeepSpeed's
-            # setter of the whole parameter fails where they do not divide.
-            share = utils.safe_get_local_fp32_param(parameter).numel()
-            whole = value.new_zeros(share * ranks.world_size())
-            whole[: value.numel()] = value.flatten()
-            mine = whole.narrow(0, share * ranks.rank(), share)
-            utils.safe_set_local_fp32_param(parameter, mine)
+            self._optimizer.set_weight(parameter, state.weights[name].to(self.device))
+        for name, buffer in self._module.named_buffers():
+            buffer.copy_(state.weights[name])
+        moments: dict[nn.Parameter, Moments] = {parameter: {} for parameter in self._parameters.values()}
+        for name, x in state.moments.items():
+            key, _, of = name.partition(".")
+            moments[self._parameters[of]][key] = x.to(self.device)
+        self._optimizer.set_moments(moments)
+        engine = self._engine
+        engine.global_steps, engine.skipped_steps = state.step, state.skipped
+        engine.global_samples = state.step * engine.train_batch_size()
 
     @property
     def _zero_stage(self) -> int:
         return self._settings["zero_optimization"]["stage"]
-
-    def state_in(
-        self, snapshot: Snapshot, directory: Path, tag: str, client: dict[str, Any]
-    ) -> dict[Path, Any]:
-        """What this rank has to write of the resumable state, `client` in it, as parts of a snapshot: what
-        torch.save is to put into which files, so that `load` finds the state `tag` in `directory`.
-
-        All ranks must call it. Raises what making the files' directory raises.
-        """
-        own = self._engine.checkpoint_engine
-        self._engine.checkpoint_engine = taking = Taking(own, snapshot)
-        try:
-            self._engine.save_checkpoint(str(directory), tag=tag, client_state=client, save_latest=False)
-        finally:
-            self._engine.checkpoint_engine = own
-        return taking.files
-
-    def load(self, directory: Path) -> dict[str, Any] | None:
-        """Continue from the newest state in `directory`; None where there is none.
-
-        Raises:
-            ConfigError: the state was written by another number of ranks or another ZeRO stage, or not all of
-                it is there.
-            CheckpointError: the state cannot be read.
-        """
-        tag = ranks.seen_by_main(lambda: state.newest(directory, self.facts))
-        if tag is None:
-            return None
-        try:
-            path, client = self._engine.load_checkpoint(str(directory), tag=tag)
-            if path is None:
-                raise FileNotFoundError("DeepSpeed finds no state in it")
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # what reads the files raises many kinds where they are damaged
-            raise state.unreadable(directory, tag, error) from error
-        return client
-
-    @property
-    def facts(self) -> dict[str, int]:
-        """What a run that continues from a state must have in common with the one that wrote it."""
-        return {"world_size": ranks.world_size(), "zero_stage": self._zero_stage}
 
     def close(self) -> None:
         """Let go of DeepSpeed's buffers and hooks, so that another stage can follow in this process."""
@@ -281,21 +272,7 @@ class Engine:
         memory.return_freed()
 
 
-class Taking:
-    """DeepSpeed's own way to write a state, but that what it would write is copied into a snapshot."""
-
-    def __init__(self, own: Any, snapshot: Snapshot) -> None:
-        self._own, self._snapshot = own, snapshot
-        self.files: dict[Path, Any] = {}
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self.files[Path(path)] = self._snapshot.value(state_dict)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
-
-
-def parameter_shape(parameter: nn.Parameter) -> torch.Size:
+def parameter_shape(parameter: Tensor) -> torch.Size:
     """Shape of the whole parameter, also where ZeRO 3 keeps it elsewhere and this rank has an empty one."""
     return getattr(parameter, "ds_shape", parameter.shape)
 

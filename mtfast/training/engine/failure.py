@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from mtfast.config import ConfigError
 
-from . import ranks
+from . import alive, ranks
+from .alive import BEAT_SECONDS, FAILED, PRINTED
 
-FAILED, PRINTED, LEFT = "mtfast/failed", "mtfast/printed", "mtfast/left"
+LEFT = "mtfast/left"
 PATIENCE_SECONDS = 3.0
 
 
@@ -43,7 +44,7 @@ def leave(error: Exception, reason: str, code: int, *, expected: bool) -> NoRetu
         if not (ranks.is_main() and (first or failed == 0)):
             _wait(lambda: store.check([PRINTED]), PATIENCE_SECONDS if first else 2 * PATIENCE_SECONDS)
         if store.compare_set(PRINTED, "", me) == me.encode():
-            print(text, file=sys.stderr)
+            print(_gone() or text if first and isinstance(error, RuntimeError) else text, file=sys.stderr)
         if ranks.is_main():  # with which the store ends: what waits for it is let go first
             if dist.get_backend() == "gloo":
                 dist.destroy_process_group()
@@ -61,6 +62,14 @@ def _failed(error: Exception, expected: bool, store: Any) -> int | None:
     if getattr(error, "of_main", False) or (store is None and of_command_line):  # which all ranks have
         return 0
     return ranks.rank() if expected else None
+
+
+def _gone() -> str | None:
+    """What a collective has failed of where a process has ended that told nobody."""
+    _wait(lambda: bool(alive.silent(3 * BEAT_SECONDS)), 5 * BEAT_SECONDS)
+    gone = ", ".join(alive.silent(3 * BEAT_SECONDS))
+    said = "has ended without a word, as one does that is killed; the same command continues the run"
+    return f"mtfast: {gone} {said}" if gone else None
 
 
 def _wait(until: Callable[[], bool], seconds: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from mtfast.config import ConfigError, EngineConfig, StageConfig
 
 Group = dict[str, Any]
 Make = Callable[[list[Group]], Optimizer]
+Moments = dict[
+    str, Tensor
+]  # of a weight: "exp_avg", "exp_avg_sq", of its shape, and "step"; {} before the first
 
 
 def parameter_groups(model: nn.Module, stage: StageConfig) -> list[Group]:
@@ -88,11 +91,8 @@ class WholeOptimizer(Optimizer):
         self._copies, self._clipping, self._skip_non_finite = copies, clipping, skip_non_finite
         # Kept over steps: on a CPU pages that the system hands out anew cost as much as the update.
         self._sums: list[Tensor] | None = None
-        self._share_state()
-        self.overflow = False
-
-    def _share_state(self) -> None:
         self.param_groups, self.state = self._inner.param_groups, self._inner.state
+        self.overflow = False
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -126,15 +126,43 @@ class WholeOptimizer(Optimizer):
         for master in self._masters:
             master.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        state = self._inner.state_dict()
-        return state | {"masters": [x.detach() for x in self._masters]} if self._copies else state
+    def master(self, weight: nn.Parameter) -> Tensor:
+        """A weight as it is updated, float32."""
+        return self.master_of[weight].data
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = dict(state_dict)
-        if self._copies:
-            torch._foreach_copy_(self._masters, state.pop("masters"))
-            torch._foreach_copy_(self._weights, self._masters)
-        self._inner.load_state_dict(state)
-        self._share_state()
+    def set_weight(self, weight: nn.Parameter, value: Tensor) -> None:
+        """value: float32."""
+        self.master_of[weight].copy_(value)
+        weight.copy_(value)
+
+    def moments(self, weight: nn.Parameter) -> Moments:
+        """What AdamW knows of a weight."""
+        return moments_in(self._inner, self.master_of[weight])
+
+    def set_moments(self, moments: Mapping[nn.Parameter, Moments]) -> None:
+        """Go on from what AdamW knew of every weight."""
+        for weight, found in moments.items():
+            if found:
+                set_moments_in(self._inner, self.master_of[weight], found)
+
+
+def moments_in(optimizer: Optimizer, held: Tensor) -> Moments:
+    """What an Adam knows of a tensor that it updates; "step" has no dimension."""
+    state = optimizer.state.get(held)
+    if not state:
+        return {}
+    moments = {name: x for name, x in state.items() if isinstance(x, Tensor) and x.shape == held.shape}
+    # torch keeps a tensor for each weight, DeepSpeed's Adam a number, apex one for each group.
+    step = state.get("step", optimizer.param_groups[0].get("step"))
+    return {**moments, "step": torch.as_tensor(step, dtype=torch.float32)}
+
+
+def set_moments_in(optimizer: Optimizer, held: Tensor, moments: Moments) -> None:
+    """Make them what an Adam knows of a tensor that it updates."""
+    kept: dict[str, Any] = {name: x.to(held.device, copy=True) for name, x in moments.items()}
+    if not isinstance(optimizer, torch.optim.AdamW):
+        kept["step"] = int(moments["step"])
+        for group in optimizer.param_groups:
+            group["step"] = kept["step"]
+    optimizer.state[held] = kept

@@ -51,12 +51,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def finish() -> None:
-    """Wait until all ranks are through: with rank 0 ends the store that the others may still need."""
-    if dist.is_initialized():
-        barrier()
-
-
 def store() -> Any:
     """The store through which the run's processes met; None for a single one and before they have."""
     if world_size() == 1 or not dist.is_initialized():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -42,7 +38,7 @@ class HostMemory:
             self._used.append(0)
         begin = self._used[index]
         self._used[index] += -(-like.nbytes // _ALIGNMENT) * _ALIGNMENT
-        # What is saved of a tensor is its whole storage, so it cannot be a view of the chunk.
+        # A storage of its own: what writes tensors takes views of one storage for shared weights.
         memory = self._chunks[index].numpy()
         placed = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=begin)
         return placed.view(like.shape)
@@ -60,25 +56,14 @@ class Snapshot:
         """What `memory` held before is written over."""
         memory.clear()
         self._memory = memory
-        self._of: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._copied = torch.cuda.Event(blocking=True) if memory.device.type == "cuda" else None
 
     def tensor(self, x: Tensor) -> Tensor:
-        """A copy of `x`; that of `value`, where `x` was in there."""
-        return self._of[_key(x)][1] if _key(x) in self._of else self._copy(x)
-
-    def value(self, value: Any) -> Any:
-        """A deep copy of `value`, nested containers of tensors and anything else."""
-        copies = {}
-        for x in _tensors(value):
-            if x.numel() and _key(x) not in self._of:
-                self._of[_key(x)] = x, self._copy(x)  # which keeps x, so that no other takes its place
-            copies[id(x)] = self.tensor(x)
-        return copy.deepcopy(value, copies)
+        """A contiguous copy of `x`."""
+        return self._memory.place(x).copy_(x.detach(), non_blocking=True)
 
     def end(self) -> None:
         """No more is copied."""
-        self._of.clear()
         if self._copied is not None:
             self._copied.record()
 
@@ -86,22 +71,3 @@ class Snapshot:
         """Return when all copies are made."""
         if self._copied is not None:
             self._copied.synchronize()
-
-    def _copy(self, x: Tensor) -> Tensor:
-        return self._memory.place(x).copy_(x.detach(), non_blocking=True)
-
-
-def _key(x: Tensor) -> tuple[Any, ...]:
-    """The same for two tensors that are the same memory."""
-    return x.device, x.dtype, x.data_ptr(), x.shape, x.stride()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)

@@ -1,83 +1,158 @@
-"""A stage's resumable states on disk: which is the newest, whether it is whole, what to say if it is not."""
+"""A stage's resumable states on disk: written whole, described by a manifest; the newest whole one counts.
+
+A state is the directory `step-<steps made>`: every weight and what AdamW knows of it as float32 tensors in a
+safetensors file, whatever precision, ZeRO stage and number of ranks the steps were made with; where the loop
+stands as JSON; links to the checkpoints that were the best by then. Reading it executes nothing.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from mtfast.config import ConfigError
+from mtfast.durable import MANIFEST, damage, read_manifest, write_manifest
 from mtfast.files import read_json, write_json
 from mtfast.models.checkpoint import CheckpointError
+from mtfast.models.files import link_files, read_tensors, replacing, save_tensors
 
-POINTER = "latest.json"
-# How torch's writer of archives complains where a write came short.
-SHORT_WRITE = ("inline_container", "PytorchStreamWriter", "unexpected pos")
+TENSORS, REST = "state.safetensors", "state.json"
+WEIGHT = "weight"
+_NAME = re.compile(r"step-(\d+)")
 
 
-def point_at(directory: Path, tag: str, facts: dict[str, int]) -> None:
-    """Make `tag` the newest state and remove the others.
+@dataclass(frozen=True)
+class State:
+    """What training goes on from, on the host.
+
+    step: optimizer steps made. skipped: how many of them left the weights as they were.
+    client: what the loop adds, plain values.
+    weights: every weight and buffer by its name, float32.
+    moments: what AdamW knows of each, `exp_avg.<name>`, `exp_avg_sq.<name>` and `step.<name>`.
+    """
+
+    step: int
+    skipped: int
+    client: dict[str, Any]
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A state on disk. best: the checkpoints in it that are whole, by their names.
+
+    faults: what is wrong with newer ones, and with checkpoints in this one.
+    """
+
+    path: Path
+    best: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+def write_state(directory: Path, state: State, best: Iterable[Path], keep: int) -> None:
+    """Write a state, then remove all but the `keep` newest.
 
     Args:
-        facts: what a run that continues from it must have in common with this one.
-    """
-    files = {path.name: path.stat().st_size for path in (directory / tag).iterdir() if path.is_file()}
-    write_json(directory / POINTER, {"tag": tag, **facts, "files": files})
-    for old in directory.glob("step-*"):
-        if old.name != tag:
-            shutil.rmtree(old, ignore_errors=True)  # what stays is removed with the next
-
-
-def newest(directory: Path, facts: dict[str, int]) -> str | None:
-    """Name of the newest state; None where there is none.
+        best: directories of checkpoints that belong to it.
 
     Raises:
-        ConfigError: it was written by a run with other `facts`, or not all of it is there.
+        CheckpointError: it cannot be written; nothing is removed then.
     """
-    path = directory / POINTER
-    if not path.exists():
-        return None
-    remedy = f"remove {directory} to start the stage again"
-    pointer = read_json(path, remedy)
-    tag, files = pointer.get("tag"), pointer.get("files")
-    if not isinstance(tag, str) or not isinstance(files, dict) or not facts.keys() <= pointer.keys():
-        raise ConfigError(f"{path} does not say which state is the newest; {remedy}")
-    for name, value in facts.items():
-        if pointer[name] != value:
-            raise ConfigError(
-                f"{directory} was written with {name} {pointer[name]}, this run has {value}; "
-                f"continue it as it was started, or {remedy}"
-            )
-    for name, size in files.items():
-        file = directory / tag / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes and should have {size}"
-            raise ConfigError(f"{file} {what}, so the stage cannot continue from it; {remedy}")
-    return tag
+    target = directory / f"step-{state.step}"
+    try:
+        with replacing(target) as incoming:
+            weights = {f"{WEIGHT}.{name}": x for name, x in state.weights.items()}
+            save_tensors(incoming / TENSORS, weights | state.moments)
+            rest = {"step": state.step, "skipped": state.skipped, "client": state.client}
+            write_json(incoming / REST, rest)
+            for checkpoint in best:
+                (incoming / checkpoint.name).mkdir()
+                link_files(checkpoint, incoming / checkpoint.name)
+            write_manifest(incoming)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the training state could not be written: {error}; the one before it, if there is one, is "
+            "kept, and the same command continues from there"
+        ) from error
+    # Those of later steps were damaged, so that the stage has gone on from an earlier one.
+    numbered = {_step(path): path for path in states_in(directory)}
+    kept = sorted(step for step in numbered if step <= state.step)[-keep:]
+    for path in (path for step, path in numbered.items() if step not in kept):
+        shutil.rmtree(path, ignore_errors=True)  # what stays is removed with the next
 
 
-def unreadable(directory: Path, tag: str, error: Exception) -> CheckpointError:
-    """What to raise for an error that reading raised."""
+def states_in(directory: Path) -> list[Path]:
+    """The states in a directory, whole or not, the newest last."""
+    found = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_step)
+
+
+def newest_state(directory: Path) -> Found | None:
+    """The newest state that is whole; where there is none, the newest of which no more than checkpoints are
+    damaged. None where there are no states.
+
+    Raises:
+        ConfigError: all are damaged; the message says how.
+    """
+    faults: list[str] = []
+    usable: list[Found] = []
+    for path in reversed(states_in(directory)):
+        try:
+            described = read_manifest(path)
+        except ValueError as error:
+            faults.append(f"{error}: the state is not whole, or of another version of mtfast")
+            continue
+        own = {name: of for name, of in described.items() if "/" not in name}
+        if not {TENSORS, REST} <= own.keys() or (fault := damage(path, own)):
+            faults.append(fault or f"{path / MANIFEST} is damaged")
+            continue
+        best, bad = [], []
+        for checkpoint in sorted({name.split("/")[0] for name in described.keys() - own.keys()}):
+            its = {name: of for name, of in described.items() if name.startswith(f"{checkpoint}/")}
+            fault = damage(path, its)
+            bad += [fault] if fault else []
+            best += [] if fault else [checkpoint]
+        if not bad:
+            return Found(path, tuple(best), tuple(faults))
+        usable.append(Found(path, tuple(best), (*faults, *bad)))
+        faults += bad
+    if usable:
+        return usable[0]
+    if faults:
+        raise ConfigError(
+            "no training state can be gone on from:\n  "
+            + "\n  ".join(faults)
+            + f"\nPut the files back from a copy, or remove {directory} to start the stage again."
+        )
+    return None
+
+
+def read_state(path: Path) -> State:
+    """Raises CheckpointError where it cannot be read."""
+    try:
+        tensors = read_tensors(path / TENSORS)
+        rest = read_json(path / REST, "it is not what mtfast has written")
+        weights = {n.partition(".")[2]: x for n, x in tensors.items() if n.startswith(f"{WEIGHT}.")}
+        moments = {name: x for name, x in tensors.items() if not name.startswith(f"{WEIGHT}.")}
+        return State(rest["step"], rest["skipped"], rest["client"], weights, moments)
+    except (ConfigError, CheckpointError, KeyError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What to raise for a state that its manifest calls whole."""
     return CheckpointError(
-        f"the training state in {directory / tag} cannot be read ({_line(error)}); remove {directory} to "
-        "start the stage again"
+        f"the training state {path} cannot be gone on from ({error}); remove {path.parent} to start the "
+        "stage again"
     )
 
 
-def unwritable(directory: Path, error: Exception) -> CheckpointError:
-    """What to raise for an error that writing raised; to be asked before anything of it is removed."""
-    reason = _line(error)
-    if any(part in reason for part in SHORT_WRITE):
-        free = shutil.disk_usage(directory).free / 2**20
-        reason = f"the disk is full or a limit is reached, {free:,.0f} MiB are free ({reason})"
-    return CheckpointError(
-        f"the training state could not be written to {directory}: {reason}; the one before it, if "
-        "there is one, is kept, and the same command continues from there"
-    )
-
-
-def _line(error: Exception) -> str:
-    """The first line of what an error says: torch appends a stack trace to some."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from mtfast.config import CONFIG_FILE, STAGES, ConfigError, StageName
+from mtfast.durable import sync
 from mtfast.files import naming, read_json, to_yaml, write_json, write_text
 from mtfast.training.engine import ranks
-from mtfast.training.engine.state import POINTER
+from mtfast.training.engine.state import states_in
 
 from .lock import HOLDER, hold
 from .progress import say
@@ -190,6 +191,11 @@ class RunDirectory:
             with naming(path), open(path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
+    def sync_metrics(self) -> None:
+        """See to it that metrics.jsonl is on the disk."""
+        if ranks.is_main() and (path := self.path / METRICS).exists():
+            sync(path)
+
     def rewind(self, stage: str, step: int) -> None:
         """Forget what metrics.jsonl says of `stage` after `step`: those steps are about to run again."""
         ranks.on_main(self._rewind, stage, step)
@@ -254,7 +260,7 @@ def _progress(path: Path, name: StageName) -> Progress | None:
         steps=max((step["step"] for step in steps), default=0),
         epochs=max((step["epoch"] + 1 for step in steps), default=0),
         finished=read_result(stage) is not None,
-        resumable=(stage / STATE / POINTER).exists(),
+        resumable=bool(states_in(stage / STATE)),
     )
 
 

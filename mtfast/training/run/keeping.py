@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mtfast.interval import parse_interval
-from mtfast.models.files import link_files, replacing
+from mtfast.models.files import replace_by_links
 from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
-from mtfast.training.engine.keeping import Keeper, State
+from mtfast.training.engine.keeping import Due, Keeper
+from mtfast.training.engine.state import Found, State, newest_state, read_state
 
 from .directory import STATE
 from .progress import say
@@ -27,15 +28,16 @@ class Keeping:
     """What a stage leaves in its directory. Files are written while training goes on; all are when this is
     left, whatever ends the stage. All ranks call its methods alike."""
 
-    def __init__(self, engine: Engine, save: Save, directory: Path, every: str) -> None:
+    def __init__(self, engine: Engine, save: Save, directory: Path, every: str, keep: int) -> None:
         """
         Args:
             save: writes a checkpoint's directory from every weight in float32; called on rank 0, in a thread.
             directory: of the stage.
             every: how often the state is due, as `parse_interval` takes it.
+            keep: how many states stay.
         """
         self._keeper, self._save, self._directory = Keeper(engine), save, directory
-        self._every = parse_interval(every)
+        self._every, self._states = parse_interval(every), keep
         self._since, self._time_is_up = time.monotonic(), False
         self._last_step: int | None = None
 
@@ -54,9 +56,17 @@ class Keeping:
         """Before the process ends over an error: return when what was kept is written."""
         self._keeper.leave()
 
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be written; `wait` tells. For this rank, of which rank 0 writes."""
+        return self._keeper.failed
+
+    def wait(self) -> None:
+        """Return when what was kept is written. Raises CheckpointError, on all ranks, if it could not be."""
+        self._keeper.wait()
+
     def look(self) -> None:
-        """See whether files could be written, and what the time is: rank 0's clock holds for all."""
-        self._keeper.check()
+        """See what the time is: rank 0's clock holds for all."""
         if (seconds := self._every.seconds) is not None and not self._time_is_up:
             self._time_is_up = ranks.broadcast(time.monotonic() - self._since >= seconds)
 
@@ -68,30 +78,34 @@ class Keeping:
             return epoch is not None and epoch % self._every.epochs == 0
         return self._time_is_up
 
-    def keep(self, step: int, best: Sequence[str], last: bool, position: dict[str, Any] | None) -> None:
+    def keep(
+        self, step: int, risen: Sequence[str], best: Iterable[str], last: bool, client: dict[str, Any] | None
+    ) -> None:
         """Keep what there is after `step`.
 
         Args:
-            best: criteria by which these weights are the best so far. last: they are also those of the end.
-            position: where the loop stands, if the state is to be kept too.
+            risen: criteria by which these weights are the best so far. best: all criteria that have some.
+            last: these are also the weights of the end.
+            client: what the loop adds to the state, if that is to be kept too.
 
         Raises:
             CheckpointError: what was kept before could not be written.
         """
-        names = [f"best-{name}" for name in best] + [LAST] * last
-        state = None
-        if position is not None:
-            state = State(self._directory / STATE, step, {"position": position})
+        names = [best_of(name) for name in risen] + [LAST] * last
+        due = None
+        if client is not None:
+            checkpoints = [self._directory / best_of(name) for name in best]
+            due = Due(self._directory / STATE, step, client, checkpoints, self._states)
             self._since, self._time_is_up = time.monotonic(), False
         if last:
             self._last_step = step
-        if names or state:
-            self._keeper.keep(self._writing([self._directory / name for name in names]), state)
+        if names or due:
+            self._keeper.keep(self._writing([self._directory / name for name in names]), due)
 
     def finish(self, step: int) -> None:
         """Return when all is written, the weights after the last step too."""
         if self._last_step != step:  # another process has made that step
-            self.keep(step, [], True, None)
+            self.keep(step, [], [], True, None)
         self._keeper.wait()
 
     def _writing(self, directories: list[Path]) -> Callable[[dict[str, Tensor]], None] | None:
@@ -101,10 +115,42 @@ class Keeping:
             first, *others = directories
             self._save(first, weights)
             for other in others:
-                with replacing(other) as incoming:
-                    link_files(first, incoming)
+                replace_by_links(other, first)
 
         return write if directories else None
+
+
+class Newest(NamedTuple):
+    """The state to go on from, and the names of the checkpoints that belong to it."""
+
+    state: State
+    best: tuple[str, ...]
+
+
+def newest(directory: Path) -> Newest | None:
+    """What a stage goes on from, the same on every rank; None where it has no state. The best checkpoints in
+    its directory become again those of then. Says what is damaged.
+
+    Raises:
+        ConfigError: all states are damaged. CheckpointError: one cannot be read.
+    """
+    found = ranks.seen_by_main(lambda: _newest(directory))
+    return None if found is None else Newest(ranks.main_first(lambda: read_state(found.path)), found.best)
+
+
+def _newest(directory: Path) -> Found | None:
+    found = newest_state(directory / STATE)
+    if found is not None:
+        for fault in found.faults:
+            say(f"{fault}; going on from {found.path}")
+        for name in found.best:
+            replace_by_links(directory / name, found.path / name)
+    return found
+
+
+def best_of(criterion: str) -> str:
+    """Name of the checkpoint that is the best by a criterion."""
+    return f"best-{criterion}"
 
 
 def note_best(

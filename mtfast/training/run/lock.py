@@ -43,14 +43,18 @@ def hold(directory: Path) -> None:
             f"{directory} is in use by {_holder(directory)}; wait for it to end, stop it, or choose "
             "another --run-dir"
         ) from None
-    _held[key] = lock
     holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
     }
-    write_json(directory / HOLDER, holder)
+    try:
+        write_json(directory / HOLDER, holder)
+    except BaseException:
+        lock.release()
+        raise
+    _held[key] = lock
 
 
 def release() -> None:

@@ -18,7 +18,7 @@ PLACES = (
 # What the losses do not follow from.
 FREE = (
     *("run_dir", "log_every", "data.cache_dir", "data.strict", "tasks.*.title"),
-    *("engine.activation_checkpointing", "*.checkpoint_every"),
+    *("engine.activation_checkpointing", "*.checkpoint_every", "*.keep"),
 )
 # How long a stage goes on.
 LENGTHS = ("epochs", "max_steps", "patience")

@@ -1,0 +1,109 @@
+"""Whether the other processes of a run are alive, so that none waits for one that is gone.
+
+A process that is killed tells nobody. Under gloo the others' collectives end with a closed connection, under
+NCCL they wait, ten minutes by default. So every process gives signs of life through the group's store, from
+a thread beside the one that trains, and ends itself where another's stay out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from . import ranks
+
+BEAT_SECONDS = 1.0
+SILENT_SECONDS = 30.0  # after which a process is taken for dead
+LEAVING_SECONDS = 10.0  # in which a process that knows of a failure should have left by itself
+FAILED, PRINTED = "mtfast/failed", "mtfast/printed"
+
+_starts = itertools.count()  # all ranks keep the same ones
+_watch: Watch | None = None
+
+
+def start() -> None:
+    """Give signs of life, and look for those of the others, until `finish`; nothing for a single process."""
+    global _watch
+    store = ranks.store()
+    if store is not None and _watch is None:
+        _watch = Watch(store)
+
+
+def finish() -> None:
+    """Wait until all ranks are through: with rank 0 ends the store that the others may still need."""
+    global _watch
+    if dist.is_initialized():
+        ranks.barrier()
+    if _watch is not None:
+        _watch.ended.set()
+        _watch = None
+
+
+def silent(seconds: float) -> list[str]:
+    """Whereabouts of the processes that have given no sign of life for so long."""
+    return [] if _watch is None else _watch.silent(seconds)
+
+
+class Watch:
+    """This process's signs of life, and when each of the others gave its last."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store.clone()  # the other threads' operations may block
+        self._prefix = f"mtfast/alive/{next(_starts)}"
+        where = ranks.gather(ranks.whereabouts())
+        self._where = {rank: of for rank, of in enumerate(where) if rank != ranks.rank()}
+        self._beats = dict.fromkeys(self._where, 0)
+        self._heard = dict.fromkeys(self._where, time.monotonic())
+        self._failed_at: float | None = None
+        self.ended = threading.Event()
+        threading.Thread(target=self._run, name="mtfast-alive", daemon=True).start()
+
+    def silent(self, seconds: float) -> list[str]:
+        now = time.monotonic()
+        return [self._where[rank] for rank, heard in self._heard.items() if now - heard > seconds]
+
+    def _run(self) -> None:
+        try:
+            while not self.ended.wait(BEAT_SECONDS):
+                self._beat()
+                if found := self.silent(SILENT_SECONDS):
+                    self._end(
+                        f"{', '.join(found)} gave no sign of life for {SILENT_SECONDS:.0f} s: killed, or the "
+                        "machine is gone; the same command continues the run"
+                    )
+                if self._failed_at is not None and time.monotonic() - self._failed_at > LEAVING_SECONDS:
+                    self._end("")
+        except Exception:  # torch raises several kinds where the store cannot be reached
+            if not self.ended.wait(LEAVING_SECONDS):
+                print(f"{ranks.whereabouts()}: lost the connection to rank 0", file=sys.stderr)
+                _end_process()
+
+    def _beat(self) -> None:
+        self._store.add(f"{self._prefix}/{ranks.rank()}", 1)
+        now = time.monotonic()
+        for rank, before in self._beats.items():
+            beats = self._store.add(f"{self._prefix}/{rank}", 0)
+            if beats != before:
+                self._beats[rank], self._heard[rank] = beats, now
+        if self._failed_at is None and self._store.check([FAILED]):
+            self._failed_at = now
+
+    def _end(self, reason: str) -> NoReturn:
+        """End this process, whatever its other threads wait for; one of all gives the reason."""
+        me = str(ranks.rank())
+        if reason and self._store.compare_set(PRINTED, "", me) == me.encode():
+            print(f"mtfast: {reason}", file=sys.stderr)
+        if ranks.is_main():  # with which the store ends
+            time.sleep(2 * BEAT_SECONDS)
+        _end_process()
+
+
+def _end_process() -> NoReturn:
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,107 @@
+"""Runs on disks that fail and in processes that are killed, and what they leave when they have gone on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import faults
+from poison import METRICS, STEPS, Small
+from safetensors.torch import load_file
+
+from mtfast import commands
+from mtfast.commands import open_directory
+from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
+from mtfast.errors import Error
+from mtfast.training.engine import alive, ranks
+from mtfast.training.engine import engine as engine_module
+from mtfast.training.loop import train_stage
+from mtfast.training.run.lock import release
+
+EPOCHS = 4
+
+
+def train_stages(config: RunConfig, number: int | None) -> None:
+    """One rank of a run of all stages.
+
+    number: of the change to the run's files in which rank 0 is killed; None counts them, and rank 0 writes
+        how many there were to a file beside the run.
+    """
+    engine_module.start()
+    if ranks.is_main():
+        mode = faults.COUNT if number is None else faults.KILL
+        faults.arm(config.path, number or 0, mode)
+    for stage in config.stages:
+        commands.train(config, stage)
+    alive.finish()
+    if ranks.is_main() and number is None:
+        config.path.with_suffix(".changes").write_text(str(faults.disarm()))
+
+
+class Wandering(Small):
+    """Its best epochs are others by each criterion."""
+
+    def evaluate(self) -> dict[str, float]:
+        total = sum(x.double().abs().sum().item() for x in self.engine.state_dict().values())
+        mean, sst, quora, sts = METRICS.values()
+        return {mean: -total, sst: total, quora: total * 1e3 % 1, sts: 0.0}
+
+
+def train_small(run_dir: Path) -> None:
+    config = RunConfig(
+        run_dir=str(run_dir),
+        engine=EngineConfig(precision="fp32", zero_stage=0),
+        finetune=TaskStageConfig(epochs=EPOCHS, batch_size=4, learning_rate=0.02, checkpoint_every="3 steps"),
+    )
+    stage = Wandering(config)
+    try:
+        train_stage(stage, open_directory(config), 1)
+    finally:
+        stage.engine.close()
+        release()
+
+
+def left_by(run_dir: Path) -> dict[str, Any]:
+    """What a run is there for: the losses of every step, dev metrics, the best epochs and all weights."""
+    left: dict[str, Any] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        key = record["kind"], record["stage"], record["step"]
+        assert key not in left, f"{key} twice"
+        left[key] = record.get("losses") or record["metrics"]
+    for file in run_dir.glob("*/*/*.safetensors"):
+        tensors = load_file(file)
+        left[str(file.relative_to(run_dir))] = {name: x.double().tolist() for name, x in tensors.items()}
+    for result in run_dir.glob("*/result.json"):
+        left[result.parent.name] = json.loads(result.read_text())["best"]
+    assert not list(run_dir.rglob("*.partial")) and not list(run_dir.rglob(".*coming"))
+    return left
+
+
+def at_every_change(directory: Path, numbers: range, mode: int, error: int) -> None:
+    """Trains a small model once for each of these changes to the run's files, which fails, and then goes on:
+    it must leave what it had left otherwise. Writes what errors said, "" where there was none, to errors.json.
+    """
+    engine_module.start()
+    whole = directory / "whole"
+    faults.arm(whole, 0, faults.COUNT)
+    train_small(whole)
+    count, expected = faults.disarm(), left_by(whole)
+    assert len([key for key in expected if key[0] == "step"]) == EPOCHS * STEPS
+    said = {}
+    for number in numbers[: len(range(numbers.start, count + 1, numbers.step))]:
+        run_dir = directory / "broken"
+        shutil.rmtree(run_dir, ignore_errors=True)
+        faults.arm(run_dir, number, mode, error)
+        try:
+            train_small(run_dir)
+            said[number] = ""
+        except (Error, OSError) as failure:
+            said[number] = str(failure)
+        finally:
+            faults.disarm()
+        train_small(run_dir)
+        found = left_by(run_dir)
+        different = {key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)}
+        assert not different, (number, said[number], different)
+    (directory / "errors.json").write_text(json.dumps(said))
