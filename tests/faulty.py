@@ -1,7 +1,9 @@
 """Runs on disks that fail and in processes that are killed, and what they leave when they have gone on."""
 
+import itertools
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,21 @@ from mtfast.training.engine import alive, ranks
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.loop import train_stage
 from mtfast.training.run.lock import release
+from mtfast.training.stage import Stage
 
 EPOCHS = 4
 
 
-def train_stages(config: RunConfig, number: int | None) -> None:
+def train_stages(config: RunConfig, number: int | None = None, stop: tuple[str, int] | None = None) -> None:
     """One rank of a run of all stages.
 
     number: of the change to the run's files in which rank 0 is killed; None counts them, and rank 0 writes
         how many there were to a file beside the run.
+    stop: stage and step in which the last rank is sent SIGTERM.
     """
     engine_module.start()
+    if stop is not None and ranks.rank() == ranks.world_size() - 1:
+        send_a_signal(signal.SIGTERM, *stop)
     if ranks.is_main():
         mode = faults.COUNT if number is None else faults.KILL
         faults.arm(config.path, number or 0, mode)
@@ -45,6 +51,18 @@ class Wandering(Small):
         total = sum(x.double().abs().sum().item() for x in self.engine.state_dict().values())
         mean, sst, quora, sts = METRICS.values()
         return {mean: -total, sst: total, quora: total * 1e3 % 1, sts: 0.0}
+
+
+def send_a_signal(signum: int, name: str, number: int) -> None:
+    """Let this process be sent a signal in this step of this stage."""
+
+    def step(self: Stage, batch: Any) -> Any:
+        result = made(self, batch)
+        if self.name == name and next(steps) == number:
+            signal.raise_signal(signum)
+        return result
+
+    made, Stage.step, steps = Stage.step, step, itertools.count(1)
 
 
 def train_small(run_dir: Path) -> None:
@@ -80,7 +98,7 @@ def left_by(run_dir: Path) -> dict[str, Any]:
 
 def at_every_change(directory: Path, numbers: range, mode: int, error: int) -> None:
     """Trains a small model once for each of these changes to the run's files, which fails, and then goes on:
-    it must leave what it had left otherwise. Writes what errors said, "" where there was none, to errors.json.
+    it must leave what it had left otherwise. errors.json then has what errors said, "" where there was none.
     """
     engine_module.start()
     whole = directory / "whole"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import poison
 import pytest
 import torch
 from poison import METRICS, STEPS, Small
@@ -258,7 +259,7 @@ def settle() -> None:
 
 # Where what is written of a state, or of weights, comes from.
 WRITERS = {
-    "weights": (torch, "save"),
+    "weights": (poison, "save_tensors"),
     "tensors": (engine_state, "save_tensors"),
     "position": (engine_state, "write_json"),
     "links": (engine_state, "link_files"),

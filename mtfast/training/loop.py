@@ -93,10 +93,10 @@ class _Loop:
         self.settings = stage.settings
         self.directory = run.stage(stage.name)
         self.state_directory = self.directory / STATE
-        self.at = self._position()
         self.steps_per_epoch = len(stage.plan(0))
         whole = self.steps_per_epoch * self.settings.epochs
         self.total_steps = min(whole, self.settings.max_steps or whole)
+        self.at = self._position()
         self.keeping = Keeping(
             stage.engine, stage.save, self.directory, self.settings.checkpoint_every, self.settings.keep
         )
@@ -105,8 +105,6 @@ class _Loop:
         self.look_at = self.at.step + 1
         self.allowed_in_a_row = self.settings.max_skipped if self.settings.non_finite == "skip" else 0
         self.pending: list[Trained] = []
-        if self.at.step:
-            say(f"{stage.name}: continuing after step {self.at.step} of {self.total_steps}")
         run.rewind(stage.name, self.at.step)
 
     def _position(self) -> Position:
@@ -120,6 +118,9 @@ class _Loop:
         except (CheckpointError, TypeError) as error:
             raise unreadable(self.state_directory / f"step-{found.state.step}", error) from error
         at.best = {name: best for name, best in at.best.items() if best_of(name) in found.best}
+        before, now = found.state.ranks, ranks.world_size()
+        shared = f", on {now} rank{'s' * (now > 1)} instead of {before}" if before != now else ""
+        say(f"{self.stage.name}: continuing after step {at.step} of {self.total_steps}{shared}")
         return at
 
     def run(self) -> dict[str, Any]:

@@ -222,7 +222,7 @@ class Engine:
         moments = self._copied(self._moments(), snapshot)
         if weights is None:
             return None
-        return State(step, self._engine.skipped_steps, client, weights, moments)
+        return State(step, self._engine.skipped_steps, ranks.world_size(), client, weights, moments)
 
     def weights_in(self, snapshot: Snapshot) -> dict[str, Tensor] | None:
         """The weights of a `state`."""

@@ -24,6 +24,7 @@ from mtfast.models.files import link_files, read_tensors, replacing, save_tensor
 
 TENSORS, REST = "state.safetensors", "state.json"
 WEIGHT = "weight"
+_REST = ("step", "skipped", "ranks", "client")
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -32,6 +33,7 @@ class State:
     """What training goes on from, on the host.
 
     step: optimizer steps made. skipped: how many of them left the weights as they were.
+    ranks: how many made the last.
     client: what the loop adds, plain values.
     weights: every weight and buffer by its name, float32.
     moments: what AdamW knows of each, `exp_avg.<name>`, `exp_avg_sq.<name>` and `step.<name>`.
@@ -39,6 +41,7 @@ class State:
 
     step: int
     skipped: int
+    ranks: int
     client: dict[str, Any]
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
@@ -70,7 +73,7 @@ def write_state(directory: Path, state: State, best: Iterable[Path], keep: int) 
         with replacing(target) as incoming:
             weights = {f"{WEIGHT}.{name}": x for name, x in state.weights.items()}
             save_tensors(incoming / TENSORS, weights | state.moments)
-            rest = {"step": state.step, "skipped": state.skipped, "client": state.client}
+            rest = {name: getattr(state, name) for name in _REST}
             write_json(incoming / REST, rest)
             for checkpoint in best:
                 (incoming / checkpoint.name).mkdir()
@@ -141,7 +144,7 @@ def read_state(path: Path) -> State:
         rest = read_json(path / REST, "it is not what mtfast has written")
         weights = {n.partition(".")[2]: x for n, x in tensors.items() if n.startswith(f"{WEIGHT}.")}
         moments = {name: x for name, x in tensors.items() if not name.startswith(f"{WEIGHT}.")}
-        return State(rest["step"], rest["skipped"], rest["client"], weights, moments)
+        return State(**{name: rest[name] for name in _REST}, weights=weights, moments=moments)
     except (ConfigError, CheckpointError, KeyError) as error:
         raise unreadable(path, error) from error
 

@@ -20,6 +20,8 @@ FREE = (
     *("run_dir", "log_every", "data.cache_dir", "data.strict", "tasks.*.title"),
     *("engine.activation_checkpointing", "*.checkpoint_every", "*.keep"),
 )
+# What the losses follow from no further than sums are rounded.
+SHARING = ("engine.zero_stage",)
 # How long a stage goes on.
 LENGTHS = ("epochs", "max_steps", "patience")
 
@@ -119,7 +121,7 @@ def refused(
     reasons = []
     begun = [name for name in STAGES if progress(name) is not None]
     for change in found:
-        if change.is_one_of(PLACES + FREE):
+        if change.is_one_of(PLACES + FREE + SHARING):
             continue
         if change.field == "stages":
             decided = STAGES[: STAGES.index(begun[-1]) + 1] if begun else ()
