@@ -32,7 +32,14 @@ from mtfast.recipes import RECIPES
 from mtfast.tasks import MlpConfig, Task
 from mtfast.training.prediction import Forward, in_order, packed_outputs
 from mtfast.training.run.directory import read_result
-from mtfast.training.run.weights import Weights, best_files, check_fit, new_multitask, read_weights
+from mtfast.training.run.weights import (
+    Weights,
+    best_files,
+    check_files,
+    check_fit,
+    new_multitask,
+    read_weights,
+)
 
 Precision = Literal["bf16", "fp32"]
 Texts = str | tuple[str, str] | Iterable[str] | Iterable[Sequence[str]]
@@ -214,6 +221,7 @@ def load(
         tasks, max_length = config.tasks, config.data.max_length
         wanted = precision or config.engine.precision
         files = best_files(config.model, path, lambda stage: read_result(path / stage) is not None)
+        check_files(files, path)
         try:
             weights = read_weights(files, config.model, config.seed)
         except CheckpointError as error:  # the encoder may lie elsewhere, and be gone

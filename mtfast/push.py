@@ -17,7 +17,7 @@ from mtfast.models.files import link_files, replacing
 from mtfast.models.sentence_files import max_length_of, write_sentence_files
 from mtfast.results import plot_of_dev_metrics
 from mtfast.run_record import read_run
-from mtfast.training.run.directory import read_result
+from mtfast.training.run.directory import check_checkpoint, read_result
 
 FOLDER = "hub"
 
@@ -75,6 +75,7 @@ def _assemble(directory: Path, repo_id: str) -> Path:
     best, record = directory / "finetune" / "best-mean", read_run(directory)
     if record.config is None:
         raise ConfigError(f"{directory} is a run of an earlier mtfast, which did not declare its tasks")
+    check_checkpoint(best)
     bert = load_bert_config(best)
     with replacing(directory / FOLDER) as incoming:
         link_files(best, incoming)

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from mtfast.config import CONFIG_FILE, STAGES, ConfigError, StageName
-from mtfast.durable import sync
+from mtfast.durable import damage, manifest_of, sync
 from mtfast.files import naming, read_json, to_yaml, write_json, write_text
+from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import ranks
 from mtfast.training.engine.state import states_in
 
@@ -51,8 +52,9 @@ class RunDirectory:
         hold(self.path)
         found = compare(self.path, configuration, create=create)
         if found is None:
-            write_text(self.path / CONFIG_FILE, to_yaml(configuration))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
+            write_text(self.path / CONFIG_FILE, to_yaml(configuration))
+            self._summarize({"config": configuration})
         return found or []
 
     def adopt(self) -> None:
@@ -77,6 +79,7 @@ class RunDirectory:
         begun = path.stat().st_mtime_ns  # which the file goes on telling
         write_text(path, to_yaml(self._configuration))
         os.utime(path, ns=(begun, begun))
+        self._summarize({"config": self._configuration})
 
     def _reopen(self, name: StageName) -> None:
         """Make a stage unfinished, if it has finished: it goes on from its last state."""
@@ -124,8 +127,10 @@ class RunDirectory:
         ranks.on_main(self._finish, self.stage(name), result)
 
     def _finish(self, stage: Path, result: dict[str, Any]) -> None:
-        write_json(stage / "result.json", result)
         shutil.rmtree(stage / FEATURES, ignore_errors=True)
+        checkpoints = [path for path in sorted(stage.iterdir()) if path.is_dir() and path.name != STATE]
+        described = {path.name: manifest_of(path) for path in checkpoints if not path.name.startswith(".")}
+        write_json(stage / "result.json", {**result, "checkpoints": described})
 
     def drop_states_before(self, name: StageName) -> None:
         """Drop the resumable states of the stages before `name`, which is about to build on them."""
@@ -227,7 +232,8 @@ def compare(path: Path, configuration: dict[str, Any], *, create: bool) -> list[
     """
     owned = path / CONFIG_FILE
     if owned.exists():
-        theirs = _read_yaml(owned)
+        # What has become of the file since, by hand say, is a change like one on the command line.
+        theirs = read_summary(path).get("config") or _read_yaml(owned)
         if "tasks" not in theirs:
             raise ConfigError(
                 f"{path} belongs to a run of an earlier mtfast, which did not declare its tasks; go on with "
@@ -291,6 +297,20 @@ def read_result(stage: Path) -> dict[str, Any] | None:
     if not isinstance(result.get("summary"), dict):
         raise ConfigError(f"{path} is not what a finished stage leaves; {remedy}")
     return result
+
+
+def check_checkpoint(directory: Path) -> None:
+    """See to it that a checkpoint of a stage that has finished is as the stage has left it.
+
+    Raises:
+        CheckpointError: it is damaged; the message says where.
+    """
+    result = read_result(directory.parent) or {}
+    fault = damage(directory, result.get("checkpoints", {}).get(directory.name, {}))
+    if fault is not None:
+        raise CheckpointError(
+            f"{fault}; put it back from a copy, or remove {directory.parent} to run the stage again"
+        )
 
 
 def _metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -26,7 +26,7 @@ from mtfast.tasks import MlpConfig, Task
 from mtfast.training.engine import ranks
 from mtfast.training.seeds import seed_for
 
-from .directory import RunDirectory
+from .directory import RunDirectory, check_checkpoint
 from .progress import say_once
 
 Finished = Callable[[StageName], bool]
@@ -98,6 +98,13 @@ def best_files(model: ModelConfig, run: Path, finished: Finished) -> WeightFiles
     )
 
 
+def check_files(files: WeightFiles, run: Path) -> None:
+    """Raises CheckpointError where what a stage of the run in `run` has left is damaged."""
+    for name in {files.encoder, files.heads} - {None}:
+        if Path(str(name)).parent.parent == run:
+            check_checkpoint(Path(str(name)))
+
+
 def read_weights(files: WeightFiles, model: ModelConfig, seed: int) -> Weights:
     """What a model of these files is made of, without the tensors.
 
@@ -112,7 +119,7 @@ def read_weights(files: WeightFiles, model: ModelConfig, seed: int) -> Weights:
 
 def find_weights(model: ModelConfig, run: RunDirectory, seed: int) -> Weights:
     """The run's newest weights before fine-tuning, the same on every rank."""
-    return _agreed(newest_files(model, run.path, _finished_in(run)), model, seed)
+    return _agreed(newest_files(model, run.path, _finished_in(run)), model, run, seed)
 
 
 def confirm_checkpoint(weights: Weights, model: ModelConfig, run: RunDirectory) -> None:
@@ -126,14 +133,15 @@ def confirm_checkpoint(weights: Weights, model: ModelConfig, run: RunDirectory) 
 
 def best_weights(model: ModelConfig, run: RunDirectory, seed: int) -> Weights:
     """The run's best weights, the same on every rank. Raises ConfigError as `best_files`."""
-    return _agreed(best_files(model, run.path, _finished_in(run)), model, seed)
+    return _agreed(best_files(model, run.path, _finished_in(run)), model, run, seed)
 
 
 def _finished_in(run: RunDirectory) -> Finished:
     return lambda name: run.result(name) is not None
 
 
-def _agreed(files: WeightFiles, model: ModelConfig, seed: int) -> Weights:
+def _agreed(files: WeightFiles, model: ModelConfig, run: RunDirectory, seed: int) -> Weights:
+    ranks.on_main(check_files, files, run.path)
     weights = read_weights(files, model, seed)
     kept = weights.config.to_dict() | {"transformers_version": None, "_name_or_path": None}
     ranks.agree(f"the config of {files.described}", kept)
