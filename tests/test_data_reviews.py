@@ -1,5 +1,7 @@
 """Pre-training samples: whose sentences they hold, how many follow, and what happens to odd reviews."""
 
+import json
+
 import datasets
 import numpy as np
 import pyarrow
@@ -10,9 +12,10 @@ import torch
 from small_tokenizer import small_tokenizer
 from transformers import AutoTokenizer
 
+from mtfast.data import delimited, files
 from mtfast.data.packing import pack_reviews
 from mtfast.data.reviews import ReviewTable, build_samples, read_reviews
-from mtfast.data.rows import DataError, RowAccount
+from mtfast.data.rows import DataError, Record, RowAccount
 from mtfast.data.sampler import plan_reviews
 from mtfast.ops import mask_tokens
 
@@ -239,6 +242,52 @@ def test_every_file_or_split_of_a_source_is_read_and_a_limit_is_spread_over_it(t
     saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(part) for name, part in parts.items()})
     saved.save_to_disk(str(tmp_path / "saved"))
     assert read_reviews(tmp_path / "saved").texts == read_reviews(tmp_path).texts
+
+
+def write_reviews(path, texts):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif path.suffix:
+        path.write_text("".join(f"{line}\n" for line in ("text", *texts)))
+    else:
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize("name", ["reviews.parquet", "reviews.jsonl", "reviews.csv", "saved"])
+def test_no_rows_beyond_the_limit_are_held(name, tmp_path, monkeypatch):
+    texts = [f"Review number {i}." for i in range(9001)]  # of Parquet more than is decoded at once
+    write_reviews(tmp_path / name, texts)
+    whole = read_reviews(tmp_path / name)
+    made = []
+
+    class Counted(Record):
+        def __init__(self, *values) -> None:
+            super().__init__(*values)
+            made.append(self.line)
+
+    for module in (files, delimited):
+        monkeypatch.setattr(module, "Record", Counted)
+    reviews = read_reviews(tmp_path / name, limit=7)
+    chosen = [i * 9001 // 7 for i in range(7)]
+    assert reviews.texts == [texts[i] for i in chosen]
+    assert reviews.lines == [whole.lines[i] for i in chosen]
+    assert (reviews.account.read, reviews.account.used) == (7, 7)
+    assert made == [line for _, line in reviews.lines]
+
+
+def test_a_limit_counts_the_rows_that_cannot_be_used_and_keeps_the_notes(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\n"One\ntwo.",0\n,0\nThree.,0\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "Four."}\n\n{"label": 1}\n{"text": "Five."}\n')
+    reviews = read_reviews(tmp_path, limit=3)  # of six: the first, third and fifth
+    assert reviews.texts == ["One\ntwo.", "Three."] and reviews.account.read == 3
+    assert [(row.line, row.reason) for row in reviews.account.skipped] == [(3, "empty text")]
+    assert reviews.account.notes == read_reviews(tmp_path).account.notes and len(reviews.account.notes) == 2
+    assert read_reviews(tmp_path, limit=7).texts == read_reviews(tmp_path).texts
+    (tmp_path / "b.jsonl").write_text('{"body": "Four."}\n' * 3)
+    with pytest.raises(DataError, match=r"b\.jsonl: no column 'text'"):
+        read_reviews(tmp_path, limit=1)  # which is in the other file
 
 
 def test_wrong_sources_of_reviews(tmp_path):

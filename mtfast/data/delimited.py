@@ -11,7 +11,7 @@ So where a row spans several lines, the fields of each line are also counted wit
   too few fields is unusable, and each of its lines is reported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,22 +41,17 @@ class Row:
     odd: bool = False
 
 
-def read_delimited(path: Path, delimiter: str | None = None) -> Records:
+def read_delimited(path: Path, delimiter: str | None = None, only: Container[int] | None = None) -> Records:
     """The rows of a file whose fields ``delimiter`` separates: by default a tab if the header has one, else a
-    comma. DataError for a file without a usable header, or with a quote that is not closed."""
+    comma. ``only`` has the numbers (from 0) of those to keep. DataError for a file without a usable header,
+    or with a quote that is not closed."""
     text = decode_utf8(path)
     if delimiter is None:
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    try:
-        rows = list(split_rows(text, delimiter))
-    except UnclosedQuoteError as error:
-        raise DataError(
-            f"{path}:{error.line}: a quoted field begins here and is not closed; "
-            "a quote that belongs to the text is doubled, in a quoted field"
-        ) from None
-    if not rows:
+    rows = _rows(path, text, delimiter)
+    header = next(rows, None)
+    if header is None:
         raise DataError(f"{path}:1: no header row")
-    header = rows[0]
     if header.problem is not None:
         raise DataError(f"{path}:{header.line}: {header.problem}")
     columns = header.fields
@@ -66,16 +61,30 @@ def read_delimited(path: Path, delimiter: str | None = None) -> Records:
         )
     if duplicated := repeated(name for name in columns if name):
         raise DataError(f"{path}:{header.line}: column names appear twice: {listed(duplicated)}")
-    records = [
-        Record(str(path), row.line, {}, row.problem)
-        if row.problem is not None
-        else Record(str(path), row.line, dict(zip(columns, row.fields, strict=True)))
-        for row in rows[1:]
-    ]
-    odd = [row.line for row in rows[1:] if row.odd and row.problem is None]
+    records: list[Record] = []
+    odd: list[int] = []
+    count = 0
+    for number, row in enumerate(rows):
+        count = number + 1
+        if row.odd and row.problem is None:
+            odd.append(row.line)
+        if only is None or number in only:
+            values = {} if row.problem is not None else dict(zip(columns, row.fields, strict=True))
+            records.append(Record(str(path), row.line, values, row.problem))
     what = "line breaks or tabs" if delimiter == "\t" else "line breaks"
     notes = (f"{path.name}: {len(odd):,} rows with quoted {what}, in line {listed(odd)}",) if odd else ()
-    return Records(str(path), columns, records, notes)
+    return Records(str(path), columns, records, notes, count - len(records))
+
+
+def _rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+    """`split_rows` of a file; DataError for a quote that is not closed."""
+    try:
+        yield from split_rows(text, delimiter)
+    except UnclosedQuoteError as error:
+        raise DataError(
+            f"{path}:{error.line}: a quoted field begins here and is not closed; "
+            "a quote that belongs to the text is doubled, in a quoted field"
+        ) from None
 
 
 def split_rows(text: str, delimiter: str) -> Iterator[Row]:

@@ -1,12 +1,16 @@
 """JSON lines, Parquet files and the tables of data sets as records, and the text of files."""
 
 import json
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mtfast.data.rows import DataError, Record, Records, listed, repeated
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_BATCH = 4096  # rows of a Parquet file that are decoded at once
 
 
 def decode_utf8(path: Path) -> str:
@@ -40,19 +44,34 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_json_lines(path: Path) -> Records:
-    """One object on each line; DataError for a file that is something else."""
+def read_json_lines(path: Path, only: Container[int] | None = None) -> Records:
+    """One object on each line; DataError for a file that is something else.
+
+    ``only`` has the numbers (from 0) of the rows to keep.
+    """
     text = decode_utf8(path)
     _refuse_one_json_value(path, text)
     rows: list[Record] = []
     columns: dict[str, None] = {}
-    for line, part in enumerate(text.split("\n"), start=1):
+    count = 0
+    for line, part in enumerate(_lines(text), start=1):
         if not part.strip():
             continue
         values, problem = _json_object(part)
         columns.update(dict.fromkeys(values))
-        rows.append(Record(str(path), line, values, problem))
-    return Records(str(path), list(columns), rows)
+        if only is None or count in only:
+            rows.append(Record(str(path), line, values, problem))
+        count += 1
+    return Records(str(path), list(columns), rows, left_out=count - len(rows))
+
+
+def _lines(text: str) -> Iterator[str]:
+    """`text.split("\\n")`, one line at a time."""
+    begin = 0
+    while (end := text.find("\n", begin)) >= 0:
+        yield text[begin:end]
+        begin = end + 1
+    yield text[begin:]
 
 
 def _json_object(text: str) -> tuple[dict[str, Any], str | None]:
@@ -100,40 +119,75 @@ def _object_goes_on(text: str, begin: int) -> bool:
     return True
 
 
-def read_parquet(path: Path) -> Records:
-    """DataError for a file that Arrow cannot read."""
+def read_parquet(path: Path, only: Container[int] | None = None) -> Records:
+    """DataError for a file that Arrow cannot read. ``only`` has the numbers (from 0) of the rows to keep."""
+    with _parquet(path) as file:
+        batches = file.iter_batches(_BATCH)
+        return from_batches(str(path), file.schema_arrow.names, _readable(path, batches), only)
+
+
+def count_parquet(path: Path) -> int:
+    """Rows of a file; DataError as `read_parquet`."""
+    with _parquet(path) as file:
+        return file.metadata.num_rows
+
+
+def _parquet(path: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            table = file.read()
+        return pyarrow.parquet.ParquetFile(path)
     except Exception as error:  # Arrow raises many kinds for a damaged file
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-    return from_table(str(path), table)
+        raise _unreadable(path, error) from error
 
 
-def from_table(origin: str, table: Any) -> Records:
-    """The rows of an Arrow table; DataError names the column of a value that cannot be read, and its row."""
-    names = table.column_names
+def _readable(path: Path, batches: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a readable Parquet file ({error})")
+
+
+def from_batches(
+    origin: str, names: list[str], batches: Iterable[Any], only: Container[int] | None = None
+) -> Records:
+    """The rows of Arrow's record batches; DataError names the column of a value that cannot be read, and its
+    row. ``only`` has the numbers (from 0) of the rows to keep."""
     if duplicated := repeated(names):
         raise DataError(f"{origin}: column names appear twice: {listed(duplicated)}")
-    columns = [_values(origin, name, table[name]) for name in names]
-    rows = [
-        Record(origin, number, dict(zip(names, values, strict=True)))
-        for number, values in enumerate(zip(*columns, strict=True), start=1)
-    ]
-    return Records(origin, names, rows)
+    rows: list[Record] = []
+    count = 0
+    for batch in batches:
+        numbers = range(count, count + batch.num_rows)
+        kept = numbers if only is None else [number for number in numbers if number in only]
+        columns = [
+            _values(origin, name, column, count, kept)
+            for name, column in zip(names, batch.columns, strict=True)
+        ]
+        rows += [
+            Record(origin, number + 1, dict(zip(names, values, strict=True)))
+            for number, *values in zip(kept, *columns, strict=True)
+        ]
+        count += batch.num_rows
+    return Records(origin, names, rows, left_out=count - len(rows))
 
 
-def _values(origin: str, name: str, column: Any) -> list[Any]:
+def _values(origin: str, name: str, column: Any, first: int, kept: Sequence[int]) -> list[Any]:
+    """Those values of a column, which begins with row ``first``, that are in the rows ``kept``."""
     try:
         column.validate(full=True)  # offsets of a damaged file may be out of bounds
     except Exception as error:
         raise DataError(f"{origin}: {name} cannot be read: {error}") from error
     try:
+        if len(kept) < len(column):
+            column = column.take(np.asarray(kept, np.int64) - first)
         return column.to_pylist()
     except Exception:  # a date beyond year 9999, say; find its row
-        for number, value in enumerate(column, start=1):
+        for number, value in enumerate(column, start=first + 1):
             try:
                 value.as_py()
             except Exception as error:

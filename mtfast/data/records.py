@@ -1,14 +1,16 @@
 """Sources of records: files, directories of files, saved data sets and data sets of the hub, by split."""
 
+import itertools
 import os
 import re
-from dataclasses import replace
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mtfast.data.delimited import read_delimited
-from mtfast.data.files import from_table, read_json_lines, read_parquet
-from mtfast.data.rows import DataError, MissingDataError, Records, listed
+from mtfast.data.files import count_parquet, from_batches, read_json_lines, read_parquet
+from mtfast.data.rows import DataError, MissingDataError, Records, evenly, listed
 
 FILE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 _NOT_DATA = (".", "dataset_info")  # hidden files, and the metadata that `datasets` writes beside its data
@@ -86,29 +88,59 @@ def read_files(origin: str, files: list[Path], others: list[Path], delimiter: st
     return Records(parts[0].origin if len(parts) == 1 else origin, parts[0].columns, rows, tuple(notes))
 
 
-def read_file(path: Path, delimiter: str | None = None) -> Records:
+def read_file(path: Path, delimiter: str | None = None, only: Container[int] | None = None) -> Records:
     """Reads one Parquet, CSV/TSV or JSON-lines file; the suffix decides which.
 
-    ``delimiter`` is for delimited text; None means a tab if the header has one, else a comma.
+    ``delimiter`` is for delimited text; None means a tab if the header has one, else a comma. ``only`` has
+    the numbers (from 0) of the rows to keep.
     Raises DataError if the file is missing, of an unknown kind, not UTF-8, or not valid for its kind.
     """
     if not path.is_file():
         raise MissingDataError(f"{path}: no such file")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return read_parquet(path)
+        return read_parquet(path, only)
     if suffix in (".csv", ".tsv"):
-        return read_delimited(path, "\t" if suffix == ".tsv" else delimiter)
+        return read_delimited(path, "\t" if suffix == ".tsv" else delimiter, only)
     if suffix in (".jsonl", ".json"):
-        return read_json_lines(path)
+        return read_json_lines(path, only)
     raise DataError(f"{path}: unknown kind of file; known are {', '.join(FILE_SUFFIXES)}")
 
 
-def read_every_split(source: str | Path) -> list[Records]:
-    """Reads all of a source of the kinds that `read_split` takes, one `Records` for each file or split."""
+@dataclass(frozen=True)
+class _Part:
+    """A file or split that is yet to be read. read: takes the numbers (from 0) of the rows to keep."""
+
+    count: Callable[[], int]
+    read: Callable[[Container[int] | None], Records]
+
+
+def read_every_split(source: str | Path, limit: int | None = None) -> list[Records]:
+    """Reads all of a source of the kinds that `read_split` takes, one `Records` for each file or split.
+
+    ``limit`` keeps that many rows, evenly spaced over all of them. These are counted first, so that no others
+    are ever held; of a file of text the text is, while that file is read.
+    """
+    parts, notes = _parts(source)
+    if limit is None:
+        found = [part.read(None) for part in parts]
+    else:
+        ends = [0, *itertools.accumulate(part.count() for part in parts)]
+        chosen = evenly(range(ends[-1]), min(limit, ends[-1]))
+        found = [
+            part.read({number - begin for number in chosen if begin <= number < end})
+            for part, (begin, end) in zip(parts, itertools.pairwise(ends), strict=True)
+        ]
+    if notes:
+        found[0] = replace(found[0], notes=(*notes, *found[0].notes))
+    return found
+
+
+def _parts(source: str | Path) -> tuple[list[_Part], tuple[str, ...]]:
+    """What a source consists of, and a note if that is several files."""
     kind, path = _kind(source)
     if kind == "file":
-        return [read_file(path)]
+        return [_file(path)], ()
     if kind == "files":
         files = _data_files(path)
         if not files:
@@ -117,12 +149,21 @@ def read_every_split(source: str | Path) -> list[Records]:
                 f"the directory holds {_listing(path)}"
             )
         _refuse_twice(str(path), files)
-        parts = [read_file(file) for file in files]
-        if len(files) > 1:
-            joined = f"{len(files)} files read: {_names(files)}"
-            parts[0] = replace(parts[0], notes=(joined, *parts[0].notes))
-        return parts
-    return [_from_data_set(source, split, data) for split, data in _load_splits(kind, source).items()]
+        joined = (f"{len(files)} files read: {_names(files)}",) if len(files) > 1 else ()
+        return [_file(file) for file in files], joined
+    return [_split(source, split, data) for split, data in _load_splits(kind, source).items()], ()
+
+
+def _file(path: Path) -> _Part:
+    def count() -> int:
+        is_parquet = path.suffix.lower() == ".parquet" and path.is_file()
+        return count_parquet(path) if is_parquet else read_file(path, only=()).left_out
+
+    return _Part(count, lambda only: read_file(path, only=only))
+
+
+def _split(source: str | Path, split: str | None, data: Any) -> _Part:
+    return _Part(lambda: len(data), lambda only: _from_data_set(source, split, data, only))
 
 
 def is_one_file(source: str | Path) -> bool:
@@ -240,10 +281,12 @@ def _load_splits(kind: Literal["saved", "hub"], source: str | Path) -> dict[str 
     return {str(split): data for split, data in loaded.items()}
 
 
-def _from_data_set(source: str | Path, split: str | None, data: Any) -> Records:
+def _from_data_set(
+    source: str | Path, split: str | None, data: Any, only: Container[int] | None = None
+) -> Records:
     origin = str(source) if split is None else f"{source} ({split})"
     try:
         table = data.with_format("arrow")[:]
     except Exception as error:  # as above
         raise DataError(f"{origin}: not readable ({type(error).__name__}: {error})") from error
-    return from_table(origin, table)
+    return from_batches(origin, table.column_names, table.to_batches(), only)

@@ -13,7 +13,7 @@ import torch
 
 from mtfast.data.cache import Arrays, Notes, cache_key, cached
 from mtfast.data.records import read_every_split
-from mtfast.data.rows import DataError, RowAccount, SkippedRow, UnusableRowError, evenly
+from mtfast.data.rows import DataError, RowAccount, SkippedRow, UnusableRowError
 from mtfast.data.tokens import (
     Sequences,
     SpecialTokens,
@@ -107,10 +107,9 @@ def read_reviews(source: str | Path, limit: int | None = None, *, strict: bool =
     texts: list[str] = []
     lines: list[tuple[str, int]] = []
     skipped: list[SkippedRow] = []
-    parts = read_every_split(source)
-    rows = [(row, part.require(_TEXT_COLUMNS)) for part in parts for row in part.rows]
-    if limit is not None and limit < len(rows):
-        rows = evenly(rows, limit)
+    parts = read_every_split(source, limit)
+    columns = [part.require(_TEXT_COLUMNS) if part.rows or part.left_out else "" for part in parts]
+    rows = [(row, column) for part, column in zip(parts, columns, strict=True) for row in part.rows]
     for row, column in rows:
         try:
             if not (text := _LINE_BREAK.sub("\n", row.text(column)).strip()):

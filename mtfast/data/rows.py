@@ -60,12 +60,14 @@ class Records:
 
     origin: its name in messages.
     notes: remarks for the account on how it was read.
+    left_out: rows it has besides these, which nobody asked for.
     """
 
     origin: str
     columns: list[str]
     rows: list[Record]
     notes: tuple[str, ...] = ()
+    left_out: int = 0
 
     def find(self, names: tuple[str, ...]) -> str | None:
         """The column of the first of ``names`` that the table has, or None.
