@@ -30,9 +30,10 @@ from mtfast.push import push
 from mtfast.recipes import DEMO_CORPUS
 from mtfast.report import write_comparison, write_report
 from mtfast.tasks import Split
-from mtfast.training.engine import ranks
+from mtfast.training.engine import peak_memory, ranks
 from mtfast.training.engine.deepspeed_config import checksum_of, deepspeed_config
 from mtfast.training.engine.engine import start
+from mtfast.training.engine.memory import leaving_none
 from mtfast.training.inputs import Inputs
 from mtfast.training.loop import train_stage
 from mtfast.training.run.directory import FEATURES, RunDirectory, compare
@@ -117,6 +118,7 @@ def _report(runs: Mapping[str, RunConfig], directory: Path, experiment: Experime
         say(f"wrote {write_comparison(there, directory, experiment)}")
 
 
+@leaving_none
 def prepare(config: RunConfig) -> None:
     """Read, account for and tokenize all data of the run into its cache."""
     _read(config, _open(config, config.stages).inputs)
@@ -130,6 +132,7 @@ def _read(config: RunConfig, inputs: Inputs) -> None:
         inputs.load_reviews(config.seed)
 
 
+@leaving_none
 def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> None:
     """Run one stage, from where the run stands; a finished one is left as it is.
 
@@ -137,6 +140,7 @@ def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> No
         same_as: directory of a run in which this stage, once finished, is what it would be here: then it is
             taken over instead.
     """
+    peak_memory.reset()
     run = _open(config, (name,))
     directory = run.directory
     if directory.result(name) is not None:
@@ -156,11 +160,13 @@ def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> No
     stage.engine.close()
 
 
+@leaving_none
 def evaluate(config: RunConfig, split: Literal["dev", "test"] = "dev") -> dict[str, float]:
     """Metrics of the run's best weights, printed and written to summary.json."""
     return _evaluation(config).evaluate(split)
 
 
+@leaving_none
 def predict(
     config: RunConfig, task: str | None = None, input: str | None = None, output: str | None = None
 ) -> list[Path]:

@@ -53,6 +53,11 @@ def duration(seconds: object) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def gibibytes(size: object) -> str:
+    """A number of bytes."""
+    return f"{size / 2**30:.2f} GiB" if is_number(size) else NOTHING  # type: ignore[operator]
+
+
 def plain(value: object) -> str:
     """A recorded value in words; names and numbers inside it separated by commas."""
     if isinstance(value, Mapping):

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from mtfast.experiments import PAPER_FIGURES, Experiment
-from mtfast.markdown import count, difference, duration, escape, number, picture, plain, sentence_case, table
+from mtfast.markdown import (
+    count,
+    difference,
+    duration,
+    escape,
+    gibibytes,
+    number,
+    picture,
+    plain,
+    sentence_case,
+    table,
+)
 from mtfast.page import write_page
 from mtfast.plots import PRETRAINING, is_number, losses_of, metrics_of, plot_dev_metrics, plot_losses
 from mtfast.recipes import PAPER_TASKS
@@ -20,6 +31,7 @@ from mtfast.run_record import RunRecord, read_run
 from mtfast.tasks import Task
 
 SKIPPED_SHOWN = 10
+PEAKS = {"peak_rss_bytes": "peak memory (resident)", "peak_gpu_bytes": "peak GPU memory"}
 Scores = Mapping[str, Mapping[str, Any]]  # metrics by run
 
 
@@ -191,18 +203,21 @@ def _experiment_table(tasks: Mapping[str, Task], scores: Mapping[str, Scores]) -
 
 def _stage_table(run: RunRecord) -> str:
     recorded = run.summary.get("stages", {})
-    rows = []
+    rows, peaks = [], {key: title for key, title in PEAKS.items() if any(key in x for x in recorded.values())}
     for stage, title in STAGES.items():
         if facts := recorded.get(stage):
             losses = (number(facts.get(key), 3) for key in ("first_loss", "last_loss"))
             rates = (count(facts.get(key)) for key in ("examples_per_s", "tokens_per_s"))
-            rows.append((title, count(facts.get("steps")), duration(facts.get("seconds")), *rates, *losses))
+            sizes = (gibibytes(facts.get(key)) for key in peaks)
+            made = count(facts.get("steps")), duration(facts.get("seconds"))
+            rows.append((title, *made, *rates, *losses, *sizes))
     not_run = [title.lower() for stage, title in STAGES.items() if stage not in recorded]
     left_out = f"Not finished or not part of this run: {', '.join(not_run)}." if not_run else ""
     if not rows:
         return left_out
     header = ("stage", "steps", "time", "examples/s", "tokens/s", "first training loss", "last training loss")
-    return "\n\n".join(part for part in (table(header, rows), left_out) if part)
+    parts = (table((*header, *peaks.values()), rows), left_out)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _change_table(changes: Sequence[Mapping[str, Any]]) -> str:

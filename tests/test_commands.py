@@ -198,7 +198,9 @@ def test_a_short_run_predicts_evaluates_and_summarises(config, corpus):
     assert summary["dev"] == metrics
     assert set(summary["stages"]) == {"heads", "finetune"}
     facts = {"seconds", "steps", "examples_per_s", "tokens_per_s", "first_loss", "last_loss"}
-    facts |= {"skipped_steps"}
+    facts |= {"skipped_steps", "peak_rss_bytes"} | (
+        {"peak_gpu_bytes"} if torch.cuda.is_available() else set()
+    )
     assert all(set(stage) == facts for stage in summary["stages"].values())
     assert summary["stages"]["finetune"]["steps"] == 60
     assert {"sst-test", "quora-train"} < set(summary["data"])

@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import json
 import re
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from recorded_runs import (
     FOUR_TASKS,
+    add_to_summary,
     declaring,
     evaluation,
     markdown_of,
@@ -85,6 +87,20 @@ def test_tables_hold_the_recorded_numbers(full_run):
         "- sts-dev: files joined: dev-1.csv, dev-2.csv\n- sts-dev: 40 of 1,000 word pieces stand" in markdown
     )
     assert "Not finished or not part of this run: head training." in markdown
+
+
+def test_peak_memory_is_shown_where_it_was_recorded(full_run):
+    assert "peak" not in markdown_of(full_run)  # of an earlier mtfast, which did not record it
+    stages = json.loads((full_run / "summary.json").read_text())["stages"]
+    stages["pretrain"]["peak_rss_bytes"] = 3 << 30
+    add_to_summary(full_run, stages=stages)
+    markdown = markdown_of(full_run)
+    assert "| last training loss | peak memory (resident) |" in markdown and "GPU memory" not in markdown
+    assert table_row(markdown, "Pre-training")[-2:] == ["1.900", "3.00 GiB"]
+    assert table_row(markdown, "Fine-tuning")[-2:] == ["1.900", "—"]
+    stages["finetune"] |= {"peak_rss_bytes": 1 << 30, "peak_gpu_bytes": 5 << 28}
+    add_to_summary(full_run, stages=stages)
+    assert table_row(markdown_of(full_run), "Fine-tuning")[-2:] == ["1.00 GiB", "1.25 GiB"]
 
 
 def test_page_is_self_contained(full_run):

@@ -16,7 +16,7 @@ from torch import Tensor
 from mtfast.config import STAGES, StageConfig
 from mtfast.errors import Error
 from mtfast.models.checkpoint import CheckpointError
-from mtfast.training.engine import ranks
+from mtfast.training.engine import peak_memory, ranks
 from mtfast.training.engine.state import states_in, unreadable
 from mtfast.training.run.directory import STATE, RunDirectory
 from mtfast.training.run.keeping import Keeping, best_of, newest, note_best
@@ -380,6 +380,7 @@ class _Loop:
                 "first_loss": at.first_loss,
                 "last_loss": at.last_loss,
                 "skipped_steps": at.skipped,
+                **peak_memory.measured(),
             },
             "best": at.best,
         }
