@@ -44,6 +44,7 @@ def return_freed() -> None:
     pyarrow.default_memory_pool().release_unused()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # page-locked memory of the host, in which snapshots lie
     if library := _library():
         library.malloc_trim(0)
 
