@@ -121,22 +121,25 @@ def _object_goes_on(text: str, begin: int) -> bool:
 
 def read_parquet(path: Path, only: Container[int] | None = None) -> Records:
     """DataError for a file that Arrow cannot read. ``only`` has the numbers (from 0) of the rows to keep."""
-    with _parquet(path) as file:
-        batches = file.iter_batches(_BATCH)
-        return from_batches(str(path), file.schema_arrow.names, _readable(path, batches), only)
+    file, names = _parquet(path)
+    with file:
+        return from_batches(str(path), names, _readable(path, file.iter_batches(_BATCH)), only)
 
 
 def count_parquet(path: Path) -> int:
     """Rows of a file; DataError as `read_parquet`."""
-    with _parquet(path) as file:
+    file, _ = _parquet(path)
+    with file:
         return file.metadata.num_rows
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path) -> tuple[Any, list[str]]:
+    """An open file and the names of its columns."""
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path)
+        return file, file.schema_arrow.names
     except Exception as error:  # Arrow raises many kinds for a damaged file
         raise _unreadable(path, error) from error
 
