@@ -269,7 +269,6 @@ class Engine:
     def close(self) -> None:
         """Let go of DeepSpeed's buffers and hooks, so that another stage can follow in this process."""
         self._engine.destroy()
-        memory.return_freed()
 
 
 def parameter_shape(parameter: Tensor) -> torch.Size:
