@@ -16,7 +16,7 @@ from mtfast.config import ConfigError, RunConfig, to_dict
 from mtfast.files import to_yaml
 from mtfast.recipes import demo, paper
 from mtfast.training.run.directory import compare
-from mtfast.training.run.settings import FREE, PLACES, Change, located
+from mtfast.training.run.settings import FREE, PLACES, SHARING, Change, located
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_paths_that_are_there_are_kept_absolute(tmp_path, monkeypatch):
 
 def test_every_setting_that_may_differ_is_a_setting():
     found = [Change(name, None, None) for name in flat(to_dict(paper()))]
-    for pattern in FREE + PLACES:
+    for pattern in FREE + PLACES + SHARING:
         assert any(change.is_one_of((pattern,)) for change in found), pattern
 
 
@@ -271,8 +271,8 @@ def test_a_setting_that_no_list_has_may_not_differ(tmp_path):
     config = replace(demo(), run_dir=str(tmp_path / "run"))
     run = open_directory(config)
     run.append([{"kind": "step", "stage": "finetune", "step": 1, "epoch": 0, "losses": {}}])
-    changed: RunConfig = replace(config, engine=replace(config.engine, zero_stage=2))
-    with pytest.raises(ConfigError, match=r"engine\.zero_stage: None there, 2 here"):
+    changed: RunConfig = replace(config, engine=replace(config.engine, precision="bf16"))
+    with pytest.raises(ConfigError, match=r"engine\.precision: 'fp32' there, 'bf16' here"):
         open_directory(changed)
     open_directory(replace(config, engine=replace(config.engine, activation_checkpointing=True))).adopt()
     assert "activation_checkpointing: true" in (config.path / "config.yaml").read_text()

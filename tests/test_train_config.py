@@ -19,6 +19,7 @@ from mtfast.files import to_yaml
 from mtfast.recipes import paper
 from mtfast.training.engine.deepspeed_config import deepspeed_config
 from mtfast.training.loop import learning_rate_at
+from mtfast.training.run.settings import located
 
 STAGE = TaskStageConfig(batch_size=160, learning_rate=1e-5)
 
@@ -271,7 +272,7 @@ def test_a_false_start_does_not_keep_the_directory(tmp_path):
     right = replace(wrong, seed=2)
     with pytest.raises(ConfigError, match="holds no run with this configuration"):
         open_directory(right, create=False)
-    assert open_directory(right).summarize() == {}
+    assert open_directory(right).summarize() == {"config": to_dict(located(right))}
     open_directory(right, create=False)
     with pytest.raises(ConfigError, match="nowhere holds no run"):
         open_directory(replace(right, run_dir=str(tmp_path / "nowhere")), create=False)

@@ -64,8 +64,9 @@ def cached(
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        files = directory.glob(f"{name}-{'[0-9a-f]' * 16}.arrow")
-        for old in sorted(files, key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
+        # Not the newest of them all: this one may be the oldest by a clock that was set back.
+        others = set(directory.glob(f"{name}-{'[0-9a-f]' * 16}.arrow")) - {path}
+        for old in sorted(others, key=lambda file: file.stat().st_mtime_ns)[: -(KEPT - 1)]:
             old.unlink()
         return _load(path, key)
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mtfast.config import CONFIG_FILE, STAGES, ConfigError, StageName
-from mtfast.durable import damage, manifest_of, sync
+from mtfast.durable import damage, manifest_of, sync, sync_tree
 from mtfast.files import naming, read_json, to_yaml, write_json, write_text
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import ranks
@@ -54,6 +54,10 @@ class RunDirectory:
         if found is None:
             (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
             write_text(self.path / CONFIG_FILE, to_yaml(configuration))
+        elif not found and not _holds(self.path / CONFIG_FILE, configuration):
+            say(f"{self.path / CONFIG_FILE} was damaged and is written anew")
+            write_text(self.path / CONFIG_FILE, to_yaml(configuration))
+        if not found:
             self._summarize({"config": configuration})
         return found or []
 
@@ -76,7 +80,7 @@ class RunDirectory:
                 planned = change.stage in at and _is_planned(self._configuration[change.stage])
                 say(f"{self.path} goes on with another setting, {change}{rate if planned else ''}")
         path = self.path / CONFIG_FILE
-        begun = path.stat().st_mtime_ns  # which the file goes on telling
+        begun = path.stat().st_mtime_ns if path.exists() else time.time_ns()  # which the file goes on telling
         write_text(path, to_yaml(self._configuration))
         os.utime(path, ns=(begun, begun))
         self._summarize({"config": self._configuration})
@@ -187,7 +191,9 @@ class RunDirectory:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(other / name, partial, ignore=shutil.ignore_patterns(STATE))
         self.append([record for _, record in _metrics(other / METRICS) if record["stage"] == name])
+        sync_tree(partial)
         partial.rename(self.stage(name))
+        sync(self.path)
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl."""
@@ -208,7 +214,10 @@ class RunDirectory:
     def _rewind(self, stage: str, step: int) -> None:
         path = self.path / METRICS
         if path.exists():
-            kept = [line for line, r in _metrics(path) if r["stage"] != stage or r["step"] <= step]
+            records, lines = _metrics(path), path.read_bytes().count(b"\n")
+            if lines > len(records):  # besides one that was being written
+                say(f"{path}: {lines - len(records)} damaged line(s) are left out")
+            kept = [line for line, r in records if r["stage"] != stage or r["step"] <= step]
             write_text(path, "".join(line + "\n" for line in kept))
 
     def summarize(self, **entries: Any) -> dict[str, Any]:
@@ -230,10 +239,8 @@ def compare(path: Path, configuration: dict[str, Any], *, create: bool) -> list[
     Raises:
         ConfigError: the run cannot go on with it or, unless `create`, none has begun.
     """
-    owned = path / CONFIG_FILE
-    if owned.exists():
-        # What has become of the file since, by hand say, is a change like one on the command line.
-        theirs = read_summary(path).get("config") or _read_yaml(owned)
+    theirs = _configuration_of(path)
+    if theirs is not None:
         if "tasks" not in theirs:
             raise ConfigError(
                 f"{path} belongs to a run of an earlier mtfast, which did not declare its tasks; go on with "
@@ -254,6 +261,21 @@ def compare(path: Path, configuration: dict[str, Any], *, create: bool) -> list[
     if not create:
         raise ConfigError(f"{path} holds no run with this configuration; train one first")
     return None
+
+
+def _configuration_of(path: Path) -> dict[str, Any] | None:
+    """What the run that has begun in `path` was made with; None where none has. The summary has it too, so
+    that what becomes of the file, by hand say, counts as a change like one on the command line."""
+    if (told := read_summary(path).get("config")) is not None:
+        return told
+    return _read_yaml(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else None
+
+
+def _holds(file: Path, configuration: dict[str, Any]) -> bool:
+    try:
+        return _read_yaml(file) == configuration
+    except ConfigError:
+        return False
 
 
 def _progress(path: Path, name: StageName) -> Progress | None:
