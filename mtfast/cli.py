@@ -201,16 +201,17 @@ def _configuration(command: str, name: str) -> ConfigFile:
     """The configuration of a recipe, in a file, or of a run by its directory, wherever that lies now."""
     if name in ALL_RECIPES and command not in OF_RUNS:
         return ConfigFile(Path(name), name, ALL_RECIPES[name]())
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     try:
-        if path.is_dir():
+        # Of os.path, to which a name that is too long for a file is no file.
+        if os.path.isdir(path):
             if not (path / CONFIG_FILE).is_file():
                 _fail(f"{name} holds no run: there is no {CONFIG_FILE} in it")
             file = read_config_file(path / CONFIG_FILE, ALL_RECIPES)
             return replace(file, config=replace(file.config, run_dir=name))
         if command in OF_RUNS:
             _fail(f"{command} needs the directory of a run, and {name} is none")
-        if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+        if not os.path.isfile(path) and path.suffix not in (".yaml", ".yml"):
             _fail(
                 f"there is no recipe {name!r}, and no such file or directory; the recipes are "
                 f"{', '.join(ALL_RECIPES)}, a file is YAML with a recipe's name and what differs, and a "

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mtfast.errors import FieldError
+from mtfast.errors import FieldError, shown
+from mtfast.hints import PATH_WANTED, fits, in_words, is_path, settings
 from mtfast.interval import WANTED, is_interval
 from mtfast.tasks import MlpConfig, Task, fault_of, fault_of_mlps
 
@@ -188,10 +189,24 @@ def _at_least(low: int) -> Rule:
     return f"be at least {low}", lambda value: low <= value < math.inf
 
 
-_POSITIVE: Rule = "be positive and finite", lambda value: 0.0 < value < math.inf
-_NOT_NEGATIVE: Rule = "be finite and not negative", lambda value: 0.0 <= value < math.inf
+# Up to what a weight can hold.
+_POSITIVE: Rule = "be positive and at most 1e38", lambda value: 0.0 < value <= 1e38
+_NOT_NEGATIVE: Rule = "be at least 0 and at most 1e38", lambda value: 0.0 <= value <= 1e38
+
+_A_PATH: Rule = (PATH_WANTED, is_path)
+_IN_ORDER: Rule = (
+    f"name some of {' '.join(STAGES)}, each once and in this order",
+    lambda names: list(names) == [name for name in STAGES if name in names] != [],
+)
 
 _RULES: dict[str, Rule] = {
+    "stages": _IN_ORDER,
+    "run_dir": _A_PATH,
+    "model.checkpoint": _A_PATH,
+    "data.tasks": _A_PATH,
+    "data.reviews": _A_PATH,
+    "data.cache_dir": _A_PATH,
+    "engine.deepspeed_config": _A_PATH,
     "seed": _at_least(0),
     "log_every": _at_least(1),
     "model.dropout_p": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
@@ -207,7 +222,7 @@ _STAGE_RULES: dict[str, Rule] = {
     "accumulation": _at_least(1),
     "learning_rate": _POSITIVE,
     "warmup_fraction": ("lie in [0, 1]", lambda value: 0.0 <= value <= 1.0),
-    "betas": ("both lie in [0, 1)", lambda values: all(0.0 <= value < 1.0 for value in values)),
+    "betas": ("be two numbers in [0, 1)", lambda values: all(0.0 <= value < 1.0 for value in values)),
     "weight_decay": _NOT_NEGATIVE,
     "gradient_clipping": _NOT_NEGATIVE,
     "max_skipped": _at_least(1),
@@ -227,18 +242,14 @@ def rule_of(field: str) -> str | None:
 
 def validate(config: RunConfig) -> None:
     """Raises ConfigError for values that no run could use, naming the field."""
-    if not config.stages or list(config.stages) != [name for name in STAGES if name in config.stages]:
-        raise ConfigError(
-            f"stages is {' '.join(config.stages) or 'empty'}; it must name some of {' '.join(STAGES)}, "
-            "each once and in this order",
-            "stages",
-        )
-    for path, (rule, holds) in _ALL_RULES.items():
-        value: Any = config
-        for part in path.split("."):
-            value = getattr(value, part, None)  # not every stage has every field
-        if value is not None and not holds(value):
-            raise ConfigError(f"{path} is {value}; it must {rule}", path)
+    for path, hint, value in settings(config):
+        rule, holds = _ALL_RULES.get(path, (None, None))
+        if not fits(value, hint):
+            # The rules of texts and tuples say what they are.
+            ruled = rule if hint is str or typing.get_origin(hint) is tuple else None
+            raise ConfigError(f"{path} is {shown(value)}; it must {ruled or f'be {in_words(hint)}'}", path)
+        if value is not None and holds is not None and not holds(value):
+            raise ConfigError(f"{path} is {shown(value)}; it must {rule}", path)
     if not config.tasks:
         raise ConfigError("tasks is empty; declare at least one task", "tasks")
     for name, task in config.tasks.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +13,18 @@ from typing import Any, NoReturn
 
 import pydantic
 import yaml
+from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
 
 from mtfast.config import ConfigError, RunConfig, rule_of, to_dict
+from mtfast.errors import shown
+from mtfast.hints import in_words
 from mtfast.tasks import Task
 
 DEFAULT_RECIPE = "paper"
+_DEPTH = 4  # of a configuration's names, tasks.sst.aliases.text say
+# What PyYAML raises for a value that is not of the type its tag or its form says.
+_NOT_OF_ITS_TYPE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -50,16 +58,37 @@ def read_config_file(path: Path, recipes: Mapping[str, Callable[[], RunConfig]])
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        given = yaml.safe_load(text) if root is not None else {}
+        given = yaml.load(text, Loader=_Loader) if root is not None else {}
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8: {error.reason} at byte offset {error.start}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}:1: lists or sections are in one another too many times") from error
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{line}: not YAML: the character {chr(error.character)!r}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
     return _Reader(path, recipes).read(root, given)
+
+
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter[RunConfig]:
+    return pydantic.TypeAdapter(RunConfig)
+
+
+class _Loader(yaml.SafeLoader):
+    """Says the line of a value that is not of its type, an integer of 5,000 digits say."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except _NOT_OF_ITS_TYPE as error:
+            problem = f"{shown(node.value)} cannot be read ({error})"
+            raise ConstructorError(None, None, problem, node.start_mark) from error
 
 
 class _Reader:
@@ -69,7 +98,7 @@ class _Reader:
 
     def read(self, root: yaml.Node | None, given: Any) -> ConfigFile:
         if not isinstance(given, dict):
-            raise ConfigError(f"{self.path}:1: {given!r:.60}; a recipe's name and what differs is expected")
+            raise ConfigError(f"{self.path}:1: {shown(given)}; a recipe's name and what differs is expected")
         if root is not None:
             self._note_lines(root, "")
         recipe = given.pop("recipe", DEFAULT_RECIPE)
@@ -85,15 +114,15 @@ class _Reader:
                 name: _declared(base["tasks"], name, task) for name, task in given["tasks"].items()
             }
         try:
-            config = pydantic.TypeAdapter(RunConfig).validate_python(values)
+            config = _adapter().validate_python(values)
         except pydantic.ValidationError as error:
             self._refuse_value(error)
         return ConfigFile(self.path, recipe, config, self.lines)
 
     def _note_lines(self, node: yaml.Node, prefix: str) -> None:
         """The line of every key; raises ConfigError for one that is there twice."""
-        if not isinstance(node, yaml.MappingNode):
-            return
+        if not isinstance(node, yaml.MappingNode) or prefix.count(".") >= _DEPTH:
+            return  # a section that is an alias of itself has no end
         first: dict[str, int] = {}
         for key, value in node.value:
             name, line = str(key.value), key.start_mark.line + 1
@@ -121,16 +150,15 @@ class _Reader:
                     self._refuse(where, "tasks must name each task and declare it below its name")
                 for task, declared in value.items():
                     if declared is not None and not isinstance(declared, dict):
-                        self._refuse(f"tasks.{task}", f"tasks.{task} is {declared!r:.60}; a task has fields")
+                        self._refuse(f"tasks.{task}", f"tasks.{task} is {shown(declared)}; a task has fields")
                     self._check_names(declared, Task, f"tasks.{task}.")
             elif dataclasses.is_dataclass(hints[name]):
                 if not isinstance(value, dict):
-                    self._refuse(where, f"{where} is {value!r:.60}; it has fields, {_names(hints[name])}")
+                    self._refuse(where, f"{where} is {shown(value)}; it has fields, {_names(hints[name])}")
                 self._check_names(value, hints[name], f"{where}.")
-            elif isinstance(value, bool) and hints[name] is not bool:
-                wanted = getattr(hints[name], "__name__", hints[name])
-                read = f"{where} is {value}, as YAML reads yes, no, on and off"
-                self._refuse(where, f"{read}; wanted is {wanted}")
+            elif hints[name] is not bool and _has_bool(value):
+                read = f"{where} is {shown(value)}, as YAML reads yes, no, on and off"
+                self._refuse(where, f"{read}; wanted is {in_words(hints[name])}")
 
     def _refuse_value(self, error: pydantic.ValidationError) -> NoReturn:
         found = error.errors(include_url=False)[0]
@@ -140,20 +168,23 @@ class _Reader:
         while field not in self.lines and len(names) > 1:
             names.pop()
             field = ".".join(names)
-        if found["type"] == "missing":
+        if found["type"] == "missing" and isinstance(found["loc"][-1], str):
             lacking = str(found["loc"][-1])
             self._refuse(field, f"{field} has no {lacking}; a task needs kind, text and label")
         wanted = found["msg"][0].lower() + found["msg"][1:]
         wanted = wanted.replace("input should", "it should")
-        if found["type"] == "string_type" and (
-            rule := rule_of(field)
-        ):  # a text that follows rules of its own
+        # A text or a tuple that follows rules of its own.
+        if found["type"] in ("string_type", "missing", "too_long") and (rule := rule_of(field)):
             wanted = f"it must {rule}"
-        self._refuse(field, f"{field} is {found['input']!r:.60}; {wanted}")
+        self._refuse(field, f"{field} is {shown(found['input'])}; {wanted}")
 
     def _refuse(self, field: str, text: str) -> NoReturn:
         line = next((self.lines[near] for near in _around(field) if near in self.lines), 1)
         raise ConfigError(f"{self.path}:{line}: {text}")
+
+
+def _has_bool(value: Any) -> bool:
+    return any(isinstance(item, bool) for item in (value if isinstance(value, list) else [value]))
 
 
 def _around(field: str) -> Iterator[str]:

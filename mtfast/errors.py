@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlevel = 2
 
 
 class Error(Exception):
@@ -21,3 +26,11 @@ class FieldError(Error, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:  # it is sent between ranks
         return type(self), (str(self), self.field)
+
+
+def shown(value: Any) -> str:
+    """A value as messages have it: its beginning and end, where it is long, and however deep it is."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no longer ones
+        return "a number of thousands of digits"

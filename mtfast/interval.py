@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 WANTED = "be a number of steps, of epochs or a time, such as '200 steps', '1 epoch' or '10 minutes'"
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600}
-_TEXT = re.compile(rf"(\d+) +(step|epoch|{'|'.join(_SECONDS)})s?", re.ASCII)
+# More digits than these count nothing that ends.
+_TEXT = re.compile(rf"(\d{{1,18}}) +(step|epoch|{'|'.join(_SECONDS)})s?", re.ASCII)
 
 
 @dataclass(frozen=True)

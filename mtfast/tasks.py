@@ -7,7 +7,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_type_hints
+
+from mtfast.errors import shown
+from mtfast.hints import PATH_WANTED, fits, in_words, is_path
 
 Split = Literal["train", "dev", "test"]
 SINGLE_HEADS = ("linear", "lstm")
@@ -111,9 +114,9 @@ def fault_of(name: str, task: Task) -> Fault | None:
             f" is no name for a task: it is letters, digits and underscores, begins with a letter and is not "
             f"{' or '.join(RESERVED_NAMES)}",
         )
-    for field_name, allowed in (("kind", tuple(METRICS_OF)), ("pair_input", ("separate", "joint"))):
-        if (value := getattr(task, field_name)) not in allowed:
-            return Fault(field_name, f".{field_name} is {value!r}; it must be one of {', '.join(allowed)}")
+    for field_name, hint in get_type_hints(Task).items():
+        if not fits(value := getattr(task, field_name), hint):
+            return Fault(field_name, f".{field_name} is {shown(value)}; it must be {in_words(hint)}")
     faults = itertools.chain(_faults_of_data(task), _faults_of_kind(task), _faults_of_head(task))
     return next((Fault(field_name, f".{field_name} {text}") for field_name, text in faults), None)
 
@@ -121,7 +124,10 @@ def fault_of(name: str, task: Task) -> Fault | None:
 def _faults_of_data(task: Task) -> Iterator[tuple[str, str]]:
     columns = (*task.texts, task.label)
     if not 1 <= len(task.texts) <= 2 or len(set(columns)) < len(columns):
-        yield "text", f"is {task.text!r}; it must name one column, or two for pairs, and none of them twice"
+        wanted = "it must name one column, or two for pairs, and none of them twice"
+        yield "text", f"is {shown(task.text)}; {wanted}"
+    if task.source is not None and not is_path(task.source):
+        yield "source", f"is {shown(task.source)}; it must {PATH_WANTED}"
     if task.max_rows is not None and task.max_rows < 1:
         yield "max_rows", f"is {task.max_rows}; it must be at least 1"
 
@@ -132,16 +138,19 @@ def _faults_of_kind(task: Task) -> Iterator[tuple[str, str]]:
         if task.classes is None or task.outputs < 2 or len(set(names)) < len(names):
             yield (
                 "classes",
-                f"is {task.classes}; it must be a number of at least 2, or as many different names",
+                f"is {shown(task.classes)}; it must be a number of at least 2, or as many different names",
             )
     elif task.classes is not None:
-        yield "classes", f"is {task.classes}, but only kind classification has classes, this is {task.kind}"
+        what = f"is {shown(task.classes)}, but only kind classification has classes"
+        yield "classes", f"{what}, this is {task.kind}"
     if task.kind == "regression":
         for name in ("low", "high"):
-            if getattr(task, name) is None:
+            if (bound := getattr(task, name)) is None:
                 yield name, "is not set; regression needs low and high, the lowest and the highest score"
-        if not -math.inf < task.low < task.high < math.inf:  # type: ignore[operator]
-            yield "high", f"is {task.high} and low is {task.low}; high must be above low, and both finite"
+            if not math.isfinite(bound):
+                yield name, f"is {bound}; it must be finite"
+        if not task.low < task.high:  # type: ignore[operator]
+            yield "high", f"is {task.high} and low is {task.low}; high must be above low"
     else:
         for name in ("low", "high"):
             if getattr(task, name) is not None:
@@ -150,7 +159,7 @@ def _faults_of_kind(task: Task) -> Iterator[tuple[str, str]]:
     if not 0.0 <= task.weight < math.inf:
         yield "weight", f"is {task.weight}; it must be finite and not negative"
     if task.metric is not None and task.metric not in METRICS_OF[task.kind]:
-        yield "metric", f"is {task.metric!r}; kind {task.kind} has {' and '.join(METRICS_OF[task.kind])}"
+        yield "metric", f"is {shown(task.metric)}; kind {task.kind} has {' and '.join(METRICS_OF[task.kind])}"
 
 
 def _faults_of_head(task: Task) -> Iterator[tuple[str, str]]:
@@ -158,7 +167,7 @@ def _faults_of_head(task: Task) -> Iterator[tuple[str, str]]:
         if task.pair_input == "joint":
             yield "pair_input", "is joint, but the task has one text; joint is for pairs"
         if task.has_mlp:
-            yield "head", f"is {task.head!r}; a task with one text has {' or '.join(SINGLE_HEADS)}"
+            yield "head", f"is {shown(task.head)}; a task with one text has {' or '.join(SINGLE_HEADS)}"
     elif task.sequences_per_example == 2 and not task.has_mlp:
         yield (
             "head",
@@ -166,7 +175,8 @@ def _faults_of_head(task: Task) -> Iterator[tuple[str, str]]:
             "pair_input: joint",
         )
     if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", task.head):
-        yield "head", f"is {task.head!r}; a name is letters, digits and underscores and begins with a letter"
+        wanted = "a name is letters, digits and underscores and begins with a letter"
+        yield "head", f"is {shown(task.head)}; {wanted}"
 
 
 def fault_of_mlps(tasks: Mapping[str, Task]) -> Fault | None:

@@ -93,7 +93,7 @@ WRONG = {
     ),
     "a number for yes": (
         "recipe: local\nfinetune:\n  epochs: yes\n",
-        "my.yaml:3: finetune.epochs is True, as YAML reads yes, no, on and off; wanted is int",
+        "my.yaml:3: finetune.epochs is True, as YAML reads yes, no, on and off; wanted is an integer",
     ),
     "an unknown field of a task": (
         "tasks:\n  imdb:\n    kind: binary\n    text: text\n    lable: label\n",
@@ -114,6 +114,42 @@ WRONG = {
     "a kind that is none": (
         "tasks:\n  imdb: {kind: sentiment, text: text, label: label}\n",
         "my.yaml:2: tasks.imdb.kind is 'sentiment'; it should be 'classification', 'binary' or 'regression'",
+    ),
+    "yes for one of several numbers": (
+        "engine:\n  zero_stage: yes\n",
+        "my.yaml:2: engine.zero_stage is True, as YAML reads yes, no, on and off; wanted is 0, 1, 2 or 3",
+    ),
+    "yes in a list of numbers": (
+        "finetune:\n  betas: [0.9, no]\n",
+        "my.yaml:2: finetune.betas is [0.9, False], as YAML reads yes, no, on and off; wanted is a list of 2",
+    ),
+    "a list that is too short": (
+        "finetune:\n  betas: [0.9]\n",
+        "my.yaml:2: finetune.betas is [0.9]; it must be two numbers in [0, 1)",
+    ),
+    "an integer too long for Python": ("\nseed: " + "1" * 5000, "my.yaml:2: not YAML: '1111"),
+    "an integer too long for Python in hexadecimal": (
+        "\nseed: 0x" + "f" * 5000,
+        "my.yaml:2: seed is a number of thousands of digits; it must be an integer (of 64 bits)",
+    ),
+    "a day that is none": ("\nseed: 2024-13-45\n", "my.yaml:2: not YAML: '2024-13-45'"),
+    "a tag that the value belies": ("\nseed: !!int x\n", "my.yaml:2: not YAML: 'x' cannot be read (invalid"),
+    "a character that YAML has not": ("seed: 1\n# \x00\n", "my.yaml:2: not YAML: the character '\\x00'"),
+    "lists without end": ("seed: " + "[" * 3000, "my.yaml:1: lists or sections are in one another too many"),
+    "a section that holds itself": ("finetune: &a\n  epochs: *a\n", "my.yaml:2: finetune.epochs is {"),
+    "lists that grow without bound": (
+        "\n".join(
+            ["seed:", "- &l0 [1]", *(f"- &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 30))]
+        ),
+        "my.yaml:1: seed is [[1], [[",
+    ),
+    "the home of nobody": (
+        "run_dir: ~nobody-of-that-name/x\n",
+        "my.yaml:1: run_dir is '~nobody-of-that-name/x'; it must be a path or a name, without",
+    ),
+    "a bound that is no number": (
+        "tasks:\n  sts:\n    low: -.inf\n",
+        "my.yaml:3: tasks.sts.low is ",
     ),
     "a value of another type": (
         "recipe: local\nfinetune:\n  epochs: many\n",
@@ -168,6 +204,12 @@ def test_a_file_that_cannot_be_meant_is_answered_with_its_line(case, tmp_path, c
         cli.main(["run", str(path), "--print-config"])
     assert ended.value.code == 2
     assert f"mtfast: {tmp_path}/{message}" in capsys.readouterr().err
+
+
+def test_a_name_too_long_for_a_file_is_no_recipe(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "a" * 300])
+    assert "and no such file or directory" in capsys.readouterr().err
 
 
 OF_DATA = {

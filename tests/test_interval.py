@@ -42,6 +42,7 @@ def test_what_is_understood(text, expected):
         "1 step 2",
         "10m",
         "² steps",
+        "9" * 5000 + " steps",
         3,
     ],
 )

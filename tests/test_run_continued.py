@@ -16,7 +16,7 @@ from mtfast.config import ConfigError, RunConfig, to_dict
 from mtfast.files import to_yaml
 from mtfast.recipes import demo, paper
 from mtfast.training.run.directory import compare
-from mtfast.training.run.settings import FREE, PLACES, SHARING, Change, located
+from mtfast.training.run.settings import FREE, PLACES, SHARING, Change, changes, located
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +250,18 @@ def test_paths_that_are_there_are_kept_absolute(tmp_path, monkeypatch):
     assert found.data.cache_dir == f"{tmp_path}/cache"
     assert (found.model.checkpoint, found.data.reviews) == ("bert-base-uncased", "stanfordnlp/imdb")
     assert found.tasks["quora"].source is None and located(found) == found
+
+
+def test_a_name_that_is_too_long_for_a_path_is_left_as_it_is():
+    config = replace(paper(), model=replace(paper().model, checkpoint="a" * 300))
+    assert located(config).model == config.model
+
+
+def test_a_task_may_be_called_like_a_setting_of_tasks():
+    def values(title: str) -> dict:
+        return to_dict(replace(paper(), tasks={"splits": replace(paper().tasks["sst"], title=title)}))
+
+    assert list(changes(values("a"), values("b"))) == [Change("tasks.splits.title", "a", "b")]
 
 
 def test_every_setting_that_may_differ_is_a_setting():

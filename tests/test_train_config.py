@@ -97,6 +97,17 @@ def test_experiments_differ_in_one_thing():
         ("pretrain.learning_rate", float("inf")),
         ("finetune.warmup_fraction", 1.5),
         ("finetune.betas", (0.9, 1.0)),
+        ("finetune.betas", (0.9,)),
+        ("pretrain.betas", (0.9, 0.99, 0.999)),
+        ("finetune.schedule", "step"),
+        ("engine.precision", "fp16"),
+        ("seed", 2**63),
+        ("finetune.learning_rate", 1.7e308),  # its multiple in a warm-up would be infinite
+        ("finetune.checkpoint_every", ""),
+        ("run_dir", "a\0b"),
+        ("data.tasks", "\ud800"),
+        ("tasks.sst.source", "~nobody-of-that-name/x"),
+        ("tasks.sts.low", float("nan")),
         ("heads.betas", (-0.1, 0.9)),
         ("finetune.weight_decay", -0.01),
         ("finetune.gradient_clipping", -1.0),
@@ -122,7 +133,7 @@ def test_impossible_values_are_named(path, value):
     for holder, part in zip(reversed(holders), reversed(parts), strict=True):
         given = {part: changed}
         changed = holder | given if isinstance(holder, dict) else replace(holder, **given)
-    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{path} is {value}; it must ')}\w") as raised:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{path} is {value!r}; it must ')}\w") as raised:
         validate(changed)
     assert raised.value.field == path
 

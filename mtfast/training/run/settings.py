@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,8 @@ def _absolute(path: str) -> str:
 def _if_there(name: str) -> str:
     """What is no path here may be a name on the hub."""
     path = Path(name).expanduser()
-    there = path.parent.is_dir() if "{split}" in path.name else path.exists()
+    # Of os.path, to which a name that is too long for a file is no file.
+    there = os.path.isdir(path.parent) if "{split}" in path.name else os.path.exists(path)
     return _absolute(name) if there else name
 
 
@@ -100,13 +102,18 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") ->
     for key in sorted(set(was) | set(now), key=str):
         name = f"{prefix}{key}"
         there, here = was.get(key), now.get(key)
-        if isinstance(there, dict) and isinstance(here, dict) and not name.endswith((".splits", ".aliases")):
+        if isinstance(there, dict) and isinstance(here, dict) and not _is_one_setting(name):
             if name == "tasks" and set(there) == set(here) and list(there) != list(here):
                 # Parameters and outputs follow their order.
                 yield Change("tasks", list(there), list(here))
             yield from changes(there, here, f"{name}.")
         elif there != here:
             yield Change(name, there, here)
+
+
+def _is_one_setting(name: str) -> bool:
+    """Whether the names in a mapping are of the data, not of settings."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in ("tasks.*.splits", "tasks.*.aliases"))
 
 
 def refused(
