@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from patience import PATIENCE
 from processes import RENDEZVOUS, Ranks, command
 
 import mtfast
-from mtfast.training.engine.state import states_in
 
 BIN = Path(sys.executable).parent
 STAGES = ("heads", "finetune")
@@ -199,37 +196,3 @@ def test_accumulation_follows_one_batch(corpus, one_rank, tmp_path):
     more = {"finetune.accumulation": 2, "heads.accumulation": 2}
     train(run_dir, *options(corpus, run_dir, **more))
     assert_follow(run_dir, one_rank)
-
-
-@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "bf16"), (2, "fp32")])
-def test_a_killed_run_continues_bit_for_bit(zero_stage, precision, corpus, tmp_path):
-    more = {
-        "engine.zero-stage": zero_stage,
-        "engine.precision": precision,
-        "model.dropout-p": 0.1,
-        "finetune.checkpoint-every": "7 steps",
-        "finetune.batch-size": 16,
-        "finetune.max-steps": 2 * STEPS,
-        "log-every": 1,
-    }
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    Ranks(command, "finetune", "demo", *options(corpus, whole, **more), output=tmp_path).succeed()
-    arguments = ("finetune", "demo", *options(corpus, broken, **more))
-    run = Ranks(command, *arguments, output=tmp_path)
-    while run.processes[0].is_alive():
-        metrics = broken / "metrics.jsonl"
-        if states_in(broken / "finetune/state") and len(whole_lines(metrics)) > 9:
-            break
-        time.sleep(0.02)
-    run.kill()
-    assert run.wait() == [-signal.SIGKILL] and len(whole_lines(broken / "metrics.jsonl")) < 2 * STEPS, (
-        "the run ended before it could be interrupted"
-    )
-    again = Ranks(command, *arguments, output=tmp_path)
-    again.succeed()
-    assert "continuing after step" in again.stdout()
-    assert losses(broken, "finetune") == losses(whole, "finetune")
-
-
-def whole_lines(metrics: Path) -> list[str]:
-    return [line for line in metrics.read_text().splitlines() if line.endswith("}")]

@@ -104,6 +104,17 @@ def test_a_signal_ends_an_evaluation_at_once(epoch, tmp_path, whole):
     gone_on_with(config, whole)
 
 
+def test_an_evaluation_that_is_made_again_is_recorded_once(tmp_path, whole):
+    config = config_in(tmp_path)
+    with pytest.raises(Stopped):
+        train(config, Signalled(config, signal.SIGTERM, step=STEPS))  # before its evaluation
+    stage = Small(config)
+    stage.step = lambda _: 1 / 0  # after it, with no state in between
+    with pytest.raises(ZeroDivisionError):
+        train(config, stage)
+    gone_on_with(config, whole)
+
+
 def test_a_stage_that_a_signal_finds_over_has_finished(tmp_path, whole, monkeypatch):
     config = config_in(tmp_path)
     stage = Small(config)

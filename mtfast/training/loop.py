@@ -105,7 +105,7 @@ class _Loop:
         self.look_at = self.at.step + 1
         self.allowed_in_a_row = self.settings.max_skipped if self.settings.non_finite == "skip" else 0
         self.pending: list[Trained] = []
-        run.rewind(stage.name, self.at.step)
+        run.rewind(stage.name, self.at.step, evaluated=not self.at.to_evaluate)
 
     def _position(self) -> Position:
         """Where the newest state leaves off, which the engine goes on from."""

@@ -207,17 +207,24 @@ class RunDirectory:
         if ranks.is_main() and (path := self.path / METRICS).exists():
             sync(path)
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Forget what metrics.jsonl says of `stage` after `step`: those steps are about to run again."""
-        ranks.on_main(self._rewind, stage, step)
+    def rewind(self, stage: str, step: int, *, evaluated: bool = True) -> None:
+        """Forget what metrics.jsonl says of `stage` after `step`: that is about to happen again.
 
-    def _rewind(self, stage: str, step: int) -> None:
+        evaluated: an evaluation after the step itself is not.
+        """
+        ranks.on_main(self._rewind, stage, step, evaluated)
+
+    def _rewind(self, stage: str, step: int, evaluated: bool) -> None:
         path = self.path / METRICS
         if path.exists():
             records, lines = _metrics(path), path.read_bytes().count(b"\n")
             if lines > len(records):  # besides one that was being written
                 say(f"{path}: {lines - len(records)} damaged line(s) are left out")
-            kept = [line for line, r in records if r["stage"] != stage or r["step"] <= step]
+            kept = [
+                line
+                for line, r in records
+                if r["stage"] != stage or r["step"] < step + (evaluated or r.get("kind") != "eval")
+            ]
             write_text(path, "".join(line + "\n" for line in kept))
 
     def summarize(self, **entries: Any) -> dict[str, Any]:
