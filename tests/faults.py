@@ -29,18 +29,19 @@ def library() -> Path:
     return made
 
 
-def arm(directory: Path, number: int, mode: int, error: int = 0) -> None:
+def arm(directory: Path, number: int, mode: int, error: int = 0, changes: Path | None = None) -> None:
     """Let something happen to the change with this number, from 1, below `directory`.
 
     mode: COUNT nothing. FAIL_ONCE it fails with `error`; of a write one half is made. FAIL_FROM all later
         ones do too. KILL the process ends there.
+    changes: file for a list of them, a line each: what is done, the path, that which a rename or link is of.
     """
-    ctypes.CDLL(None).faults_arm(os.fsencode(directory), ctypes.c_long(number), mode, error)
+    where, into = os.fsencode(directory.resolve()), os.fsencode(changes or "")
+    ctypes.CDLL(None).faults_arm(where, ctypes.c_long(number), mode, error, into)
 
 
 def disarm() -> int:
     """Nothing happens any more; how many changes there were."""
-    made = ctypes.CDLL(None).faults_made
-    made.restype = ctypes.c_long
-    ctypes.CDLL(None).faults_disarm()
-    return made()
+    function = ctypes.CDLL(None).faults_disarm
+    function.restype = ctypes.c_long
+    return function()

@@ -9,7 +9,9 @@ from typing import Any
 
 import faults
 from poison import METRICS, STEPS, Small
+from processes import command
 from safetensors.torch import load_file
+from torch import Tensor
 
 from mtfast import commands
 from mtfast.commands import open_directory
@@ -33,7 +35,7 @@ def train_stages(config: RunConfig, number: int | None = None, stop: tuple[str, 
     """
     engine_module.start()
     if stop is not None and ranks.rank() == ranks.world_size() - 1:
-        send_a_signal(signal.SIGTERM, *stop)
+        _send_a_signal(*stop)
     if ranks.is_main():
         mode = faults.COUNT if number is None else faults.KILL
         faults.arm(config.path, number or 0, mode)
@@ -45,7 +47,16 @@ def train_stages(config: RunConfig, number: int | None = None, stop: tuple[str, 
 
 
 class Wandering(Small):
-    """Its best epochs are others by each criterion."""
+    """Its best epochs are others by each criterion. stop: step in which this process is sent SIGTERM."""
+
+    def __init__(self, config: RunConfig, stop: int | None = None) -> None:
+        super().__init__(config)
+        self.stop, self.made = stop, itertools.count(1)
+
+    def step(self, batch: Any) -> Tensor:
+        if next(self.made) == self.stop:
+            signal.raise_signal(signal.SIGTERM)
+        return super().step(batch)
 
     def evaluate(self) -> dict[str, float]:
         total = sum(x.double().abs().sum().item() for x in self.engine.state_dict().values())
@@ -53,25 +64,39 @@ class Wandering(Small):
         return {mean: -total, sst: total, quora: total * 1e3 % 1, sts: 0.0}
 
 
-def send_a_signal(signum: int, name: str, number: int) -> None:
-    """Let this process be sent a signal in this step of this stage."""
+def _send_a_signal(name: str, number: int) -> None:
+    """Let this process be sent SIGTERM in this step of this stage."""
 
     def step(self: Stage, batch: Any) -> Any:
-        result = made(self, batch)
         if self.name == name and next(steps) == number:
-            signal.raise_signal(signum)
-        return result
+            signal.raise_signal(signal.SIGTERM)
+        return made(self, batch)
 
     made, Stage.step, steps = Stage.step, step, itertools.count(1)
 
 
-def train_small(run_dir: Path) -> None:
+def list_changes(run_dir: Path, changes: Path) -> None:
+    """Lists what a run of a small model does to its files."""
+    engine_module.start()
+    faults.arm(run_dir, 0, faults.COUNT, changes=changes)
+    train_small(run_dir)
+    faults.disarm()
+
+
+def impatient_command(*arguments: str) -> None:
+    """A command whose ranks take one that is silent for a few seconds for dead."""
+    alive.SILENT_SECONDS = 10.0
+    command(*arguments)
+
+
+def train_small(run_dir: Path, stop: int | None = None) -> None:
+    """stop: step in which this process is sent SIGTERM."""
     config = RunConfig(
         run_dir=str(run_dir),
         engine=EngineConfig(precision="fp32", zero_stage=0),
         finetune=TaskStageConfig(epochs=EPOCHS, batch_size=4, learning_rate=0.02, checkpoint_every="3 steps"),
     )
-    stage = Wandering(config)
+    stage = Wandering(config, stop)
     try:
         train_stage(stage, open_directory(config), 1)
     finally:

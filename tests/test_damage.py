@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import faulty
 import numpy as np
 import pytest
 import yaml
@@ -20,9 +21,11 @@ from mtfast.models.checkpoint import CheckpointError
 from mtfast.push import push
 from mtfast.recipes import RECIPES
 from mtfast.training.engine import engine
+from mtfast.training.engine.state import states_in
 from mtfast.training.run.directory import METRICS
 from mtfast.training.run.lock import release
 from mtfast.training.run.weights import best_weights, find_weights
+from mtfast.training.stopping import Stopped
 
 SPOILS = (flip, truncate, Path.unlink)
 
@@ -61,6 +64,26 @@ def heads(tmp_path_factory) -> Path:
     finish(run, "pretrain", "heads")
     release()
     return run
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "best-quora/weights.safetensors"])
+def test_a_run_whose_newest_state_is_damaged_makes_the_steps_since_the_one_before_again(
+    file, tmp_path, capsys
+):
+    """Its best weights become those of then, too."""
+    faulty.train_small(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        faulty.train_small(tmp_path / "run", stop=11)
+    before, newest = states_in(tmp_path / "run/finetune/state")
+    assert (before.name, newest.name) == ("step-9", "step-11")
+    flip(newest / file)
+    capsys.readouterr()
+    faulty.train_small(tmp_path / "run")
+    said = capsys.readouterr().out
+    assert (
+        f"{newest / file} is damaged: its checksum is not the recorded one; going on from {before}\n" in said
+    )
+    assert faulty.left_by(tmp_path / "run") == faulty.left_by(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)

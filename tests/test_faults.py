@@ -87,6 +87,39 @@ def test_a_run_killed_anywhere_goes_on_bit_for_bit(name, corpus, tmp_path):
         shutil.rmtree(config.path)  # it has ended before it was killed often enough
 
 
+def test_what_is_named_is_on_the_disk_first(tmp_path):
+    """As a loss of power needs it: what a rename puts in place is synced before it, file by file and the
+    directory; the name itself after it, before anything older is removed."""
+    changes = tmp_path / "changes"
+    Ranks(faulty.list_changes, tmp_path / "run", changes, output=tmp_path).succeed()
+    unsynced: set[Path] = set()  # files with contents, and directories with names, that are not on the disk
+    synced: set[Path] = set()
+    renamed: dict[Path, Path] = {}  # by the directory that does not have the name on the disk yet
+    for line in changes.read_text().splitlines():
+        what, path, of = (Path(part) if part.startswith("/") else part for part in line.split("\t"))
+        if what == "fsync":
+            unsynced.discard(path)
+            synced.add(path)
+            renamed.pop(path, None)
+        elif what in ("open", "write") and not path.name.startswith(".tmp"):  # safetensors renames it
+            unsynced |= {path}
+        elif what in ("mkdir", "link"):
+            unsynced |= {path, path.parent} if what == "mkdir" else {path.parent}
+        elif what == "unlink":
+            unsynced.discard(path)
+            if not any(part.startswith(".") for part in path.parts):
+                assert not renamed, (line, renamed)
+        elif what == "rename" and not path.name.endswith(".outgoing"):
+            left = {file for file in unsynced if file == of or of in file.parents}
+            assert not left, (line, left)
+            renamed[path.parent] = path
+    state = tmp_path / "run" / "finetune" / "state"
+    for file in (state / "step-16").rglob("*"):
+        assert state / ".step-16.incoming" / file.relative_to(state / "step-16") in synced
+    names = {path.name for path in (tmp_path / "run" / "finetune").iterdir()}
+    assert not renamed and {"state", "best-mean", "best-sst", "last", "result.json"} <= names
+
+
 @pytest.mark.parametrize(
     ("mode", "error", "stride"),
     [

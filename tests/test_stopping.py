@@ -216,14 +216,13 @@ def test_a_signalled_command_leaves_with_a_status_that_says_so(signum, world_siz
     [
         (1, signal.SIGKILL, r"mtfast: rank 1 on \S+ has ended without a word, .* continues the run\n"),
         (0, signal.SIGKILL, r"rank 1 on \S+: lost the connection to rank 0\n"),
-        (1, signal.SIGSTOP, r"mtfast: rank 1 on \S+ gave no sign of life for 30 s: .* continues the run\n"),
+        (1, signal.SIGSTOP, r"mtfast: rank 1 on \S+ gave no sign of life for 10 s: .* continues the run\n"),
     ],
     ids=["killed", "the first killed", "hanging"],
 )
 def test_a_rank_that_dies_ends_the_others_with_its_reason(gone, how, said, corpus, tmp_path):
-    ranks = Ranks(
-        command, "finetune", "demo", *options(corpus, tmp_path / "run"), output=tmp_path, world_size=2
-    )
+    arguments = ("finetune", "demo", *options(corpus, tmp_path / "run"))
+    ranks = Ranks(faulty.impatient_command, *arguments, output=tmp_path, world_size=2)
     wait_for(ranks, tmp_path / "run", 5)
     os.kill(ranks.processes[gone].pid, how)
     other = ranks.processes[1 - gone]
