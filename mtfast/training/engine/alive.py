@@ -51,22 +51,22 @@ def silent(seconds: float) -> list[str]:
 
 
 class Watch:
-    """This process's signs of life, and when each of the others gave its last."""
+    """This process's signs of life, and when each of the others that has begun to gave its last."""
 
     def __init__(self, store: Any) -> None:
         self._store = store.clone()  # the other threads' operations may block
         self._prefix = f"mtfast/alive/{next(_starts)}"
-        where = ranks.gather(ranks.whereabouts())
-        self._where = {rank: of for rank, of in enumerate(where) if rank != ranks.rank()}
-        self._beats = dict.fromkeys(self._where, 0)
-        self._heard = dict.fromkeys(self._where, time.monotonic())
+        self._store.set(f"{self._prefix}/where/{ranks.rank()}", ranks.whereabouts())
+        self._beats = dict.fromkeys((r for r in range(ranks.world_size()) if r != ranks.rank()), 0)
+        self._where: dict[int, str] = {}
+        self._heard: dict[int, float] = {}
         self._failed_at: float | None = None
         self.ended = threading.Event()
         threading.Thread(target=self._run, name="mtfast-alive", daemon=True).start()
 
     def silent(self, seconds: float) -> list[str]:
         now = time.monotonic()
-        return [self._where[rank] for rank, heard in self._heard.items() if now - heard > seconds]
+        return [self._where[rank] for rank, heard in list(self._heard.items()) if now - heard > seconds]
 
     def _run(self) -> None:
         try:
@@ -89,8 +89,11 @@ class Watch:
         now = time.monotonic()
         for rank, before in self._beats.items():
             beats = self._store.add(f"{self._prefix}/{rank}", 0)
-            if beats != before:
-                self._beats[rank], self._heard[rank] = beats, now
+            if beats == before:
+                continue
+            if rank not in self._where:
+                self._where[rank] = self._store.get(f"{self._prefix}/where/{rank}").decode()
+            self._beats[rank], self._heard[rank] = beats, now
         if self._failed_at is None and self._store.check([FAILED]):
             self._failed_at = now
 
