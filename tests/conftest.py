@@ -17,6 +17,7 @@ os.environ.setdefault("MTFAST_CHECK_VALUES", "1")
 
 # Begun first, so that the processes which share the files out end together.
 LONGEST = ("test_launch", "test_packed_attention_kernels", "test_training_parity", "test_packed_attention")
+LONGEST += ("test_faults", "test_stopping", "test_loss_curves")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ import mtfast
 
 BIN = Path(sys.executable).parent
 STAGES = ("heads", "finetune")
-STEPS = 20
+STEPS = 12
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bert_twins import small_corpus
 from stages import demo_on
 
 from mtfast import commands
 from mtfast.config import STAGES
-from mtfast.data.demo import write_demo_corpus
 from mtfast.training.engine import memory, peak_memory, ranks
 
 BLOCK = 256 << 20  # bytes, many times what else a small stage takes
@@ -35,7 +35,7 @@ def no_collections():
 @pytest.fixture
 def config(tmp_path):
     """Of a run of few steps."""
-    config = demo_on(write_demo_corpus(tmp_path / "demo"), tmp_path / "run")
+    config = demo_on(small_corpus(tmp_path / "demo", 60), tmp_path / "run")
     return replace(
         config,
         pretrain=replace(config.pretrain, max_steps=2),

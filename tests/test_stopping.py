@@ -179,7 +179,7 @@ def options(corpus: DemoCorpus, run_dir: Path) -> list[str]:
             "data.reviews": corpus.reviews,
             "engine.zero-stage": 2,
             "finetune.batch-size": 16,
-            "finetune.max-steps": 60,
+            "finetune.max-steps": 40,
             "finetune.checkpoint-every": "1 hour",
             "finetune.epochs": 9,
             "log-every": 10,
@@ -202,13 +202,13 @@ def test_a_signalled_command_leaves_with_a_status_that_says_so(signum, world_siz
     wait_for(ranks, tmp_path / "run", 5)
     os.kill(ranks.processes[to].pid, signum)
     assert ranks.wait() == [128 + signum] * world_size
-    said = re.search(r"mtfast: finetune: stopped after step (\d+) of 60, which is saved", ranks.stderr())
+    said = re.search(r"mtfast: finetune: stopped after step (\d+) of 40, which is saved", ranks.stderr())
     assert said and ranks.stderr().count("mtfast: ") == 1, ranks.stderr()
     (state,) = states_in(tmp_path / "run/finetune/state")
     assert state.name == f"step-{said[1]}"
     again = Ranks(command, *arguments, output=tmp_path, world_size=world_size)
     again.succeed()
-    assert f"continuing after step {said[1]} of 60\n" in again.stdout()
+    assert f"continuing after step {said[1]} of 40\n" in again.stdout()
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            while not self.ended.wait(BEAT_SECONDS):
+            while not self.ended.is_set():
                 self._beat()
                 if found := self.silent(SILENT_SECONDS):
                     self._end(
@@ -79,6 +79,7 @@ class Watch:
                     )
                 if self._failed_at is not None and time.monotonic() - self._failed_at > LEAVING_SECONDS:
                     self._end("")
+                self.ended.wait(BEAT_SECONDS)
         except Exception:  # torch raises several kinds where the store cannot be reached
             if not self.ended.wait(LEAVING_SECONDS):
                 print(f"{ranks.whereabouts()}: lost the connection to rank 0", file=sys.stderr)

@@ -132,7 +132,7 @@ class RunDirectory:
 
     def _finish(self, stage: Path, result: dict[str, Any]) -> None:
         shutil.rmtree(stage / FEATURES, ignore_errors=True)
-        checkpoints = [path for path in sorted(stage.iterdir()) if path.is_dir() and path.name != STATE]
+        checkpoints = [path for path in sorted(stage.glob("*")) if path.is_dir() and path.name != STATE]
         described = {path.name: manifest_of(path) for path in checkpoints if not path.name.startswith(".")}
         write_json(stage / "result.json", {**result, "checkpoints": described})
 
