@@ -1,4 +1,4 @@
-"""Runs by `deepspeed` and `torchrun` on two ranks and on two nodes follow one rank; a killed run goes on."""
+"""Runs by `deepspeed` and `torchrun` on two ranks and on two nodes follow one rank."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def assert_follow(run_dir: Path, one_rank: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(corpus, tmp_path_factory) -> Path:
-    """Heads, then 20 steps of fine-tuning, on one rank without ZeRO."""
+    """Heads, then 12 steps of fine-tuning, on one rank without ZeRO."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
     train(run_dir, *options(corpus, run_dir))
     assert len(losses(run_dir, "finetune")) == STEPS
