@@ -17,8 +17,8 @@ COUNT, FAIL_ONCE, FAIL_FROM, KILL = range(4)
 
 
 @functools.cache
-def library() -> Path:
-    """What to preload; compiled where that was not done yet."""
+def preloaded() -> Path:
+    """What those processes begin with; compiled where that was not done yet."""
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     made = Path(tempfile.gettempdir()) / f"mtfast-faults-{os.getuid()}-{digest}.so"
     if not made.exists():

@@ -111,7 +111,7 @@ def _rendezvous(world_size: int) -> list[dict[str, str]]:
 @functools.cache
 def _start_server() -> None:
     kept = dict(os.environ)
-    os.environ.update(ENVIRONMENT, LD_PRELOAD=str(faults.library()))
+    os.environ.update(ENVIRONMENT, LD_PRELOAD=str(faults.preloaded()))
     try:
         FORKS.set_forkserver_preload(IMPORTED)
         forkserver.ensure_running()

@@ -112,13 +112,11 @@ class Engine:
         )
         self.model = self._engine  # what is called
         self._learning_rate = torch.zeros((), device=self.device) if self.capturable else None
-        self._whole = whole
         if whole is not None:
             self._optimizer: Any = whole
             if ranks.world_size() == 1:
-                self._engine.enable_backward_allreduce = (
-                    False  # which would copy the gradients there and back
-                )
+                # It would copy the gradients there and back.
+                self._engine.enable_backward_allreduce = False
             return
         from .zero import ZeroOptimizer  # which imports deepspeed
 
@@ -155,8 +153,8 @@ class Engine:
     def step(self, loss: Tensor) -> None:
         """Backward pass of one micro-batch; the last of a step also updates the weights."""
         self._engine.backward(loss)
-        if self._whole is not None:
-            self._whole.accumulate()
+        if self._zero_stage == 0:
+            self._optimizer.accumulate()
         self._engine.step()
 
     def first_non_finite(self) -> str | None:
