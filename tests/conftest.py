@@ -5,6 +5,7 @@ which takes about half an hour, and 10,000 inputs of each property; without it a
 that has each kind of case, the same inputs each time.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_stays() -> None:
+    """Each stage of each run collects garbage, and would go through all that was imported before."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,6 @@ from patience import PATIENCE
 import mtfast
 
 FORKS = multiprocessing.get_context("forkserver")
-IMPORTED = ["deepspeed", "torch._inductor.compile_fx", "scipy.stats", "pandas", "mtfast.commands"]
-IMPORTED += ["faulty", "dying"]  # with whose functions tests call `Ranks`
 # Of every process; a fork could not use a GPU.
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(map(str, (Path(mtfast.__file__).parents[1], Path(__file__).parent))),
@@ -113,7 +111,7 @@ def _start_server() -> None:
     kept = dict(os.environ)
     os.environ.update(ENVIRONMENT, LD_PRELOAD=str(faults.preloaded()))
     try:
-        FORKS.set_forkserver_preload(IMPORTED)
+        FORKS.set_forkserver_preload(["imported"])
         forkserver.ensure_running()
     finally:
         os.environ.clear()

@@ -1,5 +1,5 @@
 """The CUDA source of bias_gelu run on the CPU: against eager PyTorch in float64, in any thread order, under
-race detector and sanitizers; what its machine code holds.
+race detector; what its machine code holds.
 
 MTFAST_TEST_SWEEP=full takes every number, otherwise every seventh, and reads the machine code for Ampere too.
 """
@@ -11,7 +11,7 @@ import ctypes
 import pytest
 import torch
 from bias_gelu_cases import DTYPES, Run, check_errors, check_every_number, check_extremes, check_sums, draw
-from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load, run_sanitized
+from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load
 from cuda_on_cpu.machine_code import ARCHITECTURES, disassembled
 from torch import Tensor
 
@@ -117,10 +117,6 @@ def small_shapes(kernels: Kernels) -> None:
     for dtype in DTYPES:
         for shape, offset, bias in (((70, 40), 0, True), ((33, 31), 0, True), ((3, 264), 1, False)):
             emulated(kernels, offset)(*draw(*shape, dtype, bias=bias))
-
-
-def test_sanitizers_are_silent():
-    run_sanitized("test_bias_gelu_kernels:small_shapes", SOURCE)
 
 
 @pytest.mark.sweep

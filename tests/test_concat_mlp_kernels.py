@@ -1,5 +1,5 @@
 """The CUDA source of concat_mlp run on the CPU: against eager PyTorch in float64, in any thread order, under
-race detector and sanitizers; what its machine code holds.
+race detector; what its machine code holds.
 
 MTFAST_TEST_SWEEP=full runs all 200 random cases in each dtype, otherwise twelve, draws 2,000 dropout
 masks instead of 500, and reads the machine code for Ampere too.
@@ -24,7 +24,7 @@ from concat_mlp_cases import (
     check_sums,
     draw,
 )
-from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load_all, run_sanitized
+from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load_all
 from cuda_on_cpu.machine_code import ARCHITECTURES, disassembled
 from torch import Tensor
 
@@ -254,10 +254,6 @@ def small_shapes(*kernels: Kernels) -> None:
             dy = torch.ones(shape[0], shape[3], dtype=dtype)
             run(cast(exact, dtype, "cpu", needs, gap=5), dy, seed=7, **options, **rows)
     test_rows_out_of_range_read_nothing_and_give_nan(run)
-
-
-def test_sanitizers_are_silent():
-    run_sanitized("test_concat_mlp_kernels:small_shapes", *SOURCES)
 
 
 @pytest.mark.sweep

@@ -1,5 +1,5 @@
 """The CUDA source of dropout_add_layer_norm run on the CPU: against eager PyTorch in float64, in any thread
-order, under race detector and sanitizers; what its machine code holds.
+order, under race detector; what its machine code holds.
 
 MTFAST_TEST_SWEEP=full runs all 200 random cases in each dtype, otherwise a dozen, and reads the machine code
 for Ampere too.
@@ -11,7 +11,7 @@ import ctypes
 
 import pytest
 import torch
-from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load_all, run_sanitized
+from cuda_on_cpu.harness import CASES, DTYPES_IN_C, SHARED_KIB, Case, Kernels, load_all
 from cuda_on_cpu.machine_code import ARCHITECTURES, disassembled
 from dropout_add_layer_norm_cases import (
     DTYPES,
@@ -189,10 +189,6 @@ def test_every_kernel_fits_every_architecture(architecture):
 
 def small_shapes(*kernels: Kernels) -> None:
     run_shapes(emulated(*kernels))
-
-
-def test_sanitizers_are_silent():
-    run_sanitized("test_dropout_add_layer_norm_kernels:small_shapes", *SOURCES)
 
 
 @pytest.mark.sweep

@@ -50,7 +50,8 @@ def flags(values: dict[str, object]) -> list[str]:
 
 def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS}
-    here = {"PYTHONPATH": str(Path(mtfast.__file__).parents[1])}  # some runs start in another directory
+    paths = map(str, (Path(mtfast.__file__).parents[1], Path(__file__).parent))
+    here = {"PYTHONPATH": os.pathsep.join(paths)}  # some runs start in another directory
     return {**kept, **here, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -63,10 +64,6 @@ def launch(line: list[str], cwd: Path | None = None) -> subprocess.CompletedProc
 def deepspeed_launcher() -> list[str]:
     port = 29600 + os.getpid() % 1000
     return [sys.executable, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-
-
-def deepspeed(*arguments: str) -> list[str]:
-    return [*deepspeed_launcher(), "--module", "mtfast", *arguments]
 
 
 def losses(run_dir: Path, stage: str) -> list[dict[str, float]]:
@@ -96,9 +93,10 @@ def train(run_dir: Path, *options: str) -> None:
         Ranks(command, stage, "demo", *options, output=run_dir.parent).succeed()
 
 
-# Every command of a list, in processes that start once for all of them.
+# Every command of a list, in processes that start once for all of them; see imported.py.
 IN_TURN = """
 import json, sys
+import imported
 from mtfast import cli
 for arguments in json.loads(sys.argv[-1]):
     cli.main(arguments)
@@ -147,15 +145,15 @@ def test_the_demo_on_two_ranks_says_and_writes_what_one_rank_does(tmp_path):
     short = flags(steps | {"engine.zero-stage": 2})
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    alone = Ranks(command, "run", "demo", *short, output=tmp_path, cwd=one)
-    alone.succeed()
-    both = launch(deepspeed("run", "demo", *short), two)
     said = {}
-    for name, out, err in (("one", alone.stdout(), alone.stderr()), ("two", both.stdout, both.stderr)):
-        lines = [line for line in out.splitlines() if not line.startswith("[")]  # the launcher's
-        said[name] = [re.sub(r"-?\d[\d,.:]*", "#", line) for line in lines]
+    for directory, world_size in ((one, 1), (two, 2)):
+        output = tmp_path / f"{directory.name}-said"
+        run = Ranks(command, "run", "demo", *short, output=output, cwd=directory, world_size=world_size)
+        run.succeed()
+        said[directory.name] = [re.sub(r"-?\d[\d,.:]*", "#", line) for line in run.stdout().splitlines()]
         # How far it is, on a slow machine.
-        assert [line for line in err.splitlines() if not line.endswith(" left")] == []
+        assert [line for line in run.stderr().splitlines() if not line.endswith(" left")] == []
+    assert run.stdout(1) == run.stderr(1) == ""
     assert said["two"] == said["one"] and len(set(said["one"])) > 20
     files = {
         name: sorted(

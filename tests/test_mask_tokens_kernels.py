@@ -11,7 +11,7 @@ import ctypes
 
 import pytest
 import torch
-from cuda_on_cpu.harness import CASES, SHARED_KIB, Case, Kernels, load, run_sanitized
+from cuda_on_cpu.harness import CASES, SHARED_KIB, Case, Kernels, load
 from cuda_on_cpu.machine_code import disassembled
 from mask_tokens_cases import (
     BERT,
@@ -242,10 +242,6 @@ def small_shapes(kernels: Kernels) -> None:
     check_against_the_reference(emulated(kernels), range(0, 30, 2))
     check_against_the_reference(emulated(kernels, 1), range(1, 30, 2))
     check_lengths_around_tiles(emulated(kernels))
-
-
-def test_sanitizers_are_silent():
-    run_sanitized("test_mask_tokens_kernels:small_shapes", SOURCE)
 
 
 @pytest.mark.sweep

@@ -1,9 +1,9 @@
 """The CUDA kernels of packed attention without a GPU: the same source run on the CPU against float64, in any
-thread order, under race detector and sanitizers; what its machine code holds.
+thread order, under race detector; what its machine code holds.
 
-MTFAST_TEST_SWEEP=full runs all 300 random batches in each dtype and head_dim, otherwise five of them and
+MTFAST_TEST_SWEEP=full runs all 300 random batches in each dtype and head_dim, otherwise four of them and
 twelve with one query; it draws 2,000 dropout masks instead of 500, takes every layout in every thread order,
-runs under the sanitizers, and reads the machine code for Ampere too.
+and reads the machine code for Ampere too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from cuda_on_cpu.harness import (
     KernelError,
     Kernels,
     load_all,
-    run_sanitized,
 )
 from cuda_on_cpu.machine_code import ARCHITECTURES, disassembled, ptx
 from packed_attention_cases import (
@@ -147,7 +146,7 @@ def run() -> Run:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_batches_match_float64(dtype, head_dim, run, full_sweep):
-    numbers = range(300) if full_sweep else range(HEAD_DIMS.index(head_dim), 300, 62)
+    numbers = range(300) if full_sweep else range(HEAD_DIMS.index(head_dim), 228, 57)
     check_random_batches(run, numbers, head_dim, dtype)
 
 
@@ -262,7 +261,8 @@ def test_weights_leave_no_rounding_to_the_compiler(tmp_path):
     assert {"mul.rn.f32", "add.rn.f32"} <= set(ptx(source).split())
 
 
-def small_shapes_and_lies(*kernels: Kernels) -> None:
+def small_shapes(*kernels: Kernels) -> None:
+    """And max_seqlen and cu_seqlens that say what is not so."""
     run = emulated(*kernels)
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
@@ -277,14 +277,6 @@ def small_shapes_and_lies(*kernels: Kernels) -> None:
                 batch.cu_seqlens.copy_(torch.tensor(bounds))
                 for longest in (0, 8, 64, 128, 500):
                     run(dataclasses.replace(batch, lengths=(longest,)), 0.1)
-
-
-@pytest.mark.sweep
-def test_sanitizers_are_silent(full_sweep):
-    """Also where max_seqlen and cu_seqlens say what is not so."""
-    if not full_sweep:
-        pytest.skip("takes minutes to compile and run: for MTFAST_TEST_SWEEP=full")
-    run_sanitized("test_packed_attention_kernels:small_shapes_and_lies", *SOURCES)
 
 
 # Products of 16 queries by 16 keys that a kernel needs at least, and its results.

@@ -7,6 +7,7 @@ and people are invented. Everything follows from `SEED`, so the corpus is the sa
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
@@ -162,19 +163,32 @@ def write_demo_corpus(directory: str | Path) -> DemoCorpus:
     The task files have the format of the CS 224N project's (tab-separated, standard csv quoting; test files
     without labels), the reviews that of the hub's imdb (`text`, `label`). `bert/` holds a tiny BERT's config
     and a WordPiece tokenizer fitted to the corpus, to be loaded like any checkpoint's. Every file appears
-    whole; one that is there already is replaced by the same bytes, also while another run reads it.
+    whole, and one that is as it should be stays.
     """
     corpus = DemoCorpus.at(directory)
     for path in (corpus.tasks, corpus.reviews, corpus.bert):
         path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".incoming-", dir=directory) as staging:
-        staged = DemoCorpus.at(staging)
-        staged.reviews.mkdir()
-        staged.bert.mkdir()
-        _write(staged)
-        for file in [path for path in staged.tasks.rglob("*") if path.is_file()]:
-            os.replace(file, corpus.tasks / file.relative_to(staging))
+    for name, content in _files().items():
+        file = corpus.tasks / name
+        if file.is_file() and file.read_bytes() == content:
+            continue
+        with tempfile.TemporaryDirectory(prefix=".incoming-", dir=directory) as staging:
+            staged = Path(staging) / file.name
+            staged.write_bytes(content)
+            os.replace(staged, file)
     return corpus
+
+
+@functools.cache
+def _files() -> dict[str, bytes]:
+    """The corpus by its files' names, a megabyte, made once in a process."""
+    with tempfile.TemporaryDirectory() as directory:
+        corpus = DemoCorpus.at(directory)
+        corpus.reviews.mkdir()
+        corpus.bert.mkdir()
+        _write(corpus)
+        files = (path for path in sorted(corpus.tasks.rglob("*")) if path.is_file())
+        return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 def _write(corpus: DemoCorpus) -> None:

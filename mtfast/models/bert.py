@@ -5,7 +5,7 @@ computes what `transformers.BertModel` computes for each sentence alone. Query, 
 projection; `mtfast.models.checkpoint` converts the weights from and to Hugging Face's names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
-from transformers.activations import ACT2FN
 
 from mtfast.models.dropout import dropout
 from mtfast.ops import bias_gelu, dropout_add_layer_norm, packed_attention_cls, packed_attention_qkv
@@ -40,7 +39,7 @@ def check_config(config: BertConfig) -> None:
             f"hidden_size {config.hidden_size} / num_attention_heads {config.num_attention_heads} gives "
             f"head_dim {head_dim}; packed attention supports {', '.join(map(str, HEAD_DIMS))}"
         )
-    if config.hidden_act not in ACT2FN:
+    if config.hidden_act != "gelu" and config.hidden_act not in _transformers_activations():
         raise ValueError(f"hidden_act {config.hidden_act!r} is not an activation that transformers knows")
 
 
@@ -53,8 +52,15 @@ def activation_with_bias(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """`activation(x + bias)` of (x [..., columns], bias [columns]), by transformers' name."""
     if name == "gelu":
         return bias_gelu
-    activation = ACT2FN[name]
+    activation = _transformers_activations()[name]
     return lambda x, bias: activation(x + bias)
+
+
+def _transformers_activations() -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """By name. Imported when one is asked for: that takes as long as to import torch."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN
 
 
 def init_weights(module: nn.Module, std: float) -> None:

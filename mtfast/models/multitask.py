@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
-from transformers.activations import ACT2FN
 
 from mtfast.kinds import task_losses
 from mtfast.models.bert import PackedBert, first_rows, init_weights
 from mtfast.models.dropout import dropout
 from mtfast.ops import ConcatMLP
-from mtfast.ops.concat_mlp import ACTIVATIONS, MAX_OUTPUTS
+from mtfast.ops.concat_mlp import ACTIVATIONS, FUNCTIONS, MAX_OUTPUTS
 from mtfast.tasks import MlpConfig, Task
 
 INIT_STD = 0.02
@@ -130,7 +129,7 @@ class JointPairMlp(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")
         self.dense = nn.Linear(hidden, width)
-        self.activation = ACT2FN[activation]
+        self.activation = FUNCTIONS[activation]
         self.dropout_p = dropout_p
         self.out_proj = nn.Linear(width, outputs)
         init_weights(self, INIT_STD)

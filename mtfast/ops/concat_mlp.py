@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from mtfast.ops import _arguments, _library, _philox
 
-ACTIVATIONS = ("relu", "gelu", "tanh")  # in the order of the C++ enum
+FUNCTIONS = {"relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh}
+ACTIVATIONS = tuple(FUNCTIONS)  # in the order of the C++ enum
 MAX_OUTPUTS = 8
 _NEED_U, _NEED_V, _NEED_WEIGHT1 = 1, 2, 4
 _PURPOSE = 3  # Purpose::kConcatMlpDropout
@@ -107,7 +108,7 @@ def concat_mlp_ref(
     u = u if u_rows is None else u[u_rows]
     v = v if v_rows is None else v[v_rows]
     hidden = F.linear(torch.cat([u, v], dim=1), weight1, bias1)
-    hidden = {"relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh}[activation](hidden)
+    hidden = FUNCTIONS[activation](hidden)
     if seed is None:
         hidden = F.dropout(hidden, dropout_p, training)
     elif training and dropout_p > 0:

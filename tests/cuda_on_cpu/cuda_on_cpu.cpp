@@ -225,7 +225,9 @@ void prepare(Fiber& f, int index, dim3 block_dim, uint3 block_index, dim3 grid_d
   f.grid_dim = grid_dim;
   f.uncommitted.clear();
   f.groups.clear();
-  void** top = reinterpret_cast<void**>(f.stack + kStackBytes - 64);
+  // Frames of different lanes lie in different lines of the cache.
+  const size_t apart = 64 + static_cast<size_t>(f.lane) * 128;
+  void** top = reinterpret_cast<void**>(f.stack + kStackBytes - apart);
   *--top = nullptr;  // where fiber_main would return to
   *--top = reinterpret_cast<void*>(&fiber_main);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;

@@ -20,7 +20,7 @@ For AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before
 
     def small_shapes(kernels): ...                           # a function at the top of a module in tests/
     def test_x_sanitized():
-        run_sanitized("test_x_kernels:small_shapes", "x.cu")
+        run_sanitized({"test_x_kernels:small_shapes": ["x.cu"]})
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,17 @@ def load_all(sources: Iterable[str | Path], case: Case = CASES[0]) -> list[Kerne
         return list(pool.map(lambda source: load(source, case), sources))
 
 
-def run_sanitized(function: str, *sources: str | Path) -> str:
-    """Calls `function` ("module:name", in tests/) with the Kernels of each source under ASan and UBSan.
+def run_sanitized(functions: Mapping[str, Iterable[str | Path]]) -> str:
+    """Calls each function ("module:name", in tests/) with the Kernels of its sources under ASan and UBSan.
 
-    Returns its output. Raises KernelError with the report when the sanitizers or the emulation object.
+    Returns their output. Raises KernelError with the report when the sanitizers or the emulation object.
     """
     with ThreadPoolExecutor() as pool:
-        libraries = list(pool.map(lambda source: _build(_find(source), False, True), sources))
+        libraries = [
+            pool.map(lambda source: _build(_find(source), False, True), sources)
+            for sources in functions.values()
+        ]
+        calls = [" ".join([name, *map(str, of)]) for name, of in zip(functions, libraries, strict=True)]
     environment = {
         **os.environ,
         "LD_PRELOAD": sanitizer_runtimes(),
@@ -170,7 +174,7 @@ def run_sanitized(function: str, *sources: str | Path) -> str:
         "PYTHONMALLOC": "malloc",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "cuda_on_cpu.harness", function, *map(str, libraries)],
+        [sys.executable, "-m", "cuda_on_cpu.harness", *calls],
         env=environment,
         capture_output=True,
         text=True,
@@ -278,6 +282,8 @@ def _as_argument(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    module, name = sys.argv[1].split(":")
-    kernels = [Kernels(Path(library), Case(sanitized=True)) for library in sys.argv[2:]]
-    getattr(importlib.import_module(module), name)(*kernels)
+    for call in sys.argv[1:]:
+        function, *libraries = call.split()
+        module, name = function.split(":")
+        kernels = [Kernels(Path(library), Case(sanitized=True)) for library in libraries]
+        getattr(importlib.import_module(module), name)(*kernels)

@@ -1,0 +1,28 @@
+"""The CUDA source run on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer: small shapes.
+
+All in one process, which takes longer to begin than most of them to run. Packed attention takes minutes to
+compile and run so: it is for MTFAST_TEST_SWEEP=full.
+"""
+
+import pytest
+import test_bias_gelu_kernels
+import test_concat_mlp_kernels
+import test_cuda_on_cpu
+import test_dropout_add_layer_norm_kernels
+import test_mask_tokens_kernels
+import test_packed_attention_kernels
+from cuda_on_cpu.harness import run_sanitized
+
+FUNCTIONS = {
+    "test_cuda_on_cpu:sum_tiles": [test_cuda_on_cpu.SOURCE],
+    "test_bias_gelu_kernels:small_shapes": [test_bias_gelu_kernels.SOURCE],
+    "test_concat_mlp_kernels:small_shapes": test_concat_mlp_kernels.SOURCES,
+    "test_dropout_add_layer_norm_kernels:small_shapes": test_dropout_add_layer_norm_kernels.SOURCES,
+    "test_mask_tokens_kernels:small_shapes": [test_mask_tokens_kernels.SOURCE],
+}
+FOR_THE_SWEEP = {"test_packed_attention_kernels:small_shapes": test_packed_attention_kernels.SOURCES}
+
+
+@pytest.mark.sweep
+def test_sanitizers_are_silent(full_sweep):
+    run_sanitized(FUNCTIONS | FOR_THE_SWEEP if full_sweep else FUNCTIONS)
