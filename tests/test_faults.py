@@ -42,16 +42,16 @@ KILLS = {"fp32": 8, "bf16": 8, "fp32-two-ranks": 7, "bf16-two-ranks": 7}  # 30
 
 
 def run_of(case: Case, corpus: DemoCorpus, run_dir: Path) -> RunConfig:
-    """All stages, a dozen steps each, with dropout; a state is saved every few steps."""
+    """All stages, a few steps each, with dropout; a state is saved every other step."""
     config = demo_on(corpus, run_dir)
-    often = {"checkpoint_every": "3 steps", "batch_size": 16}
+    often = {"checkpoint_every": "2 steps", "batch_size": 16}
     return replace(
         config,
         log_every=1,
         engine=EngineConfig(precision=case.precision, zero_stage=case.zero_stage),
-        pretrain=replace(config.pretrain, max_steps=9, **often),
-        heads=replace(config.heads, epochs=2, max_steps=9, **often),
-        finetune=replace(config.finetune, epochs=2, max_steps=9, **often),
+        pretrain=replace(config.pretrain, max_steps=6, **often),
+        heads=replace(config.heads, epochs=2, max_steps=6, **often),
+        finetune=replace(config.finetune, epochs=2, max_steps=6, **often),
     )
 
 

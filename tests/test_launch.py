@@ -22,7 +22,7 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("demo-corpus")
-    short_corpus(directory, 480)
+    short_corpus(directory, 240)
     return directory
 
 
@@ -35,9 +35,9 @@ def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
         "data.reviews": corpus / "imdb",
         "data.cache-dir": corpus / "cache",
         "heads.epochs": 1,
-        "heads.batch-size": 128,
+        "heads.batch-size": 64,
         "finetune.epochs": 1,
-        "finetune.batch-size": 48,
+        "finetune.batch-size": 24,
         "finetune.max-steps": STEPS,
         **more,
     }
