@@ -31,10 +31,9 @@ def started(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     "command",
     [
         [sys.executable, "-m", "mtfast"],
-        [str(BIN / "torchrun"), "-m", "mtfast"],
         [sys.executable, str(BIN / "deepspeed"), "--num_gpus", "1", "--module", "mtfast"],
     ],
-    ids=["python", "torchrun", "deepspeed"],
+    ids=["python", "deepspeed"],
 )
 def test_a_folder_called_mtfast_is_not_taken_for_the_package(command, tmp_path):
     """As the one above the clone has it."""

@@ -1,4 +1,7 @@
-"""concat_mlp against eager PyTorch in float64, on every device there is."""
+"""concat_mlp against eager PyTorch in float64, on every device there is.
+
+MTFAST_TEST_SWEEP=full runs all 200 random cases in each dtype and 20 large ones, otherwise 29 and 7.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,18 @@ from mtfast.ops.concat_mlp import ACTIVATIONS, dropout_keep
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_error_is_at_most_twice_eagers(dtype: torch.dtype, device: str) -> None:
-    check_random_cases(by(concat_mlp), range(200), dtype, device)
+def test_error_is_at_most_twice_eagers(dtype: torch.dtype, device: str, full_sweep: bool) -> None:
+    check_random_cases(by(concat_mlp), range(0, 200, 1 if full_sweep else 7), dtype, device)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_batches(dtype: torch.dtype, device: str) -> None:
+def test_large_batches(dtype: torch.dtype, device: str, full_sweep: bool) -> None:
     """Which on the CPU go through blocks of rows, forward and backward."""
-    check_random_cases(by(concat_mlp), range(20), dtype, device, batches=(511, 512, 513, 1100))
+    numbers = range(0, 20, 1 if full_sweep else 3)
+    check_random_cases(by(concat_mlp), numbers, dtype, device, batches=(511, 512, 513, 1100))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

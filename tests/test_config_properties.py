@@ -196,7 +196,7 @@ def test_a_value_of_the_fields_type_is_accepted_or_named(field):
     check()
 
 
-@examples(60, 5000)
+@examples(30, 5000)
 @given(valid_configs(), st.integers(1, 300))
 def test_what_is_accepted_is_kept_in_a_file_and_works(folder, config, total_steps):
     file = folder / "kept.yaml"
@@ -277,7 +277,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-@examples(200, 20_000)
+@examples(100, 20_000)
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 def test_any_text_for_a_file_is_read_or_answered_with_a_line(folder, text):
     file = folder / "any.yaml"

@@ -83,4 +83,4 @@ def test_missing_wait_gives_wrong_sums_when_copies_land_late():
 
 def test_shared_write_out_of_bounds_is_caught():
     with pytest.raises(KernelError, match=r"AddressSanitizer.*use-after-poison[\s\S]*planted_faults\.cu"):
-        run_sanitized({"test_cuda_on_cpu:write_out_of_bounds": [SOURCE]})
+        run_sanitized("test_cuda_on_cpu:write_out_of_bounds", SOURCE)

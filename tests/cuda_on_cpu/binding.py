@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .harness import CSRC, HERE, LINKED, compile_with, kernel_objects, object_of, toolkit, written_at_once
+from .harness import CSRC, HERE, LINKED, compile_once, kernel_objects, object_of, toolkit
 
 BINDINGS = (
     "bias_gelu.cpp",
@@ -53,10 +53,8 @@ def build() -> Path:
         objects = sorted({*kernel_objects(kernels), *bindings})
     digest = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:16]
     library = objects[0].with_name(f"mtfast-emulated-{digest}.so")
-    if not library.exists():
-        libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl", "-lpthread"]
-        with written_at_once(library) as unfinished:
-            compile_with(["-Wl,-z,defs", *LINKED, *map(str, objects), *libraries, "-o", unfinished])
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl", "-lpthread"]
+    compile_once(library, ["-Wl,-z,defs", *LINKED, *map(str, objects), *libraries])
     return library
 
 

@@ -20,12 +20,11 @@ For AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before
 
     def small_shapes(kernels): ...                           # a function at the top of a module in tests/
     def test_x_sanitized():
-        run_sanitized({"test_x_kernels:small_shapes": ["x.cu"]})
+        run_sanitized("test_x_kernels:small_shapes", "x.cu")
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -37,12 +36,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 
@@ -155,17 +154,13 @@ def load_all(sources: Iterable[str | Path], case: Case = CASES[0]) -> list[Kerne
         return list(pool.map(lambda source: load(source, case), sources))
 
 
-def run_sanitized(functions: Mapping[str, Iterable[str | Path]]) -> str:
-    """Calls each function ("module:name", in tests/) with the Kernels of its sources under ASan and UBSan.
+def run_sanitized(function: str, *sources: str | Path) -> str:
+    """Calls `function` ("module:name", in tests/) with the Kernels of each source under ASan and UBSan.
 
-    Returns their output. Raises KernelError with the report when the sanitizers or the emulation object.
+    Returns its output. Raises KernelError with the report when the sanitizers or the emulation object.
     """
     with ThreadPoolExecutor() as pool:
-        libraries = [
-            pool.map(lambda source: _build(_find(source), False, True), sources)
-            for sources in functions.values()
-        ]
-        calls = [" ".join([name, *map(str, of)]) for name, of in zip(functions, libraries, strict=True)]
+        libraries = list(pool.map(lambda source: _build(_find(source), False, True), sources))
     environment = {
         **os.environ,
         "LD_PRELOAD": sanitizer_runtimes(),
@@ -174,7 +169,7 @@ def run_sanitized(functions: Mapping[str, Iterable[str | Path]]) -> str:
         "PYTHONMALLOC": "malloc",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "cuda_on_cpu.harness", *calls],
+        [sys.executable, "-m", "cuda_on_cpu.harness", function, *map(str, libraries)],
         env=environment,
         capture_output=True,
         text=True,
@@ -207,10 +202,8 @@ def _find(source: str | Path) -> Path:
 def _build(source: Path, races: bool, sanitized: bool) -> Path:
     objects = kernel_objects([source], races, sanitized)
     library = objects[0].with_suffix(".so")
-    if not library.exists():
-        flags = [*LINKED, *(SANITIZED if sanitized else ())]
-        with written_at_once(library) as unfinished:
-            compile_with([*flags, *map(str, objects), "-ldl", "-lpthread", "-o", unfinished])
+    flags = [*LINKED, *(SANITIZED if sanitized else ())]
+    compile_once(library, [*flags, *map(str, objects), "-ldl", "-lpthread"])
     return library
 
 
@@ -221,18 +214,17 @@ def kernel_objects(sources: Iterable[str | Path], races: bool = False, sanitized
         pytest.skip("no CUDA headers: CUDA_HOME, /usr/local/cuda or nvcc on PATH should lead to them")
     if platform.machine() != "x86_64" or sys.platform != "linux":
         pytest.skip("the emulation switches fibers by x86-64 Linux code")
-    # Lines are what reports of races and sanitizers name by address.
-    lines = "-g1" if races or sanitized else "-g0"
-    flags = ["-std=c++17", lines, "-fPIC", "-DMTFAST_CUDA_ON_CPU", f"-I{CSRC}", f"-I{HERE}"]
+    flags = ["-std=c++17", "-fPIC", "-DMTFAST_CUDA_ON_CPU", f"-I{CSRC}", f"-I{HERE}"]
     flags += ["-isystem", str(home / "include"), "-Wno-unknown-pragmas", "-Wno-attributes"]
     flags += ["-fno-strict-aliasing"]
     # Without jump threading a place in the source stays one in the code, as collectives need it.
     flags += ["-O1", "-fno-thread-jumps", "-fno-omit-frame-pointer"]
     flags += SANITIZED if sanitized else []
-    flags += ["-DCUDA_ON_CPU_RACES"] if races else []
     # Kernels take longer to compile than to run, so they are hardly optimised. Only they are instrumented for
     # races and costs: the emulation itself is the detector.
     kernel_flags = [*flags, *_contracted(), *(["-O0"] if sanitized else [])]
+    # Lines are what reports of races and sanitizers name by address.
+    kernel_flags += ["-g1"] if races or sanitized else []
     kernel_flags += ["-fsanitize=thread"] if races else []
     kernels = [object_of(_find(source), [*kernel_flags, "-x", "c++"]) for source in sources]
     emulation_flags = [*flags, "-O2", *(["-fno-sanitize=undefined"] if sanitized else [])]
@@ -247,9 +239,7 @@ def object_of(source: Path, flags: list[str]) -> Path:
     folder = Path(tempfile.gettempdir()) / f"mtfast-cuda-on-cpu-{os.getuid()}"
     folder.mkdir(exist_ok=True, mode=0o700)
     compiled = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
-    if not compiled.exists():
-        with written_at_once(compiled) as unfinished:
-            compile_with([*flags, "-c", str(source), "-o", unfinished])
+    compile_once(compiled, [*flags, "-c", str(source)])
     return compiled
 
 
@@ -260,19 +250,19 @@ def _shared_digest() -> bytes:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
 
 
-@contextlib.contextmanager
-def written_at_once(path: Path) -> Iterator[str]:
-    """A name to write `path` under; it gets its own when it is whole."""
-    unfinished = path.with_name(f"{os.getpid()}-{threading.get_ident()}-{path.name}")
-    yield str(unfinished)
-    unfinished.rename(path)
+def compile_once(path: Path, arguments: list[str]) -> None:
+    """Let g++ make `path`, unless it is there; who else wants it, in another process too, waits meanwhile.
 
-
-def compile_with(arguments: list[str]) -> None:
-    """Run g++; RuntimeError with its output when it fails."""
-    done = subprocess.run(["g++", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"g++ {' '.join(arguments)}\n{done.stderr}")
+    Raises RuntimeError with the compiler's output when it fails.
+    """
+    with filelock.FileLock(f"{path}.lock"):
+        if path.exists():
+            return
+        unfinished = path.with_name(f"unfinished-{path.name}")
+        done = subprocess.run(["g++", *arguments, "-o", unfinished], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"g++ {' '.join(arguments)}\n{done.stderr}")
+        unfinished.rename(path)
 
 
 def _as_argument(value: Any) -> Any:
@@ -282,8 +272,6 @@ def _as_argument(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    for call in sys.argv[1:]:
-        function, *libraries = call.split()
-        module, name = function.split(":")
-        kernels = [Kernels(Path(library), Case(sanitized=True)) for library in libraries]
-        getattr(importlib.import_module(module), name)(*kernels)
+    module, name = sys.argv[1].split(":")
+    kernels = [Kernels(Path(library), Case(sanitized=True)) for library in sys.argv[2:]]
+    getattr(importlib.import_module(module), name)(*kernels)

@@ -130,16 +130,14 @@ void note_atomic(const void* address, size_t bytes, void* caller) {
   note_access(address, bytes, true, true, caller);
 }
 
-#ifdef CUDA_ON_CPU_RACES
 static void touch(const void* address, size_t bytes, bool write, void* caller) {
   count_access(address, bytes, write, false);
   note_access(address, bytes, write, false, caller);
 }
-#endif
 
 }  // namespace cuda_on_cpu
 
-#ifdef CUDA_ON_CPU_RACES
+// What kernels compiled with -fsanitize=thread call.
 #define CALLBACK(name, bytes, write) \
   extern "C" void __tsan_##name(void* p) { cuda_on_cpu::touch(p, bytes, write, __builtin_return_address(0)); }
 #define CALLBACKS(bytes)                        \
@@ -165,4 +163,3 @@ extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_vptr_read(void**) {}
-#endif

@@ -16,14 +16,7 @@ from pathlib import Path
 import pybind11
 import pytest
 import torch
-from cuda_on_cpu.harness import (
-    CSRC,
-    SANITIZED,
-    compile_with,
-    object_of,
-    sanitizer_runtimes,
-    written_at_once,
-)
+from cuda_on_cpu.harness import CSRC, SANITIZED, compile_once, object_of, sanitizer_runtimes
 
 TESTS = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
@@ -61,10 +54,8 @@ def sanitized() -> list[Path]:
 def _linked(name: str, objects: list[Path]) -> Path:
     digest = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:16]
     library = objects[0].with_name(f"{name}-{digest}.so")
-    if not library.exists():
-        torchs = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
-        with written_at_once(library) as unfinished:
-            compile_with(["-shared", *SANITIZED, *map(str, objects), *torchs, "-o", unfinished])
+    torchs = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    compile_once(library, ["-shared", *SANITIZED, *map(str, objects), *torchs])
     return library
 
 
