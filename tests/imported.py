@@ -3,7 +3,7 @@
 import gc
 import importlib
 
-NAMES = ["deepspeed", "torch._dynamo", "scipy.stats", "pandas", "mtfast.commands"]
+NAMES = ["deepspeed", "torch._inductor.compile_fx", "scipy.stats", "pandas", "mtfast.commands"]
 NAMES += ["faulty", "dying"]  # with whose functions tests call `Ranks`
 
 modules = {name: importlib.import_module(name) for name in NAMES}

@@ -81,6 +81,9 @@ def test_missing_wait_gives_wrong_sums_when_copies_land_late():
         sum_tiles(load(SOURCE), "no wait")
 
 
-def test_shared_write_out_of_bounds_is_caught():
+@pytest.mark.sweep
+def test_shared_write_out_of_bounds_is_caught(full_sweep):
+    if not full_sweep:
+        pytest.skip("takes as long to compile as the rest: for MTFAST_TEST_SWEEP=full")
     with pytest.raises(KernelError, match=r"AddressSanitizer.*use-after-poison[\s\S]*planted_faults\.cu"):
         run_sanitized("test_cuda_on_cpu:write_out_of_bounds", SOURCE)
