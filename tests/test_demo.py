@@ -67,6 +67,20 @@ def test_same_bytes_in_another_process(corpus, tmp_path):
         assert (tmp_path / file).read_bytes() == (corpus.tasks / file).read_bytes(), file
 
 
+def test_what_is_there_stays_and_what_was_changed_is_written_again(tmp_path):
+    corpus = write_demo_corpus(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    before = {path: (path.read_bytes(), path.stat().st_ino) for path in files}
+    changed, gone = corpus.bert / "config.json", corpus.reviews / "train.parquet"
+    changed.write_text("{}")
+    gone.unlink()
+    write_demo_corpus(tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(files)
+    for path, (content, number) in before.items():
+        assert path.read_bytes() == content
+        assert path in (changed, gone) or path.stat().st_ino == number
+
+
 def test_reviews_are_in_the_hubs_layout(corpus):
     table = pyarrow.parquet.read_table(corpus.reviews / "train.parquet")
     assert table.column_names == ["text", "label"] and table.num_rows == 300

@@ -57,7 +57,7 @@ def activation_with_bias(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _transformers_activations() -> Mapping[str, Callable[[Tensor], Tensor]]:
-    """By name. Imported when one is asked for: that takes as long as to import torch."""
+    """By name. Imported when one is asked for, since that takes a second or two."""
     from transformers.activations import ACT2FN
 
     return ACT2FN
