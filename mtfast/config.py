@@ -49,6 +49,8 @@ class DataConfig:
     """Longest sequence of the tasks in word pieces; longer ones are cut and counted."""
     review_max_length: int = 512
     """Longest pre-training sample in word pieces."""
+    samples: Literal["runs", "truncate"] = "runs"
+    """Pre-training samples of a review: as many as hold all its sentences, or one with the first that fit."""
     strict: Annotated[bool, tyro.conf.arg(aliases=["--strict"])] = False
     """Stop at the first row that cannot be used instead of counting and naming it."""
     cache_dir: str | None = None

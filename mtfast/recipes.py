@@ -58,7 +58,12 @@ PAPER_TASKS = {
 
 def paper() -> RunConfig:
     """The paper's recipe to the letter, on bert-base-uncased."""
-    return RunConfig(run_dir="runs/paper", tasks=PAPER_TASKS)
+    return RunConfig(
+        run_dir="runs/paper",
+        tasks=PAPER_TASKS,
+        data=DataConfig(samples="truncate"),
+        heads=HeadsConfig(features="live"),
+    )
 
 
 def local() -> RunConfig:

@@ -94,7 +94,7 @@ class Task:
 @dataclass(frozen=True)
 class MlpConfig:
     width: int = 768
-    """Width of the hidden layer of each MLP that a task names as its head."""
+    """Width of the hidden layer of each MLP that a task names as its head, and of each LSTM head."""
     activation: Literal["relu", "gelu", "tanh"] = "relu"
     """Activation of that layer."""
 

@@ -145,6 +145,8 @@ class Oracle:
             features = states[0]
             if declared.head == "lstm":
                 features = torch.cat([features, self._lstm(states[1:], f"task-{task}.lstm")])
+                hidden = torch.nn.functional.gelu(self._linear(features, f"task-{task}.dense"))
+                return self._linear(hidden, f"task-{task}.out_proj")
             return self._linear(features, f"task-{task}.classifier")
         if declared.pair_input == "joint":
             hidden = torch.nn.functional.gelu(self._linear(self.states(*example)[0], "mlp-joint.dense"))

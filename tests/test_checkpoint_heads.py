@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bert_twins import pack, paper_tasks, random_sentences, small_config
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from mtfast.models.checkpoint import CheckpointError, load_pretrained, load_tasks, save_heads, save_pretrained
@@ -268,14 +268,22 @@ def test_heads_of_format_1_give_what_they_gave(tmp_path, names, pair_input):
         assert torch.allclose(found[name], output, atol=1e-5), name
 
 
-def test_an_lstm_head_of_format_1_is_the_one_that_was_saved(tmp_path):
-    tensors = write_format_1(tmp_path / "saved", sentiment="lstm")
+def test_an_lstm_head_of_format_1_had_no_hidden_layer(tmp_path):
+    write_format_1(tmp_path / "saved", sentiment="lstm")
     model = built(paper_tasks("lstm"), MlpConfig(24, "gelu"))
-    report = load_pretrained(tmp_path / "saved", model)
-    assert not report.initialised and not report.ignored
-    head = model.heads.get_submodule("task-sst").state_dict()
-    assert len(head) == 10
-    assert all(torch.equal(x, tensors[f"heads.sentiment.{name}"]) for name, x in head.items())
+    with pytest.raises(CheckpointError, match=r"task-sst of .*saved has no dense.weight: .* train the heads"):
+        load_pretrained(tmp_path / "saved", model)
+
+
+def test_a_head_of_which_a_tensor_is_missing_is_no_head(tmp_path):
+    """It would predict with weights that are not trained."""
+    saved(tmp_path / "saved", built(paper_tasks()))
+    file = tmp_path / "saved" / "heads.safetensors"
+    tensors = load_file(file)
+    del tensors["heads.mlp-pair.mlp.out_proj.bias"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"mlp-pair of .*saved has no mlp.out_proj.bias"):
+        load_pretrained(tmp_path / "saved", built(paper_tasks()))
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,28 @@ def test_a_run_does_not_end_in_a_single_sentence_if_the_one_before_can_spare_one
     assert samples.nsp_labels.sum() == 10
 
 
+@pytest.mark.parametrize("room", [40, 41, 59, 60, 200])
+def test_a_truncated_review_gives_one_sample_of_the_sentences_that_fit(room):
+    """Sentences of 20 word pieces, as many of them as fit; a review of two keeps both of them."""
+    tokenizer = small_tokenizer()
+    words = ("film", "play", "is", "bad")
+    texts = [" ".join(f"{'Good ' * 18}{word}." for word in words[:n]) for n in (4, 3, 2) for _ in range(4)]
+    samples = build_samples(table_of(*texts), tokenizer, max_length=3 + room, samples="truncate", seed=0)
+    assert samples.reviews.tolist() == list(range(12)) and samples.nsp_labels.sum() == 6
+    fitting = [min(n, room // 20) for n in (4, 3, 2) for _ in range(4)]
+    whole = [pieces(tokenizer, text)[: 20 * n] for text, n in zip(texts, fitting, strict=True)]
+    for index in np.flatnonzero(samples.nsp_labels == 0):
+        a, b = segments(samples, index)
+        assert a + b == whole[index]
+    if not samples.sequences.truncated:  # exchanged B's may be longer than those they stand for
+        assert samples.candidates.sum() == sum(map(len, whole))
+    assert samples.account.truncated_reviews == sum(n > room // 20 for n in (4, 3, 2) for _ in range(4))
+    said = f"{samples.account.truncated_reviews} reviews cut to the first sentences that fit"
+    assert (said in samples.account.summary()) == (room < 80)
+    both = build_samples(table_of(*texts), tokenizer, max_length=3 + room, seed=0)
+    assert both.account.truncated_reviews == 0 and (len(both) > 12) == (room < 80)
+
+
 def test_samples_follow_from_the_seed_alone():
     reviews = numbered_reviews(25)
     first, again, other = (
@@ -319,7 +341,8 @@ def test_samples_are_cached_by_seed_and_length(tmp_path):
     assert first.account == again.account
     build_samples(reviews, small_tokenizer(), **settings | {"seed": 2})
     build_samples(reviews, small_tokenizer(), **settings | {"max_length": 64})
-    assert len(list(tmp_path.glob("*.arrow"))) == 3
+    build_samples(reviews, small_tokenizer(), **settings | {"samples": "truncate"})
+    assert len(list(tmp_path.glob("*.arrow"))) == 4
 
 
 def test_packed_samples_know_their_corpus_positions_and_masked_counts():

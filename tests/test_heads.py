@@ -177,7 +177,7 @@ def twin_output(
             others = states[int(example)][1:].double()
             ends = (others, ""), (others.flip(0), "_reverse")
             x = torch.cat([x, *(lstm_end(of_lstm, part, direction) for part, direction in ends)])
-        last = "classifier" if head.startswith("task-") else "out_proj"
+        last = "classifier" if case.tasks[name].head == "linear" else "out_proj"
         if last == "out_proj":
             x = activation(mine["dense.weight"] @ x + mine["dense.bias"])
         outputs.append(mine[f"{last}.weight"] @ x + mine[f"{last}.bias"])
@@ -399,4 +399,5 @@ def test_heads_have_the_recipes_shapes():
     pair = heads.get_submodule("mlp-pair").mlp
     assert pair.dense.weight.shape == (48, 2 * HIDDEN) and pair.out_proj.weight.shape == (2, 48)
     lstm = MultiTaskHeads(HIDDEN, paper_tasks("lstm"), MlpConfig(48), 0.1).get_submodule("task-sst")
-    assert isinstance(lstm, LstmHead) and lstm.lstm.bidirectional and lstm.classifier.out_features == 5
+    assert isinstance(lstm, LstmHead) and lstm.lstm.bidirectional
+    assert lstm.dense.weight.shape == (48, 2 * HIDDEN) and lstm.out_proj.weight.shape == (5, 48)

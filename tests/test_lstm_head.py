@@ -20,7 +20,7 @@ def drawn(dtype: torch.dtype, seed: int = 0) -> tuple[LstmHead, Tensor, Tensor, 
     """A head, [CLS] states, token states and bounds of sequences that stand in any order, with gaps."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    head = LstmHead(HIDDEN, 5, 0.0)
+    head = LstmHead(HIDDEN, 24, 5, "tanh", 0.0)
     for parameter in head.parameters():  # large enough that every gate matters
         nn.init.normal_(parameter, std=0.3, generator=generator)
     lengths = torch.tensor(LENGTHS)
@@ -74,7 +74,8 @@ def test_outputs_and_gradients_are_the_oracles():
     inputs = [x.requires_grad_() for x in (cls, tokens)]
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     found = head(*inputs, bounds, 60)
-    expected = exact.classifier(torch.cat([exact_inputs[0], alone(exact, exact_inputs[1], bounds)], dim=1))
+    features = torch.cat([exact_inputs[0], alone(exact, exact_inputs[1], bounds)], dim=1)
+    expected = exact.out_proj(torch.tanh(exact.dense(features)))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
     factors = torch.randn_like(expected)

@@ -36,7 +36,7 @@ ROWS, NORM = torch.randn(4, 8), (torch.randn(8), torch.randn(8))
 OPERANDS = [x.float() for x in draw(4, 8, 16, 2, seed=0)]
 IDS = torch.arange(1000, 1014)
 MASKING = {"special_ids": [0], "mask_token_id": 1, "vocab_size": 2000, "seed": 1, "mlm_probability": 0.5}
-LSTM = LstmHead(8, 5, 0.1)
+LSTM = LstmHead(8, 6, 5, "relu", 0.1)
 STATES, BOUNDS = torch.randn(9, 8), torch.tensor([[1, 4], [5, 9]])
 
 CALLS: dict[str, Callable[[int | None], object]] = {

@@ -5,7 +5,7 @@ import re
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import sentencex
@@ -23,6 +23,8 @@ from mtfast.data.tokens import (
     tokenize_texts,
 )
 from mtfast.ops import exact_count
+
+SamplesOfReview = Literal["runs", "truncate"]
 
 _TEXT_COLUMNS = ("text", "review", "sentence")
 _LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
@@ -51,16 +53,19 @@ class ReviewAccount(RowAccount):
     samples: their number.
     single_sentence_reviews: reviews of one sentence, whose B always is from another review.
     long_sentences: sentences cut into runs because two of their length do not fit in a sample.
+    truncated_reviews: reviews of which only the first sentences are in a sample.
     """
 
     samples: int
     single_sentence_reviews: int
     long_sentences: int
+    truncated_reviews: int
 
     def summary(self, *facts: str, at_most: int = 10) -> str:
         odd = {
             "reviews of one sentence": self.single_sentence_reviews,
             "long sentences cut into runs": self.long_sentences,
+            "reviews cut to the first sentences that fit": self.truncated_reviews,
         }
         counted = [f"{count:,} {what}" for what, count in odd.items() if count]
         return super().summary(f"{self.samples:,} samples", *counted, *facts, at_most=at_most)
@@ -137,16 +142,19 @@ def build_samples(
     tokenizer: Any,
     *,
     max_length: int = 512,
+    samples: SamplesOfReview = "runs",
     seed: int,
     cache_dir: str | Path | None = None,
     strict: bool = False,
 ) -> ReviewSamples:
     """Turns reviews into samples `[CLS] A [SEP] B [SEP]` of at most ``max_length`` tokens.
 
-    Each review is split into sentences (sentencex) and the sentences gathered into runs that fit; a run is
-    cut at a random sentence into A and B. Then half of the samples exchange their B's among each other, so
-    that each of them has B from another review while every sentence stays in use once. A run of a single
-    sentence gets a copy of a random sample's B and counts among that half. Everything follows from ``seed``.
+    Each review is split into sentences (sentencex) and the sentences gathered into runs that fit; with
+    ``samples`` "truncate" a review has the first such run alone, its other sentences are left out and it is
+    counted. A run is cut at a random sentence into A and B. Then half of the samples exchange their B's among
+    each other, so that each of them has B from another review while every sentence of the runs stays in use
+    once. A run of a single sentence gets a copy of a random sample's B and counts among that half. Everything
+    follows from ``seed``.
     With ``cache_dir`` the samples are kept in the Arrow cache. A review without a word piece is skipped and
     listed, or with ``strict`` an error. Raises DataError if fewer than two reviews are left.
     """
@@ -154,12 +162,12 @@ def build_samples(
     special = SpecialTokens.of(tokenizer)
 
     def build() -> tuple[Arrays, Notes]:
-        return _build(reviews, tokenizer, max_length, seed)
+        return _build(reviews, tokenizer, max_length, samples, seed)
 
     if cache_dir is None:
         arrays, notes = build()
     else:
-        settings = {"max_length": max_length, "seed": seed, "special": asdict(special)}
+        settings = {"max_length": max_length, "samples": samples, "seed": seed, "special": asdict(special)}
         key = cache_key(tokenizer, [reviews.texts], settings)
         arrays, notes = cached(Path(cache_dir), "reviews", key, build)
     lines = [reviews.lines[int(row)] for row in notes["without_pieces"]]
@@ -174,6 +182,7 @@ def build_samples(
         samples=len(arrays["nsp_labels"]),
         single_sentence_reviews=notes["single"],
         long_sentences=notes["long_sentences"],
+        truncated_reviews=notes["truncated_reviews"],
     )
     return ReviewSamples(
         sequences=Sequences.of_arrays(arrays, notes, special, max_length),
@@ -203,11 +212,14 @@ class _Runs:
     review: np.ndarray
 
 
-def _build(reviews: ReviewTable, tokenizer: Any, max_length: int, seed: int) -> tuple[Arrays, Notes]:
+def _build(
+    reviews: ReviewTable, tokenizer: Any, max_length: int, samples: SamplesOfReview, seed: int
+) -> tuple[Arrays, Notes]:
     random = np.random.default_rng([seed, zlib.crc32(b"next sentence")])
     room = max_length - 3
     sentences = _sentences(reviews.texts, tokenizer, room // 2)
-    runs = _runs(sentences, room, random)
+    parts = _first_parts(sentences, room) if samples == "truncate" else _parts(sentences, room)
+    runs = _runs(sentences, *parts, random)
     owners = np.unique(runs.review)
     if len(owners) < 2:
         raise DataError(
@@ -227,6 +239,8 @@ def _build(reviews: ReviewTable, tokenizer: Any, max_length: int, seed: int) -> 
     notes["single"] = int(np.count_nonzero(sentences_of == 1))
     notes["without_pieces"] = np.flatnonzero(sentences_of == 0).tolist()
     notes["long_sentences"] = sentences.long
+    in_runs = np.bincount(runs.review, weights=runs.end - runs.begin, minlength=len(reviews))
+    notes["truncated_reviews"] = int(np.count_nonzero(in_runs < sentences_of))
     return arrays, notes
 
 
@@ -243,12 +257,12 @@ def _sentences(texts: list[str], tokenizer: Any, longest: int) -> _Sentences:
     return _Sentences(cut, np.repeat(review, parts), int(np.count_nonzero(parts > 1)))
 
 
-def _runs(sentences: _Sentences, room: int, random: np.random.Generator) -> _Runs:
-    """Consecutive sentences of one review that fit in ``room``, two or more wherever possible."""
+def _parts(sentences: _Sentences, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where consecutive sentences of one review that fit in ``room`` begin and end, two or more wherever
+    possible; all sentences are in them."""
     lengths = sentences.pieces.lengths.tolist()
-    edges = [*np.flatnonzero(np.diff(sentences.review, prepend=-1)).tolist(), len(lengths)]
     begins: list[int] = []
-    for first, last in itertools.pairwise(edges):
+    for first, last in itertools.pairwise(_edges(sentences).tolist()):
         begins.append(first)
         filled = 0
         for index in range(first, last):
@@ -256,11 +270,29 @@ def _runs(sentences: _Sentences, room: int, random: np.random.Generator) -> _Run
                 begins.append(index)
                 filled = 0
             filled += lengths[index]
-        # A last run of one sentence takes another from the run before it, if that keeps two.
+        # A last part of one sentence takes another from the part before it, if that keeps two.
         if begins[-1] == last - 1 and begins[-1] > first and begins[-1] - begins[-2] > 2:
             begins[-1] -= 1
     begin = np.asarray(begins, np.int64)
-    end = np.append(begin[1:], len(lengths))
+    return begin, np.append(begin[1:], len(lengths))
+
+
+def _first_parts(sentences: _Sentences, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the first sentences of each review that fit in ``room`` begin and end."""
+    edges, offsets = _edges(sentences), sentences.pieces.offsets
+    begin = edges[:-1]
+    fitting = np.searchsorted(offsets, offsets[begin] + room, side="right") - 1
+    return begin, np.minimum(fitting, edges[1:])
+
+
+def _edges(sentences: _Sentences) -> np.ndarray:
+    """The first sentence of each review that has one, and the number of all sentences."""
+    firsts = np.flatnonzero(np.diff(sentences.review, prepend=-1))
+    return np.append(firsts, len(sentences.review)).astype(np.int64)
+
+
+def _runs(sentences: _Sentences, begin: np.ndarray, end: np.ndarray, random: np.random.Generator) -> _Runs:
+    """Parts of reviews, each cut at a random sentence."""
     split = begin + np.maximum(1, 1 + (random.random(len(begin)) * (end - begin - 1)).astype(np.int64))
     return _Runs(begin, split, end, sentences.review[begin].astype(np.int64))
 

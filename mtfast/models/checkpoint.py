@@ -320,6 +320,14 @@ def _read_heads(name_or_path: str | os.PathLike[str], heads: MultiTaskHeads) -> 
         raise CheckpointError(
             f"the task heads of {name_or_path} have {what} = {there!r}, this run asks for {what} = {here!r}"
         )
+    there = {name.split(".")[1] for name in tensors}
+    for name in heads.state_dict():
+        head, _, part = name.partition(".")
+        if head in there and f"heads.{name}" not in tensors:
+            raise CheckpointError(
+                f"the head {head} of {name_or_path} has no {part}: it is of an earlier mtfast, or not whole; "
+                "train the heads again"
+            )
     return tensors
 
 
@@ -341,7 +349,7 @@ def _difference(
             there, here = tasks[name].classes, heads.tasks[name].classes
             if there != here and isinstance(there, tuple) and isinstance(here, tuple):
                 return f"{name}.classes", there, here
-        for field in ("width", "activation") if heads.tasks[names[0]].has_mlp else ():
+        for field in ("width", "activation") if heads.tasks[names[0]].head != "linear" else ():
             if getattr(mlp, field) != getattr(heads.mlp, field):
                 return f"mlp.{field}", getattr(mlp, field), getattr(heads.mlp, field)
     return None

@@ -36,6 +36,24 @@ class LinearHead(nn.Module):
         return self.classifier(dropout(cls, self.dropout_p, self.training)).float()
 
 
+class _Mlp(nn.Module):
+    """A hidden layer and an output layer, in plain PyTorch."""
+
+    def __init__(self, inputs: int, width: int, outputs: int, activation: str, dropout_p: float) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")
+        self.dense = nn.Linear(inputs, width)
+        self.activation = FUNCTIONS[activation]
+        self.dropout_p = dropout_p
+        self.out_proj = nn.Linear(width, outputs)
+        init_weights(self, INIT_STD)
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        x = self.activation(self.dense(x))
+        return self.out_proj(dropout(x, self.dropout_p, self.training)).float()
+
+
 class FinalStates(nn.LSTM):
     """A bidirectional LSTM's last states over sequences of different lengths.
 
@@ -81,18 +99,15 @@ def _in_one_piece(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]
     return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
-class LstmHead(nn.Module):
-    """Bidirectional LSTM over a sequence's states without [CLS]; the two final states and [CLS] -> outputs.
+class LstmHead(_Mlp):
+    """Bidirectional LSTM over a sequence's states without [CLS]; an MLP on its two final states and [CLS].
 
     Each direction has hidden / 2 units, so that [CLS] and what the LSTM adds are of one width.
     """
 
-    def __init__(self, hidden: int, outputs: int, dropout_p: float) -> None:
-        super().__init__()
-        self.dropout_p = dropout_p
+    def __init__(self, hidden: int, width: int, outputs: int, activation: str, dropout_p: float) -> None:
+        super().__init__(hidden + 2 * (hidden // 2), width, outputs, activation, dropout_p)
         self.lstm = FinalStates(hidden, hidden // 2, bidirectional=True)
-        self.classifier = nn.Linear(hidden + 2 * (hidden // 2), outputs)
-        init_weights(self, INIT_STD)
 
     def forward(self, cls: Tensor, tokens: Tensor, bounds: Tensor, max_seqlen: int) -> Tensor:
         """[n, outputs].
@@ -117,33 +132,18 @@ class LstmHead(nn.Module):
             states = self.lstm(tokens.new_zeros(1, tokens.size(1)), bounds.new_zeros(1, 2), 1)[:0]
         else:
             states = self.lstm(tokens, bounds, max_seqlen)
-        features = torch.cat([cls, states], dim=1)
-        return self.classifier(dropout(features, self.dropout_p, self.training)).float()
+        return self._outputs(torch.cat([cls, states], dim=1))
 
 
-class JointPairMlp(nn.Module):
+class JointPairMlp(_Mlp):
     """An MLP on the one [CLS] of pairs that are encoded as a single sequence."""
-
-    def __init__(self, hidden: int, width: int, outputs: int, activation: str, dropout_p: float) -> None:
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")
-        self.dense = nn.Linear(hidden, width)
-        self.activation = FUNCTIONS[activation]
-        self.dropout_p = dropout_p
-        self.out_proj = nn.Linear(width, outputs)
-        init_weights(self, INIT_STD)
 
     def forward(self, cls: Tensor, rows: Tensor) -> Tensor:
         """[CLS] states [rows, hidden], rows int [n] -> [n, outputs]."""
         return self._outputs(cls.index_select(0, rows))
 
-    def _outputs(self, x: Tensor) -> Tensor:
-        x = self.activation(self.dense(x))
-        return self.out_proj(dropout(x, self.dropout_p, self.training)).float()
 
-
-class WidePairMlp(JointPairMlp):
+class WidePairMlp(_Mlp):
     """`PairMlp` with any number of outputs, in plain PyTorch."""
 
     def __init__(self, hidden: int, width: int, outputs: int, activation: str, dropout_p: float) -> None:
@@ -191,8 +191,8 @@ class MultiTaskHeads(nn.Module):
     Args:
         hidden: of the encoder.
         tasks: by name, at least one.
-        mlp: width and activation of every MLP's hidden layer.
-        dropout_p: of the linear and LSTM heads' input and the MLPs' hidden layer.
+        mlp: width and activation of the hidden layer of every MLP and LSTM head.
+        dropout_p: of the linear heads' input and of that hidden layer.
 
     Raises:
         ValueError: mlp or dropout_p is out of range; the message names it.
@@ -208,13 +208,13 @@ class MultiTaskHeads(nn.Module):
         for head, names in sharing(self.tasks).items():
             first = self.tasks[names[0]]
             outputs = sum(self.tasks[name].outputs for name in names)
-            if first.has_mlp:
-                apart = WidePairMlp if outputs > MAX_OUTPUTS else PairMlp
-                kind = JointPairMlp if first.pair_input == "joint" else apart
-                self.add_module(head, kind(hidden, mlp.width, outputs, mlp.activation, dropout_p))
-            else:
-                single = LstmHead if first.head == "lstm" else LinearHead
-                self.add_module(head, single(hidden, outputs, dropout_p))
+            if first.head == "linear":
+                self.add_module(head, LinearHead(hidden, outputs, dropout_p))
+                continue
+            apart = WidePairMlp if outputs > MAX_OUTPUTS else PairMlp
+            of_pairs = JointPairMlp if first.pair_input == "joint" else apart
+            kind = LstmHead if first.head == "lstm" else of_pairs
+            self.add_module(head, kind(hidden, mlp.width, outputs, mlp.activation, dropout_p))
 
     def forward(
         self,

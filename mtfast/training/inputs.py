@@ -97,6 +97,7 @@ def load_reviews(data: DataConfig, tokenizer: Any, seed: int) -> ReviewSamples:
             read_reviews(data.reviews, limit=data.max_reviews, strict=data.strict),
             tokenizer,
             max_length=data.review_max_length,
+            samples=data.samples,
             seed=seed,
             cache_dir=data.cache_dir,
             strict=data.strict,
