@@ -20,7 +20,7 @@ import tyro
 from mtfast.config import CONFIG_FILE, ConfigError, RunConfig, to_dict, validate
 from mtfast.config_file import ConfigFile, read_config_file
 from mtfast.errors import Error, FieldError
-from mtfast.experiments import ALL_RECIPES
+from mtfast.experiments import ALL_RECIPES, EXPERIMENTS
 from mtfast.files import to_yaml
 from mtfast.launcher import end_process, is_main, world_size
 
@@ -206,9 +206,13 @@ def _configuration(command: str, name: str) -> ConfigFile:
         # Of os.path, to which a name that is too long for a file is no file.
         if os.path.isdir(path):
             if not (path / CONFIG_FILE).is_file():
-                _fail(f"{name} holds no run: there is no {CONFIG_FILE} in it")
+                below = sorted(str(found.parent) for found in path.glob(f"*/{CONFIG_FILE}"))
+                meant = f"; name one of {', '.join(below)}" if below else ""
+                _fail(f"{name} holds no run: there is no {CONFIG_FILE} in it{meant}")
             file = read_config_file(path / CONFIG_FILE, ALL_RECIPES)
-            return replace(file, config=replace(file.config, run_dir=name))
+            # The directory of an experiment lies in the one of its runs.
+            run_dir = os.path.normpath(os.path.join(name, "..")) if file.recipe in EXPERIMENTS else name
+            return replace(file, config=replace(file.config, run_dir=run_dir))
         if command in OF_RUNS:
             _fail(f"{command} needs the directory of a run, and {name} is none")
         if not os.path.isfile(path) and path.suffix not in (".yaml", ".yml"):

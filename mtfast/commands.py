@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mtfast import __version__
+from mtfast.comparison_report import write_comparison
 from mtfast.config import (
     CONFIG_FILE,
     STAGES,
@@ -22,13 +25,14 @@ from mtfast.config import (
 )
 from mtfast.data.demo import write_demo_corpus
 from mtfast.evaluate import Evaluation, predict_file
-from mtfast.experiments import EXPERIMENTS, Experiment, pretrain_alike, runs_of
+from mtfast.experiments import EXPERIMENTS, directory_of, pretrain_alike, runs_of
 from mtfast.files import to_yaml, write_text
 from mtfast.machine import device_name, version_of
 from mtfast.predict import load
 from mtfast.push import push
 from mtfast.recipes import DEMO_CORPUS
-from mtfast.report import write_comparison, write_report
+from mtfast.report import write_report
+from mtfast.run_record import outcomes_file
 from mtfast.tasks import Split
 from mtfast.training.engine import peak_memory, ranks
 from mtfast.training.engine.deepspeed_config import checksum_of, deepspeed_config
@@ -36,7 +40,7 @@ from mtfast.training.engine.engine import start
 from mtfast.training.engine.memory import leaving_none
 from mtfast.training.inputs import Inputs
 from mtfast.training.loop import train_stage
-from mtfast.training.run.directory import FEATURES, RunDirectory, compare
+from mtfast.training.run.directory import FEATURES, RunDirectory, compare, read_summary
 from mtfast.training.run.progress import say
 from mtfast.training.run.settings import PLACES, located
 from mtfast.training.run.weights import Weights, best_weights, check_fit, confirm_checkpoint, find_weights
@@ -59,26 +63,32 @@ class OpenRun(NamedTuple):
 
 def execute(command: str, recipe: str, config: RunConfig, **options: Any) -> None:
     """Carry out a command of the command line for every run of a recipe, with the command's own options."""
-    runs, experiment = runs_of(recipe, config), EXPERIMENTS.get(recipe)
-    if experiment is not None and command in TRAINING:
-        ranks.on_main(_write_config, recipe, config, list(runs.values()))
+    by_variant = runs_of(recipe, config)
+    runs = [run for of_one_seed in zip(*by_variant.values(), strict=True) for run in of_one_seed]
+    if recipe in EXPERIMENTS and command in TRAINING:
+        ranks.on_main(_write_config, recipe, config, runs)
     if command in STAGES:
-        having_it = [run for run in runs.values() if command in run.stages]
+        having_it = [run for run in runs if command in run.stages]
         if not having_it:
             raise ConfigError(f"{command} is not among the run's stages, {' '.join(config.stages)}", "stages")
         for run in having_it:
             _train_once(run, command, having_it)
     elif command in ("run", "resume"):
-        for run in runs.values():
+        left = [
+            run
+            for run in runs
+            if recipe not in EXPERIMENTS or not ranks.seen_by_main(functools.partial(_is_done, run))
+        ]
+        for run in left:
             prepare(run)
-        for run in runs.values():
+        for run in left:
             for stage in run.stages:
-                _train_once(run, stage, list(runs.values()))
+                _train_once(run, stage, runs)
             evaluate(run)
             predict(run)
-        _report(runs, config.path, experiment)
+        _report(recipe, config, by_variant)
     elif command == "report":
-        _report(runs, config.path, experiment)
+        _report(recipe, config, by_variant)
     else:
         actions: dict[str, Callable[..., Any]] = {
             "prepare": prepare,
@@ -87,17 +97,27 @@ def execute(command: str, recipe: str, config: RunConfig, **options: Any) -> Non
             "push": push_run,
         }
         if len(runs) > 1 and (command == "push" or options.get("input")):
-            there = ", ".join(run.run_dir for run in runs.values())
-            raise ConfigError(f"{config.path} has several runs; name one of {there}")
-        for run in runs.values():
+            there = ", ".join(run.run_dir for run in runs)
+            raise ConfigError(f"{directory_of(recipe, config)} has several runs; name one of {there}")
+        for run in runs:
             actions[command](run, **options)
 
 
 def _write_config(recipe: str, config: RunConfig, runs: list[RunConfig]) -> None:
-    """Give the directory of an experiment the file by which commands find out what it holds."""
+    """Give the directory of an experiment the file by which commands find out what it is."""
     for run in runs:
         compare(run.path, to_dict(located(run)), create=True)
-    write_text(config.path / CONFIG_FILE, to_yaml({"recipe": recipe, **to_dict(located(config))}))
+    path = directory_of(recipe, config) / CONFIG_FILE
+    write_text(path, to_yaml({"recipe": recipe, **to_dict(located(config))}))
+
+
+def _is_done(run: RunConfig) -> bool:
+    """Whether a run has its results, and nothing has changed that they could follow from."""
+    found = compare(run.path, to_dict(located(run)), create=True)
+    done = found == [] and "dev" in read_summary(run.path) and outcomes_file(run.path, "dev").is_file()
+    if done:
+        say(f"{run.path} has its results")
+    return done
 
 
 def _train_once(run: RunConfig, stage: StageName, runs: list[RunConfig]) -> None:
@@ -106,16 +126,17 @@ def _train_once(run: RunConfig, stage: StageName, runs: list[RunConfig]) -> None
     train(run, stage, first.path if stage == "pretrain" and first != run else None)
 
 
-def _report(runs: Mapping[str, RunConfig], directory: Path, experiment: Experiment | None) -> None:
-    there = {name: run.path for name, run in runs.items() if run.path.is_dir()}
-    if not there:
-        raise ConfigError(f"{directory} holds no run to report on")
+def _report(recipe: str, config: RunConfig, runs: Mapping[str, list[RunConfig]]) -> None:
+    there = {name: [run.path for run in of_one if run.path.is_dir()] for name, of_one in runs.items()}
+    if not any(there.values()):
+        raise ConfigError(f"{config.path} holds no run to report on")
     if not ranks.is_main():
         return
-    for path in there.values():
+    for path in itertools.chain(*there.values()):
         say(f"wrote {write_report(path)}")
-    if experiment is not None:
-        say(f"wrote {write_comparison(there, directory, experiment)}")
+    if recipe in EXPERIMENTS:
+        directory = directory_of(recipe, config)
+        say(f"wrote {write_comparison(there, directory, EXPERIMENTS[recipe])}")
 
 
 @leaving_none

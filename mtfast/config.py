@@ -152,6 +152,8 @@ class RunConfig:
     """Stages that `run` goes through: some of the three, in this order."""
     seed: int = 0
     """Seed of data order, masking, initial weights and dropout."""
+    seeds: int = 1
+    """Of an experiment: runs of each variant, with as many seeds from `seed` on."""
     log_every: int = 10
     """Steps between two reads of the losses from the device."""
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -210,6 +212,7 @@ _RULES: dict[str, Rule] = {
     "data.cache_dir": _A_PATH,
     "engine.deepspeed_config": _A_PATH,
     "seed": _at_least(0),
+    "seeds": _at_least(1),
     "log_every": _at_least(1),
     "model.dropout_p": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
     "model.mlp.width": _at_least(1),

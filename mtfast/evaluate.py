@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors.numpy import save
 
 from mtfast.config import ConfigError, EngineConfig
 from mtfast.data.cs224n import COURSE_TASKS, prediction_file
@@ -19,8 +20,9 @@ from mtfast.data.records import FILE_SUFFIXES, read_file
 from mtfast.data.rows import DataError, MissingDataError, Records, listed
 from mtfast.data.tables import table_of
 from mtfast.data.tokens import TokenizedTask
-from mtfast.files import write_text
+from mtfast.files import write_bytes, write_text
 from mtfast.predict import Model, Predictions
+from mtfast.run_record import outcomes_file
 from mtfast.tasks import Split, Task
 from mtfast.training.engine import ranks
 from mtfast.training.inputs import Inputs
@@ -41,7 +43,8 @@ class Evaluation:
         self.model = build_multitask(weights, inputs.tasks)[0].to(device, dtype).eval()
 
     def evaluate(self, split: Literal["dev", "test"] = "dev") -> dict[str, float]:
-        """Metrics of a split, printed and written to summary.json under its name.
+        """Metrics of a split, printed and written to summary.json under its name; each example's prediction
+        and label go to `outcomes/`.
 
         Tasks whose test data has no labels are named and left out; what is computed over tasks is then left
         out too, since over fewer it would be another figure.
@@ -50,9 +53,13 @@ class Evaluation:
             DataError: no task has labels.
         """
         tables = self.inputs.load("dev") if split == "dev" else self._labelled_test()
-        metrics = labelled_metrics(tables, self._predict(split, tables))
+        predictions = self._predict(split, tables)
+        metrics = labelled_metrics(tables, predictions)
         if set(tables) != set(self.inputs.tasks):
             metrics = {name: value for name, value in metrics.items() if name not in OVER_TASKS}
+        outcomes = {f"{name}.predictions": values for name, values in predictions.items()}
+        outcomes |= {f"{name}.labels": np.asarray(table.labels) for name, table in tables.items()}
+        ranks.on_main(write_bytes, outcomes_file(self.inputs.run.path, split), save(outcomes))
         self.inputs.run.summarize(**{split: metrics})
         for name, value in metrics.items():
             say(f"{split} {name} {value:.4f}")

@@ -27,12 +27,17 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of text, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, contents: bytes) -> None:
     """Write a file whole: to a neighbour first, then renamed over it. It is on the disk on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         with naming(path):
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(contents)
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)

@@ -38,9 +38,13 @@ def count(value: object) -> str:
     return f"{value:,.0f}" if is_number(value) else NOTHING
 
 
+def signed(value: object) -> str:
+    return f"{value:+.3f}" if is_number(value) else NOTHING
+
+
 def difference(first: object, second: object) -> str:
     """What has to be added to the first of two numbers to get the second."""
-    return f"{second - first:+.3f}" if is_number(first) and is_number(second) else NOTHING  # type: ignore[operator]
+    return signed(second - first) if is_number(first) and is_number(second) else NOTHING  # type: ignore[operator]
 
 
 def duration(seconds: object) -> str:

@@ -134,6 +134,50 @@ def plot_dev_metrics(
     return figure
 
 
+def plot_comparison(
+    metrics: Sequence[Series],
+    ours: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    paper: Mapping[str, Mapping[str, float]],
+) -> Figure | None:
+    """A panel for each metric; in it, for each variant, the mean over its seeds with the standard deviation
+    as a bar, every seed as a dot, and the paper's figure. None if no variant has a mean.
+
+    Args:
+        ours: by variant and key, `values`, `mean` and `spread` (None for one seed).
+        paper: by variant and key, or empty.
+    """
+    figure, panels = _panels(len(metrics))
+    drawn = False
+    for panel, metric in zip(panels, metrics, strict=True):
+        for place, (variant, scores) in enumerate(ours.items()):
+            score = scores.get(metric.key, {})
+            if is_number(score.get("mean")):
+                drawn = True
+                colour, values = metric.colour, score["values"]
+                panel.plot([place] * len(values), values, "o", color=colour, alpha=0.35, markersize=4.5)
+                bar: dict[str, Any] = {"fmt": "s", "color": colour, "capsize": 5, "markersize": 6}
+                panel.errorbar(place, score["mean"], score["spread"] or 0, **bar)
+            if variant in paper:
+                figures = paper[variant]
+                panel.plot(place + 0.22, figures[metric.key], "D", color=GREY, fillstyle="none", markersize=6)
+        _dress(panel, metric.title, "", metric.unit)
+        panel.set_xlim(-0.6, len(ours) - 0.4)
+        panel.set_xticks(range(len(ours)), [textwrap.fill(variant, 12) for variant in ours])
+    if not drawn:
+        return None
+    marks = {
+        "mean ± standard deviation over seeds": ("s", "full", GREY),
+        "each seed": ("o", "full", "#B9BEC4"),
+        **({"paper (test)": ("D", "none", GREY)} if paper else {}),
+    }
+    handles = [
+        Line2D([], [], linestyle="", marker=mark, fillstyle=fill, color=colour, label=label)  # type: ignore[arg-type]
+        for label, (mark, fill, colour) in marks.items()
+    ]
+    figure.legend(handles=handles, **_LEGEND)
+    return figure
+
+
 _LEGEND: dict[str, Any] = {
     "loc": "outside upper left", "ncols": 3, "frameon": False, "fontsize": 8.5, "handlelength": 3.2,
 }  # fmt: skip

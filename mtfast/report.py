@@ -1,7 +1,7 @@
 """The report of a run: what its run directory recorded, as tables and plots, beside the paper's figures.
 
-`write_report` turns one run directory into `report.md`, `report.html` and `plots/*.png`; `write_comparison`
-does so for the runs of an experiment. What a run did not record is left out, or said.
+`write_report` turns one run directory into `report.md`, `report.html` and `plots/*.png`. What a run did not
+record is left out, or said.
 """
 
 from __future__ import annotations
@@ -10,29 +10,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtfast.experiments import PAPER_FIGURES, Experiment
+from mtfast.experiments import PAPER_FIGURES
 from mtfast.markdown import (
     count,
-    difference,
     duration,
     escape,
     gibibytes,
     number,
     picture,
     plain,
-    sentence_case,
     table,
 )
 from mtfast.page import write_page
-from mtfast.plots import PRETRAINING, is_number, losses_of, metrics_of, plot_dev_metrics, plot_losses
-from mtfast.recipes import PAPER_TASKS
-from mtfast.results import STAGES, choice_in_words, data_table, metric_titles, plot_of_dev_metrics
+from mtfast.plots import PRETRAINING, is_number, losses_of, plot_losses
+from mtfast.results import (
+    STAGES,
+    are_the_papers,
+    choice_in_words,
+    data_table,
+    metric_titles,
+    paper_note,
+    papers_rows,
+    plot_of_dev_metrics,
+)
 from mtfast.run_record import RunRecord, read_run
-from mtfast.tasks import Task
 
 SKIPPED_SHOWN = 10
 PEAKS = {"peak_rss_bytes": "peak memory (resident)", "peak_gpu_bytes": "peak GPU memory"}
-Scores = Mapping[str, Mapping[str, Any]]  # metrics by run
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -51,7 +55,7 @@ def write_report(run_dir: str | Path) -> Path:
         if figure := plot_losses(losses, run.steps.get(stage, [])):
             caption = f"{title}: losses on the training data"
             parts += [f"### {caption}", picture(figure, plots / f"losses_{stage}.png", caption)]
-    if _are_the_papers(run.tasks):
+    if are_the_papers(run.tasks):
         parts += ["## Beside the paper", *_beside_the_paper(run)]
     if run.summary.get("data"):
         parts += ["## Data", data_table(run.summary["data"]), *_remarks_on(run.summary["data"])]
@@ -63,48 +67,6 @@ def write_report(run_dir: str | Path) -> Path:
     if run.torn_lines:
         parts.append(f"{run.torn_lines} unreadable line(s) of `metrics.jsonl` were left out.")
     return write_page(run.directory, f"mtfast: {run.title}", parts)
-
-
-def write_comparison(runs: Mapping[str, str | Path], directory: str | Path, experiment: Experiment) -> Path:
-    """Write the report of an experiment into `directory`; return the path of `report.html`.
-
-    Args:
-        runs: run directory of each variant. A variant that is not given is reported as not run.
-        directory: where `report.md`, `report.html` and `plots/` go; created if need be.
-    """
-    title, variants = experiment.title, experiment.figures
-    if unknown := sorted(set(runs) - set(variants)):
-        raise ValueError(f"runs: {unknown[0]!r} is no variant of {title}; those are {', '.join(variants)}")
-    directory = Path(directory)
-    records = {name: read_run(runs[name]) for name in variants if name in runs}
-    tasks = next((run.tasks for run in records.values()), PAPER_TASKS)
-    comparable = _are_the_papers(tasks)
-    sources: dict[str, Scores] = {"Paper (test)": variants} if comparable else {}
-    everywhere = all(name in records and _has_all(records[name], "test") for name in variants)
-    splits = ["test", "dev"] if everywhere else ["dev"]
-    for split in splits:
-        ours = {name: records[name].metrics(split) if name in records else {} for name in variants}
-        sources[f"Ours ({split})"] = ours
-    heading = "Ours and the paper's" if comparable else "Results"
-    parts = [f"# {title}", f"## {heading}", _experiment_table(tasks, sources)]
-    if comparable:
-        parts.append(_paper_note(splits))
-    if missing := [f"`{name}`" for name in variants if name not in records]:
-        parts.append(f"Not run: {', '.join(missing)}.")
-    lines = {name: run.evaluations.get("finetune", []) for name, run in records.items()}
-    if figure := plot_dev_metrics(metrics_of(tasks), lines, "epoch of fine-tuning"):
-        parts.append(
-            picture(figure, directory / "plots" / "dev_metrics.png", "Dev metrics while fine-tuning")
-        )
-    for name, run in records.items():
-        parts += [
-            f"## {sentence_case(name)}",
-            f"Run directory: `{run.directory}`",
-            _result_table(run),
-            choice_in_words(run),
-            _stage_table(run),
-        ]
-    return write_page(directory, f"mtfast: {title}", parts)
 
 
 # ---- results ----
@@ -148,15 +110,6 @@ def _result_table(run: RunRecord) -> str:
 # ---- beside the paper ----
 
 
-def _are_the_papers(tasks: Mapping[str, Task]) -> bool:
-    """Whether these tasks' metrics can stand beside the paper's; heads, weights and data may be others."""
-
-    def measured(tasks: Mapping[str, Task]) -> dict[str, tuple[str, int, str]]:
-        return {name: (task.kind, task.outputs, task.main_metric) for name, task in tasks.items()}
-
-    return measured(tasks) == measured(PAPER_TASKS)
-
-
 def _has_all(run: RunRecord, split: str) -> bool:
     """Whether the run has a result of every task on a split."""
     metrics = run.metrics(split)
@@ -173,29 +126,7 @@ def _beside_the_paper(run: RunRecord) -> list[str]:
         for name, figures in PAPER_FIGURES.items()
     ]
     rows.append((f"**This run ({split})**", *(f"**{number(ours.get(key))}**" for key in keys)))
-    return [table(("", *(titles[key] for key in keys)), rows), _paper_note([split])]
-
-
-def _paper_note(splits: Sequence[str]) -> str:
-    ours = {"dev": "dev", "test": "the test split of the run's own data"}
-    return (
-        "The paper's figures are on test sets whose labels are not public; ours are on "
-        f"{' and on '.join(ours[split] for split in splits)}. "
-        "They are comparable only for the paper's recipe on the paper's data and checkpoint."
-    )
-
-
-def _experiment_table(tasks: Mapping[str, Task], scores: Mapping[str, Scores]) -> str:
-    """By source of scores, a line for each of the two variants and one for their difference."""
-    titles = metric_titles(tasks)
-    keys = [*(metric.key for metric in metrics_of(tasks)), "mean"]
-    rows: list[Sequence[str]] = []
-    for source, variants in scores.items():
-        for variant, score in variants.items():
-            rows.append((f"{source}: {variant}", *(number(score.get(key)) for key in keys)))
-        differences = (difference(*(score.get(key) for score in variants.values())) for key in keys)
-        rows.append((f"{source}: difference", *differences))
-    return table(("", *(titles[key] for key in keys)), rows)
+    return [table(("", *(titles[key] for key in keys)), rows), paper_note([split]), papers_rows(run)]
 
 
 # ---- stages ----

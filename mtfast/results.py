@@ -1,4 +1,4 @@
-"""What a run's report and its model card both say: what its metrics are called, its choices, its data."""
+"""What several pages say of runs: what metrics are called, choices, data, how the paper's compare."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from mtfast.experiments import PAPER_ROWS
 from mtfast.markdown import count, escape, table
 from mtfast.plots import metrics_of, plot_dev_metrics
+from mtfast.recipes import PAPER_TASKS
 from mtfast.run_record import RunRecord
 from mtfast.tasks import METRICS_OF, Task
 
@@ -61,3 +63,34 @@ def data_table(data: Mapping[str, Any]) -> str:
             counts = (account.get("read"), account.get("used"), left_out, account.get("truncated"))
             rows.append((name, *map(count, counts)))
     return table(("", "rows read", "used", "skipped", "cut to length"), rows)
+
+
+def are_the_papers(tasks: Mapping[str, Task]) -> bool:
+    """Whether these tasks' metrics can stand beside the paper's; heads, weights and data may be others."""
+
+    def measured(tasks: Mapping[str, Task]) -> dict[str, tuple[str, int, str]]:
+        return {name: (task.kind, task.outputs, task.main_metric) for name, task in tasks.items()}
+
+    return measured(tasks) == measured(PAPER_TASKS)
+
+
+def paper_note(splits: Sequence[str]) -> str:
+    """How far figures on these splits can be compared with the paper's."""
+    ours = {"dev": "dev", "test": "the test split of the run's own data"}
+    return (
+        "The paper's figures are on test sets whose labels are not public; ours are on "
+        f"{' and on '.join(ours[split] for split in splits)}. "
+        "They are comparable only for the paper's recipe on the paper's data and checkpoint."
+    )
+
+
+def papers_rows(run: RunRecord) -> str:
+    """Where the rows of a run's data are not as many as the paper's; empty where they are."""
+    data = run.summary.get("data", {})
+    used = {name: data[name].get("used") for name in PAPER_ROWS if isinstance(data.get(name), Mapping)}
+    differing = [
+        f"{name} {count(rows)} of {count(PAPER_ROWS[name])}"
+        for name, rows in used.items()
+        if rows != PAPER_ROWS[name]
+    ]
+    return f"Rows used here, of the paper's: {', '.join(differing)}." if differing else ""

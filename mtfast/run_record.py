@@ -9,12 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtfast.config import CONFIG_FILE, RunConfig
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from mtfast.config import CONFIG_FILE, ConfigError, RunConfig
 from mtfast.config_file import read_config_file
 from mtfast.plots import is_number
 from mtfast.recipes import PAPER_TASKS, RECIPES
 from mtfast.tasks import Task
 from mtfast.training.run.directory import METRICS, read_summary
+
+
+class Outcome(NamedTuple):
+    """Predictions and labels of a task's examples, both [n], in the order of its data."""
+
+    predictions: np.ndarray
+    labels: np.ndarray
 
 
 class Choice(NamedTuple):
@@ -78,6 +89,26 @@ class RunRecord:
             return Choice(stage, best.get("epoch", 0), len(self.evaluations[stage]))
         return None
 
+    def last_evaluation(self, stage: str) -> dict[str, Any] | None:
+        """The stage's last evaluation, which nobody chose."""
+        return next(reversed(self.evaluations.get(stage, [])), None)
+
+    def outcomes(self, split: str) -> dict[str, Outcome]:
+        """By task, the examples that the run's results on a split are of; empty where it has none.
+
+        Raises:
+            ConfigError: their file cannot be read.
+        """
+        path = outcomes_file(self.directory, split)
+        if not path.is_file():
+            return {}
+        try:
+            arrays = load_file(path)
+            names = list(dict.fromkeys(name.split(".")[0] for name in arrays))
+            return {name: Outcome(*(arrays[f"{name}.{part}"] for part in Outcome._fields)) for name in names}
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}); evaluate the run again") from error
+
     def metrics(self, split: str) -> dict[str, float]:
         """The run's results on dev or test, empty where it has none; on dev, of a run that has not come to
         its results, those of its best epoch so far.
@@ -90,6 +121,11 @@ class RunRecord:
             found = best["metrics"] if best else {}
         whole = all(is_number(found.get(key)) for key in self.counting)
         return {key: value for key, value in found.items() if whole or key not in ("mean", "cs224n_overall")}
+
+
+def outcomes_file(directory: Path, split: str) -> Path:
+    """Where an evaluation of a run leaves its outcomes."""
+    return directory / "outcomes" / f"{split}.safetensors"
 
 
 def read_run(run_dir: str | Path) -> RunRecord:

@@ -13,7 +13,7 @@ from processes import command
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mtfast import commands
+from mtfast import commands, comparison
 from mtfast.commands import open_directory
 from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
 from mtfast.errors import Error
@@ -43,6 +43,18 @@ def train_stages(config: RunConfig, number: int | None = None, stop: tuple[str, 
         commands.train(config, stage)
     alive.finish()
     if ranks.is_main() and number is None:
+        config.path.with_suffix(".changes").write_text(str(faults.disarm()))
+
+
+def run_experiment(recipe: str, config: RunConfig, number: int | None = None) -> None:
+    """All runs of an experiment, without their own reports; number as in `train_stages`."""
+    commands.write_report = lambda path: path  # type: ignore[assignment]
+    comparison.RESAMPLES = 300
+    mode = faults.COUNT if number is None else faults.KILL
+    faults.arm(config.path, number or 0, mode)
+    commands.execute("run", recipe, config)
+    alive.finish()
+    if number is None:
         config.path.with_suffix(".changes").write_text(str(faults.disarm()))
 
 

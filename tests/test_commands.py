@@ -209,8 +209,8 @@ def test_a_short_run_predicts_evaluates_and_summarises(config, corpus):
 
 
 def test_report_of_an_experiment_of_which_one_run_is_there(tmp_path, capsys):
-    (tmp_path / "exp1" / "with-pretraining").mkdir(parents=True)
-    cli.main(["report", "exp1", "--run-dir", str(tmp_path / "exp1")])
+    (tmp_path / "with-pretraining" / "seed-0").mkdir(parents=True)
+    cli.main(["report", "exp1", "--run-dir", str(tmp_path), "--seeds", "2"])
     assert capsys.readouterr().out.count("wrote ") == 2
     assert "Not run: `without pre-training`." in (tmp_path / "exp1" / "report.md").read_text()
 
@@ -219,7 +219,7 @@ def test_runs_that_differ_after_pre_training_share_it(config, capsys):
     short = replace(config.pretrain, max_steps=3)
     commands.execute("pretrain", "exp2", replace(config, pretrain=short))
     assert "pretrain: taken over from" in capsys.readouterr().out
-    ours, theirs = (config.path / name for name in ("lstm-head", "linear-head"))
+    ours, theirs = (config.path / name / "seed-0" for name in ("lstm-head", "with-pretraining"))
     for name in ("pretrain/result.json", "pretrain/last/model.safetensors", "metrics.jsonl"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
     summaries = [json.loads((path / "summary.json").read_text()) for path in (ours, theirs)]

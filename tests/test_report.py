@@ -23,10 +23,9 @@ from recorded_runs import (
 )
 
 from mtfast.config import ConfigError
-from mtfast.experiments import EXPERIMENTS
 from mtfast.plots import losses_of, metrics_of, plot_dev_metrics, plot_losses
 from mtfast.recipes import PAPER_TASKS
-from mtfast.report import write_comparison, write_report
+from mtfast.report import write_report
 from mtfast.run_record import read_run
 
 
@@ -294,27 +293,3 @@ def test_recorded_text_is_not_markup(tmp_path):
 def test_no_such_run_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match="run_dir"):
         write_report(tmp_path / "nowhere")
-
-
-def test_comparison_sets_both_runs_beside_the_paper(tmp_path):
-    runs = {}
-    for name, sst in (("without pre-training", 0.40), ("with pre-training", 0.45)):
-        records = [evaluation("finetune", epoch, epoch, sst, 0.7, 0.4) for epoch in (1, 2)]
-        runs[name] = write_run(tmp_path / name, records)
-    page = write_comparison(runs, tmp_path / "exp1", EXPERIMENTS["exp1"])
-    markdown = (page.parent / "report.md").read_text()
-    assert table_row(markdown, "Paper (test): difference")[:3] == ["+0.069", "+0.007", "+0.008"]
-    assert table_row(markdown, "Ours (dev): without pre-training")[:2] == ["0.400", "0.700"]
-    assert table_row(markdown, "Ours (dev): difference")[:2] == ["+0.050", "+0.000"]
-    assert (tmp_path / "exp1" / "plots" / "dev_metrics.png").is_file()
-
-
-def test_comparison_of_other_tasks(tmp_path):
-    run = write_four_task_run(tmp_path / "run")
-    page = write_comparison({"with pre-training": run}, tmp_path / "exp1", EXPERIMENTS["exp1"])
-    markdown = (page.parent / "report.md").read_text()
-    found = ["0.900", "0.700", "0.600", "0.400", "0.650"]
-    assert table_row(markdown, "Ours (dev): with pre-training") == found
-    assert table_row(markdown, "Ours (dev): without pre-training") == ["—"] * 5
-    assert "Not run: `without pre-training`." in markdown
-    assert "the paper" not in markdown.lower() and (tmp_path / "exp1" / "plots" / "dev_metrics.png").is_file()

@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 from recorded_runs import FOUR_TASKS, add_to_summary, declaring, evaluation, markdown_of, table_row, write_run
 
+from mtfast.comparison_report import write_comparison
 from mtfast.experiments import EXPERIMENTS
 from mtfast.recipes import PAPER_TASKS
-from mtfast.report import write_comparison
 
 
 @pytest.fixture(autouse=True)
 def without_plots(monkeypatch):
-    monkeypatch.setattr("mtfast.report.plot_dev_metrics", lambda *_: None)
+    for plot in ("report.plot_of_dev_metrics", "comparison_report.plot_dev_metrics"):
+        monkeypatch.setattr(f"mtfast.{plot}", lambda *_: None)
+    monkeypatch.setattr("mtfast.comparison_report.plot_comparison", lambda *_: None)
 
 
 @pytest.fixture
@@ -108,39 +110,7 @@ def test_the_papers_figures_stand_beside_the_papers_tasks_alone(tmp_path, change
     records = [evaluation("finetune", 1, 1, 0.4, 0.7, 0.4)]
     run = write_run(tmp_path / "run", records, config=declaring(PAPER_TASKS | changes))
     assert ("## Beside the paper" in markdown_of(run)) == comparable
-    page = write_comparison({"LSTM head": run}, tmp_path, EXPERIMENTS["exp2"])
+    page = write_comparison({"LSTM head": [run]}, tmp_path, EXPERIMENTS["exp2"])
     markdown = (page.parent / "report.md").read_text()
     assert ("## Ours and the paper's" in markdown) == ("| Paper (test)" in markdown) == comparable
     assert table_row(markdown, "Ours (dev): LSTM head")[1] == "0.700"
-
-
-def test_comparison_on_test_where_both_runs_have_it(tmp_path):
-    runs = {}
-    for name, sst in (("without pre-training", 0.40), ("with pre-training", 0.45)):
-        records = [evaluation("finetune", epoch, epoch, sst, 0.7, 0.4) for epoch in (1, 2)]
-        test = evaluation("", 0, 0, sst - 0.1, 0.6, 0.3)["metrics"]
-        runs[name] = write_run(tmp_path / name, records, {"dev": records[0]["metrics"], "test": test})
-    page = write_comparison(runs, tmp_path / "exp1", EXPERIMENTS["exp1"]).parent / "report.md"
-    markdown = page.read_text()
-    assert table_row(markdown, "Ours (test): without pre-training")[:2] == ["0.300", "0.600"]
-    assert table_row(markdown, "Ours (test): difference")[:2] == ["+0.050", "+0.000"]
-    assert table_row(markdown, "Ours (dev): without pre-training")[:2] == ["0.400", "0.700"]
-    assert "ours are on the test split of the run's own data and on dev." in markdown
-    assert markdown.count("those of epoch 1 of 2 of fine-tuning") == 2
-
-    add_to_summary(runs["with pre-training"], test={"sst_accuracy": 0.3})
-    write_comparison(runs, tmp_path / "exp1", EXPERIMENTS["exp1"])
-    assert "Ours (test)" not in page.read_text() and "ours are on dev." in page.read_text()
-
-
-def test_comparison_with_one_run_says_what_is_missing(tmp_path):
-    run = write_run(tmp_path / "lstm", [evaluation("finetune", 1, 1, 0.4, 0.7, 0.4)])
-    page = write_comparison({"LSTM head": run}, tmp_path / "exp2", EXPERIMENTS["exp2"])
-    markdown = (page.parent / "report.md").read_text()
-    assert "Not run: `linear head`." in markdown
-    assert table_row(markdown, "Ours (dev): difference")[0] == "—"
-
-
-def test_comparison_names_what_is_unknown(tmp_path):
-    with pytest.raises(ValueError, match=r"'cnn' is no variant of Exp-II.* linear head, LSTM head"):
-        write_comparison({"cnn": "."}, tmp_path, EXPERIMENTS["exp2"])

@@ -231,12 +231,19 @@ def test_what_is_no_run(arguments, said, tmp_path, monkeypatch, capsys):
 
 
 def test_an_experiment_is_known_by_its_directory(tmp_path, capsys):
-    (tmp_path / "with-pretraining").mkdir()
-    (tmp_path / "config.yaml").write_text(f"recipe: exp1\nrun_dir: {tmp_path}\n", encoding="utf-8")
-    cli.main(["report", str(tmp_path)])
+    """Wherever that lies now, with those of its runs beside it."""
+    (tmp_path / "with-pretraining" / "seed-1").mkdir(parents=True)
+    experiment = tmp_path / "exp1"
+    experiment.mkdir()
+    (experiment / "config.yaml").write_text("recipe: exp1\nrun_dir: /elsewhere\nseeds: 2\n", encoding="utf-8")
+    cli.main(["report", str(experiment)])
     assert capsys.readouterr().out.count("wrote ") == 2
-    text = refusal(["predict", str(tmp_path), "--input", "-"], capsys)
-    assert "has several runs; name one of " in text and "with-pretraining" in text
+    assert (experiment / "report.md").exists() and (tmp_path / "with-pretraining/seed-1/report.md").exists()
+    text = refusal(["predict", str(experiment), "--input", "-"], capsys)
+    assert f"{experiment} has several runs; name one of " in text and "with-pretraining/seed-0" in text
+    text = refusal(["report", str(tmp_path)], capsys)
+    none = f"{tmp_path} holds no run: there is no config.yaml in it"
+    assert text == f"mtfast: {none}; name one of {experiment}\n"
 
 
 def test_paths_that_are_there_are_kept_absolute(tmp_path, monkeypatch):

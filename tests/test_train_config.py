@@ -62,18 +62,34 @@ def test_paper_recipe_has_the_papers_numbers():
 
 
 def test_experiments_differ_in_one_thing():
-    without, with_ = runs_of("exp1", ALL_RECIPES["exp1"]()).values()
+    [without], [with_] = runs_of("exp1", ALL_RECIPES["exp1"]()).values()
     assert with_.stages == ("pretrain", "heads", "finetune") and without.stages == ("heads", "finetune")
     assert replace(without, stages=with_.stages, run_dir=with_.run_dir) == with_
-    linear, lstm = runs_of("exp2", ALL_RECIPES["exp2"]()).values()
+    [linear], [lstm] = runs_of("exp2", ALL_RECIPES["exp2"]()).values()
     assert (linear.tasks["sst"].head, lstm.tasks["sst"].head) == ("linear", "lstm")
     lstm_sst = linear.tasks | {"sst": replace(linear.tasks["sst"], head="lstm")}
     assert replace(linear, tasks=lstm_sst, run_dir=lstm.run_dir) == lstm
-    assert linear.data.cache_dir == "runs/exp2/cache" and with_.data.cache_dir == "runs/exp1/cache"
-    assert runs_of("paper", paper()) == {"": paper()}
+    assert linear == with_ and lstm.data.cache_dir == "runs/experiments/cache"
+    assert runs_of("paper", paper()) == {"": [paper()]}
     others = replace(paper(), tasks={"quora": paper().tasks["quora"]})
     with pytest.raises(ConfigError, match="compares two heads of the task sst, which is not among the tasks"):
         runs_of("exp2", others)
+
+
+def test_each_variant_has_a_run_with_each_seed():
+    config = replace(ALL_RECIPES["exp1"](), seed=4, seeds=3)
+    runs = runs_of("exp1", config)
+    assert list(runs) == ["without pre-training", "with pre-training"]
+    for variant, directory in (("without", "without-pretraining"), ("with", "with-pretraining")):
+        of_variant = runs[f"{variant} pre-training"]
+        assert [run.seed for run in of_variant] == [4, 5, 6]
+        assert [run.run_dir for run in of_variant] == [
+            f"runs/experiments/{directory}/seed-{seed}" for seed in (4, 5, 6)
+        ]
+        first = of_variant[0]
+        assert all(replace(run, seed=4, run_dir=first.run_dir) == first for run in of_variant)
+    with pytest.raises(ConfigError, match="seeds is 3; exp1 and exp2 have runs with several seeds"):
+        runs_of("paper", replace(paper(), seeds=3))
 
 
 @pytest.mark.parametrize(
@@ -163,11 +179,11 @@ def test_a_stage_is_run_only_for_the_variants_that_have_it(monkeypatch, capsys):
     trained = []
 
     def train(config, stage, same_as) -> None:
-        trained.append((config.path.name, stage, same_as))
+        trained.append((config.run_dir, stage, same_as))
 
     monkeypatch.setattr(commands, "train", train)
     cli.main(["pretrain", "exp1"])
-    assert trained == [("with-pretraining", "pretrain", None)]
+    assert trained == [("runs/experiments/with-pretraining/seed-0", "pretrain", None)]
     with pytest.raises(SystemExit):
         cli.main(["pretrain", "paper", "--stages", "heads", "finetune"])
     assert len(trained) == 1 and "not among the run's stages, heads finetune" in capsys.readouterr().err
