@@ -60,24 +60,28 @@ def record(run_dir: Path) -> dict[str, Any]:
     here = environment(default_device())
     commit, date = here.pop("commit"), here.pop("date")
     check_environment(summary["environment"])
-    checkpoint = shortened(config["model"]["checkpoint"])
+    return {
+        "checkpoint": shortened(config["model"]["checkpoint"]),
+        "environment": {**here, **summary["environment"], "device": here["device"]},
+        "config": settings_of(config),
+        "stages": summary["stages"],
+        "dev": summary["dev"],
+        "commit": commit,
+        "date": date,
+    }
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration results follow from, without paths of the machine."""
     settings = {name: config[name] for name in ("seed", "engine", *config["stages"])}
-    settings["model"] = {**config["model"], "checkpoint": checkpoint}
+    settings["model"] = {**config["model"], "checkpoint": shortened(config["model"]["checkpoint"])}
     if given := config["engine"].get("deepspeed_config"):
         settings["engine"] = {**config["engine"], "deepspeed_config": shortened(given)}
     settings["tasks"] = {
         name: {**task, "source": task["source"] and shortened(task["source"])}
         for name, task in config["tasks"].items()
     }
-    return {
-        "checkpoint": checkpoint,
-        "environment": {**here, **summary["environment"], "device": here["device"]},
-        "config": settings,
-        "stages": summary["stages"],
-        "dev": summary["dev"],
-        "commit": commit,
-        "date": date,
-    }
+    return settings
 
 
 def shortened(path: str) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
+from mtfast.comparison_report import comparison_table
+from mtfast.experiments import ALL_RECIPES, EXPERIMENTS
 from mtfast.tasks import METRICS_OF
 
 ROOT = RESULTS.parents[1]
@@ -40,7 +42,8 @@ def render(text: str, results: Path = RESULTS) -> str:
     """`text` with every section between `<!-- results: NAME WORDS -->` and `<!-- end -->` made anew.
 
     Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs, all
-    or those named, and "utilisation" holds training steps against the peak of their machine.
+    or those named, "experiment" is the recorded one that is named, and "utilisation" holds training steps
+    against the peak of their machine.
     """
     rows = [row for path in sorted(results.glob("*-????-??-??.csv")) for row in _read(path)]
     runs = {
@@ -51,6 +54,8 @@ def render(text: str, results: Path = RESULTS) -> str:
         name, words = match["name"], set(match["words"].split())
         if name == "runs":
             body = _runs_table({run: runs[run] for run in runs if not words or run in words})
+        elif name == "experiment":
+            body = _experiment(results / f"experiment-{match['words'].strip()}.json")
         elif name == "utilisation":
             body = _utilisation(rows)
         else:
@@ -174,6 +179,23 @@ def _runs_table(runs: dict[str, Any]) -> str:
             )
         )
     return _markdown(columns, body)
+
+
+def _experiment(path: Path) -> str:
+    """The variants of an experiment with their spread, beside the paper's figures."""
+    if not path.is_file():
+        return "not measured"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    experiment, tasks = EXPERIMENTS[result["experiment"]], ALL_RECIPES[result["experiment"]]().tasks
+    figures = {variant.name: variant.figures for variant in experiment.variants}
+    made = [run for of_variant in result["runs"].values() for run in of_variant]
+    hours = sum(stage["seconds"] for run in made for stage in run["stages"].values()) / 3600
+    devices = dict.fromkeys(
+        f"{of['device']}, {of['threads']} thread{'s' * (of['threads'] != 1)}, torch {of['torch']}"
+        for of in (run["environment"] for run in made)
+    )
+    where = f"{len(made)} runs, {hours:.1f} hours in all; {'; '.join(devices)}; commit {result['commit']}"
+    return f"{where}:\n\n{comparison_table(result['comparison'], tasks, figures)}"
 
 
 def _scores(run: dict[str, Any]) -> dict[str, float]:

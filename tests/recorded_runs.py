@@ -2,11 +2,18 @@
 
 import json
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from mtfast.config import RunConfig, to_dict
 from mtfast.files import to_yaml
+from mtfast.kinds import task_metrics
+from mtfast.recipes import PAPER_TASKS
 from mtfast.report import write_report
+from mtfast.run_record import outcomes_file
 from mtfast.tasks import Task
 
+N = 300  # examples
 PAIR = ("first", "second")
 FOUR_TASKS = {
     "news": Task(kind="classification", text="text", label="topic", classes=4, title="News *topics*"),
@@ -80,3 +87,38 @@ def table_row(markdown, label):
 def add_to_summary(run, **entries):
     path = run / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def labels_of(random):
+    return {
+        "sst": random.integers(5, size=N),
+        "quora": random.integers(2, size=N).astype(np.float32),
+        "sts": random.uniform(0, 5, N).astype(np.float32),
+    }
+
+
+def predicted(labels, random, quality):
+    """Predictions of which a share `quality` is right, and scores that correlate with the labels by it."""
+    right = random.random(N) < quality
+    return {
+        "sst": np.where(right, labels["sst"], random.integers(5, size=N)),
+        "quora": np.where(right, labels["quora"], random.integers(2, size=N)).astype(np.int64),
+        "sts": (quality * labels["sts"] + random.normal(0, 1, N)).astype(np.float32),
+    }
+
+
+def write_outcomes(run, split, predictions, labels):
+    path = outcomes_file(run, split)
+    path.parent.mkdir(exist_ok=True)
+    arrays = {f"{name}.predictions": values for name, values in predictions.items()}
+    save_file(arrays | {f"{name}.labels": values for name, values in labels.items()}, path)
+
+
+def write_results(directory, config, predictions, labels, **summary):
+    """A run of the paper's tasks whose results on dev are of its epoch 1 of 2."""
+    metrics = task_metrics(PAPER_TASKS, predictions, labels)
+    best = {"kind": "eval", "stage": "finetune", "step": 1, "epoch": 1, "metrics": metrics}
+    last = evaluation("finetune", 2, 2, metrics["sst_accuracy"] - 0.01, 0.5, 0.1)
+    run = write_run(directory, [best, last], {"dev": metrics, **summary}, to_yaml(to_dict(config)))
+    write_outcomes(run, "dev", predictions, labels)
+    return run

@@ -2,13 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from recorded_runs import labels_of, predicted, write_results
 
-from benchmarks import common, record, report
+from benchmarks import common, record, record_experiment, report
+from mtfast import comparison
+from mtfast.config import to_dict
+from mtfast.experiments import ALL_RECIPES, runs_of
+from mtfast.files import to_yaml
 
 
 @pytest.fixture
@@ -162,3 +170,67 @@ def test_results_do_not_make_the_commit_dirty_but_code_does(repository, monkeypa
     monkeypatch.setattr(common, "SOURCES", repository / "nowhere")
     monkeypatch.setenv("MTFAST_COMMIT", "abc1234")
     assert common.commit() == "abc1234"
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """exp1 with two seeds, whose runs began at 1,100,000,000 seconds."""
+    random = np.random.default_rng(0)
+    labels = labels_of(random)
+    config = replace(ALL_RECIPES["exp1"](), run_dir=str(tmp_path), seeds=2)
+    stage = {"seconds": 1800.0, "steps": 3, "last_loss": 0.1}
+    for of_variant in runs_of("exp1", config).values():
+        for run in of_variant:
+            summary = {
+                "environment": {"torch": "2.0", "device": f"device {run.seed}", "threads": 1},
+                "stages": {name: stage for name in run.stages},
+                "data": {"quora-train": {"used": 16000}},
+            }
+            quality = 0.4 + 0.2 * ("pretrain" in run.stages)
+            write_results(run.path, run, predicted(labels, random, quality), labels, **summary)
+            os.utime(run.path / "config.yaml", (1_100_000_000, 1_100_000_000))
+    directory = tmp_path / "exp1"
+    directory.mkdir()
+    (directory / "config.yaml").write_text(to_yaml({"recipe": "exp1", **to_dict(config)}))
+    return directory
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    monkeypatch.setattr(comparison, "RESAMPLES", 100)
+
+
+@pytest.mark.usefixtures("repository", "few_draws")
+def test_an_experiment_is_recorded_with_all_its_runs(experiment, tmp_path, monkeypatch):
+    for name in ("RESULTS", "DOCS"):
+        monkeypatch.setattr(record_experiment, name, tmp_path)
+    assert record_experiment.main([str(experiment), "small", "--command", "mtfast run small.yaml"]) == 0
+    text = (tmp_path / "experiment-small.json").read_text()
+    result = json.loads(text)
+    assert result["command"] == "mtfast run small.yaml" and result["rows"] == {"quora-train": 16000}
+    assert str(tmp_path) not in text and (tmp_path / "small.png").stat().st_size > 10_000
+    assert [run["seed"] for run in result["runs"]["with pre-training"]] == [0, 1]
+    table = report.render("<!-- results: experiment small -->\n<!-- end -->", tmp_path)
+    made = "device 0, 1 thread, torch 2.0; device 1, 1 thread, torch 2.0; commit"
+    assert f"\n4 runs, 5.0 hours in all; {made}" in table
+    variants = result["comparison"]["splits"]["dev"]["variants"]
+    found = variants["with pre-training"]["result"]["sst_accuracy"]
+    shown = f"| Ours (dev): with pre-training | {found['mean']:.3f} ± {found['spread']:.3f} |"
+    assert shown in table and "| Paper (test): with pre-training | 0.549 |" in table
+    none = report.render("<!-- results: experiment other -->\n<!-- end -->", tmp_path)
+    assert "\nnot measured\n" in none
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda root, runs: later_commit(root, "mtfast/loop.py"), "the run began before commit"),
+        (lambda root, runs: change_summary(runs / "seed-1", dev=None), "seed-1 has no dev metrics"),
+        (lambda root, runs: shutil.rmtree(runs / "seed-1"), "seed-1 holds no run; continue the experiment"),
+    ],
+)
+def test_an_unfinished_experiment_is_not_recorded(spoil, reason, repository, experiment, capsys):
+    spoil(repository, experiment.parent / "with-pretraining")
+    assert record_experiment.main([str(experiment), "small", "--command", "x"]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("not recorded: ") and reason in said

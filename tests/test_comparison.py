@@ -2,66 +2,38 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
-from recorded_runs import add_to_summary, evaluation, table_row, write_four_task_run, write_run
-from safetensors.numpy import save_file
+from recorded_runs import (
+    add_to_summary,
+    evaluation,
+    labels_of,
+    predicted,
+    table_row,
+    write_four_task_run,
+    write_outcomes,
+    write_results,
+    write_run,
+)
 
 from mtfast import comparison
 from mtfast.comparison import compared
 from mtfast.comparison_report import write_comparison
-from mtfast.config import ConfigError, RunConfig, to_dict
+from mtfast.config import ConfigError
 from mtfast.experiments import EXPERIMENTS
-from mtfast.files import to_yaml
 from mtfast.kinds import task_metrics
-from mtfast.recipes import PAPER_TASKS
+from mtfast.recipes import PAPER_TASKS, paper
 from mtfast.run_record import outcomes_file, read_run
 
 WITHOUT, WITH = "without pre-training", "with pre-training"
-N = 300
 
 
 @pytest.fixture(autouse=True)
 def fewer_draws(monkeypatch):
     monkeypatch.setattr(comparison, "RESAMPLES", 400)
-
-
-def labels_of(random):
-    return {
-        "sst": random.integers(5, size=N),
-        "quora": random.integers(2, size=N).astype(np.float32),
-        "sts": random.uniform(0, 5, N).astype(np.float32),
-    }
-
-
-def predicted(labels, random, quality):
-    """Predictions of which a share `quality` is right, and scores that correlate with the labels by it."""
-    right = random.random(N) < quality
-    return {
-        "sst": np.where(right, labels["sst"], random.integers(5, size=N)),
-        "quora": np.where(right, labels["quora"], random.integers(2, size=N)).astype(np.int64),
-        "sts": (quality * labels["sts"] + random.normal(0, 1, N)).astype(np.float32),
-    }
-
-
-def write_outcomes(run, split, predictions, labels):
-    path = outcomes_file(run, split)
-    path.parent.mkdir(exist_ok=True)
-    arrays = {f"{name}.predictions": values for name, values in predictions.items()}
-    save_file(arrays | {f"{name}.labels": values for name, values in labels.items()}, path)
-
-
-def write_results(directory, seed, predictions, labels):
-    """A run whose results on dev are of its epoch 1 of 2."""
-    metrics = task_metrics(PAPER_TASKS, predictions, labels)
-    best = {"kind": "eval", "stage": "finetune", "step": 1, "epoch": 1, "metrics": metrics}
-    last = evaluation("finetune", 2, 2, metrics["sst_accuracy"] - 0.01, 0.5, 0.1)
-    config = to_yaml(to_dict(RunConfig(tasks=PAPER_TASKS, seed=seed)))
-    run = write_run(directory, [best, last], {"dev": metrics}, config)
-    write_outcomes(run, "dev", predictions, labels)
-    return run
 
 
 @pytest.fixture
@@ -75,7 +47,7 @@ def results(tmp_path):
     }
     runs = {
         variant: [
-            write_results(tmp_path / variant / f"seed-{seed}", seed, predictions, labels)
+            write_results(tmp_path / variant / str(seed), replace(paper(), seed=seed), predictions, labels)
             for seed, predictions in enumerate(of_variant)
         ]
         for variant, of_variant in made.items()
@@ -155,7 +127,7 @@ def test_other_examples_are_no_pairs(results):
     with pytest.raises(ConfigError, match="were not evaluated on the same dev examples of sst; evaluate"):
         compared(EXPERIMENTS["exp1"], records_of(runs))
     outcomes_file(runs[WITH][2], "dev").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"seed-2/outcomes/dev\.safetensors cannot be read .*; evaluate"):
+    with pytest.raises(ConfigError, match=r"2/outcomes/dev\.safetensors cannot be read .*; evaluate"):
         compared(EXPERIMENTS["exp1"], records_of(runs))
 
 
