@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def render(text: str, results: Path = RESULTS) -> str:
     """`text` with every section between `<!-- results: NAME WORDS -->` and `<!-- end -->` made anew.
 
     Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs, all
-    or those named, "experiment" is the recorded one that is named, and "utilisation" holds training steps
-    against the peak of their machine.
+    or those named, "experiment" is the recorded one that is named, "pretraining_curve" what steps of
+    pre-training do, and "utilisation" holds training steps against the peak of their machine.
     """
     rows = [row for path in sorted(results.glob("*-????-??-??.csv")) for row in _read(path)]
     runs = {
@@ -56,6 +57,8 @@ def render(text: str, results: Path = RESULTS) -> str:
             body = _runs_table({run: runs[run] for run in runs if not words or run in words})
         elif name == "experiment":
             body = _experiment(results / f"experiment-{match['words'].strip()}.json")
+        elif name == "pretraining_curve":
+            body = _curve(results / "pretraining-curve.json")
         elif name == "utilisation":
             body = _utilisation(rows)
         else:
@@ -196,6 +199,32 @@ def _experiment(path: Path) -> str:
     )
     where = f"{len(made)} runs, {hours:.1f} hours in all; {'; '.join(devices)}; commit {result['commit']}"
     return f"{where}:\n\n{comparison_table(result['comparison'], tasks, figures)}"
+
+
+def _curve(path: Path) -> str:
+    """What the tasks make of the encoder after so many steps of pre-training."""
+    if not path.is_file():
+        return "not measured"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    body = []
+    for point in result["points"]:
+        tuned = point["tuned_sst"]
+        spread = f" ± {statistics.stdev(tuned):.3f}" if len(tuned) > 1 else ""
+        body.append(
+            (
+                str(point["steps"]),
+                "-" if point["mlm"] is None else f"{point['mlm']:.2f}",
+                f"{point['frozen_sst']:.3f}",
+                f"{point['frozen_sts']:.3f}",
+                f"{statistics.fmean(tuned):.3f}{spread}",
+            )
+        )
+    columns = ("steps", "MLM loss", "SST, frozen", "STS, frozen", "SST, fine-tuned")
+    of = result["environment"]
+    made_by = f"{of['device']}, {of['threads']} threads, torch {of['torch']}, commit {of['commit']}"
+    seeds = len(result["points"][0]["tuned_sst"])
+    fine_tuned = f", fine-tuning with {seeds} seeds" if seeds > 1 else ", one seed"
+    return f"{made_by}{fine_tuned}:\n\n{_markdown(columns, body)}"
 
 
 def _scores(run: dict[str, Any]) -> dict[str, float]:

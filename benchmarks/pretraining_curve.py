@@ -1,0 +1,142 @@
+"""What further pre-training does to the tasks: dev metrics of the encoder after so many steps of it.
+
+    python -m benchmarks pretraining_curve --data DIR --checkpoint DIR [--steps 50 100 200 400] [--seeds 1]
+        [--precision fp32] [--run-dir runs/pretraining-curve]
+
+One pre-training run at a constant rate is halted at each of the steps. From every encoder, and from the
+checkpoint as it is, the heads of SST and STS are trained with the encoder frozen, and SST is fine-tuned by
+itself, once for each seed. What the run directory has already is not done again. Written are
+benchmarks/results/pretraining-curve.json and docs/pretraining_curve.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, default_device, environment
+from benchmarks.stage_setup import parser_of, reviews_in
+from mtfast import commands
+from mtfast.config import DataConfig, EngineConfig, HeadsConfig, ModelConfig, RunConfig
+from mtfast.plots import PALETTE, PRETRAINING, Series, plot_dev_metrics
+from mtfast.recipes import local
+from mtfast.run_record import read_run
+
+DOCS = RESULTS.parents[1] / "docs"
+LOSSES = 20  # of the last steps, whose mean is shown
+CORRELATION, ACCURACY = "Pearson correlation on dev", "accuracy on dev"
+SHOWN = (
+    PRETRAINING[0],
+    Series("frozen_sst", "SST, encoder frozen", ACCURACY, PALETTE[0]),
+    Series("frozen_sts", "STS, encoder frozen", CORRELATION, PALETTE[2]),
+    Series("tuned_sst", "SST, fine-tuned by itself", ACCURACY, PALETTE[1]),
+)
+
+
+def main(argv: list[str]) -> int:
+    """Train what is missing, then write the results file and the plot."""
+    parser = parser_of("pretraining_curve", __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 100, 200, 400], help="of pre-training")
+    parser.add_argument("--seeds", type=int, default=1, help="of each fine-tuning (default: 1)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="(default: fp32)")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/pretraining-curve"), help="for all runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    base = base_config(Path(options.data), options.checkpoint, options.precision, options.run_dir)
+    points = []
+    for steps in sorted({0, *options.steps}):
+        found = at(base, steps, options.seeds)
+        print(" ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+        points.append(found)
+    result = {
+        "pretrain": {"batch_size": base.pretrain.batch_size, "learning_rate": base.pretrain.learning_rate},
+        "review_max_length": base.data.review_max_length,
+        "points": points,
+        "environment": {**environment(default_device()), "threads": options.threads},
+    }
+    (RESULTS / "pretraining-curve.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    lines = [{"epoch": of["steps"], "metrics": averaged(of)} for of in points]
+    figure = plot_dev_metrics(SHOWN, {"mean over seeds": lines}, "step of pre-training")
+    assert figure is not None
+    figure.savefig(DOCS / "pretraining_curve.png")
+    return 0
+
+
+def base_config(data: Path, checkpoint: str, precision: Any, run_dir: Path) -> RunConfig:
+    """What all runs have in common: the rates of `local`, that of pre-training constant."""
+    recipe = local()
+    constant: dict[str, Any] = {"schedule": "constant", "warmup_fraction": 0.0}
+    return replace(
+        recipe,
+        run_dir=str(run_dir),
+        model=ModelConfig(checkpoint=checkpoint),
+        data=DataConfig(
+            tasks=str(data / "cs224n" if (data / "cs224n").is_dir() else data),
+            reviews=str(reviews_in(str(data))),
+            review_max_length=128,
+            samples="truncate",
+            cache_dir=str(run_dir / "cache"),
+        ),
+        engine=EngineConfig(precision=precision),
+        pretrain=replace(recipe.pretrain, **constant),
+        heads=HeadsConfig(),
+        finetune=replace(recipe.finetune, epochs=2, batch_size=32),
+    )
+
+
+def at(base: RunConfig, steps: int, seeds: int) -> dict[str, Any]:
+    """Dev metrics of the encoder after so many steps, and the loss of masked words that it has come to."""
+    encoder, loss = pretrained(base, steps) if steps else (base.model.checkpoint, None)
+    model = replace(base.model, checkpoint=encoder)
+    sst, sts = base.tasks["sst"], base.tasks["sts"]
+    frozen = replace(base, model=model, tasks={"sst": sst, "sts": sts}, stages=("heads",))
+    tuned = replace(base, model=model, tasks={"sst": sst}, stages=("finetune",))
+    of_frozen = dev_metrics(replace(frozen, run_dir=f"{base.run_dir}/frozen-{steps}"))
+    of_tuned = [
+        dev_metrics(replace(tuned, seed=seed, run_dir=f"{base.run_dir}/tuned-{steps}/seed-{seed}"))
+        for seed in range(seeds)
+    ]
+    return {
+        "steps": steps,
+        "mlm": loss,
+        "frozen_sst": of_frozen["sst_accuracy"],
+        "frozen_sts": of_frozen["sts_pearson"],
+        "tuned_sst": [metrics["sst_accuracy"] for metrics in of_tuned],
+    }
+
+
+def averaged(point: dict[str, Any]) -> dict[str, Any]:
+    """A point as one figure for each of its lists."""
+    return {n: statistics.fmean(x) if isinstance(x, list) else x for n, x in point.items()}
+
+
+def pretrained(base: RunConfig, steps: int) -> tuple[str, float]:
+    """The encoder after so many steps of the one run, and the loss of masked words in the last of them."""
+    run = replace(base, run_dir=f"{base.run_dir}/pretraining")
+    run = replace(run, pretrain=replace(run.pretrain, epochs=1, max_steps=steps))
+    copy = Path(base.run_dir) / f"encoder-{steps}"
+    if not copy.exists():
+        commands.train(run, "pretrain")
+        partial = copy.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(run.path / "pretrain" / "last", partial)
+        partial.rename(copy)
+    losses = [step["losses"]["mlm"] for step in read_run(run.path).steps["pretrain"] if step["step"] <= steps]
+    return str(copy), statistics.fmean(losses[-LOSSES:])
+
+
+def dev_metrics(run: RunConfig) -> dict[str, float]:
+    """Results of a run of one stage, which is trained unless it has been."""
+    if not (run.path.is_dir() and read_run(run.path).summary.get("dev")):
+        commands.train(run, run.stages[0])
+        commands.evaluate(run)
+    return read_run(run.path).metrics("dev")
