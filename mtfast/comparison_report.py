@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtfast.comparison import LEVEL, RESAMPLES, compared, keys_of
+from mtfast.comparison import LEVEL, compared, keys_of
 from mtfast.experiments import Experiment
 from mtfast.files import write_json
 from mtfast.markdown import (
@@ -74,7 +75,7 @@ def write_comparison(
         parts.append(picture(figure, directory / "plots" / "dev_metrics.png", caption))
     for name, of_variant in records.items():
         if of_variant:
-            parts += [f"## {sentence_case(name)}", _runs_table(of_variant, tasks)]
+            parts += [f"## {sentence_case(name)}", _runs_table(of_variant, tasks, directory)]
     return write_page(directory, f"mtfast: {experiment.title}", parts)
 
 
@@ -124,7 +125,7 @@ def _reading(found: Mapping[str, Any]) -> str:
     over = f"Means ± sample standard deviations over {max(seeds)} seeds." if max(seeds) > 1 else "One seed."
     return (
         f"{over} In brackets, where a difference lies with {LEVEL:.0%} by the paired bootstrap over examples "
-        f"({count(RESAMPLES)} draws): what other examples would give, not what other seeds would. Figures on "
+        f"({count(found['resamples'])} draws): what other examples would give, not what other seeds would. Figures on "
         "dev are of the epoch with the best mean there and tend to be high; the last epoch was not chosen."
     )
 
@@ -171,15 +172,16 @@ def _mean_curve(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     ]
 
 
-def _runs_table(runs: Sequence[RunRecord], tasks: Mapping[str, Task]) -> str:
-    """A line for each seed: its results, the epoch they are of, the time of its stages."""
+def _runs_table(runs: Sequence[RunRecord], tasks: Mapping[str, Task], directory: Path) -> str:
+    """A line for each seed: its results, the epoch they are of, the time of its stages; for a page in
+    `directory`."""
     titles, keys = metric_titles(tasks), keys_of(tasks)
     rows = []
     for run in runs:
         choice, stages = run.choice(), run.summary.get("stages", {})
         rows.append(
             (
-                f"`{run.directory}`",
+                f"`{os.path.relpath(run.directory, directory)}`",
                 *(number(run.metrics("dev").get(key)) for key in keys),
                 f"{choice.epoch} of {choice.looks}" if choice else NOTHING,
                 *(duration(stages.get(stage, {}).get("seconds")) for stage in STAGES),

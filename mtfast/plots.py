@@ -162,7 +162,8 @@ def plot_comparison(
                 panel.plot(place + 0.22, figures[metric.key], "D", color=GREY, fillstyle="none", markersize=6)
         _dress(panel, metric.title, "", metric.unit)
         panel.set_xlim(-0.6, len(ours) - 0.4)
-        panel.set_xticks(range(len(ours)), [textwrap.fill(variant, 12) for variant in ours])
+        names = [textwrap.fill(variant, 14, break_on_hyphens=False) for variant in ours]
+        panel.set_xticks(range(len(ours)), names)
     if not drawn:
         return None
     marks = {

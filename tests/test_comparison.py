@@ -148,7 +148,7 @@ def test_the_page_says_what_was_found(results, tmp_path):
     assert table_row(text, "Paper (test): difference")[:3] == ["+0.069", "+0.007", "+0.008"]
     assert f"- SST accuracy is {found['difference']['sst_accuracy']['mean']:.3f} higher {WITH} than" in text
     assert "over 3 seeds" in text and "Rows used here, of the paper's: quora-train 16,000 of 141,506." in text
-    assert table_row(text, f"`{runs[WITH][1]}`")[4] == "1 of 2"
+    assert table_row(text, f"`../{WITH}/1`")[4] == "1 of 2"
     for name in ("comparison", "dev_metrics"):
         assert (page.parent / "plots" / f"{name}.png").stat().st_size > 10_000
 
