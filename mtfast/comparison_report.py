@@ -126,8 +126,8 @@ def _reading(found: Mapping[str, Any]) -> str:
     return (
         f"{over} In brackets, where a difference lies with {LEVEL:.0%} by the paired bootstrap over examples "
         f"({count(found['resamples'])} draws): what other examples would give, not what other seeds would. "
-        "Figures on dev are of the epoch with the best mean there and tend to be high; the last epoch was not "
-        "chosen."
+        "Figures on dev are of the epoch with the best mean there and tend to be high; the last epoch was "
+        "chosen by nobody."
     )
 
 
