@@ -20,6 +20,9 @@ from benchmarks.common import RESULTS, changes, default_device, environment, git
 from mtfast.machine import device_name
 
 CODE = ("mtfast", "csrc", "setup.py", "pyproject.toml")
+# What says what runs have found; none of it takes part in one.
+PAGES = ("comparison", "comparison_report", "doctor", "markdown", "model_card", "page", "plots", "push")
+PAGES += ("report", "results", "run_record")
 
 
 class RecordError(Exception):
@@ -101,12 +104,14 @@ def check_finished(run_dir: Path, config: dict[str, Any], summary: dict[str, Any
 
 
 def check_sources(run_dir: Path) -> None:
-    """RecordError unless the sources here are a commit's, and were when the run began."""
+    """RecordError unless the sources here are a commit's, and those that a run follows from were when it
+    began."""
     if not git("rev-parse", "HEAD"):
         raise RecordError("the sources are no git repository, so no commit can be named")
     if changed := changes():
         raise RecordError(f"the sources differ from the commit; commit or undo these:\n{changed}")
-    newest = git("log", "-1", "--format=%ct %h", "--", *(f":/{path}" for path in CODE))
+    code = (*(f":/{path}" for path in CODE), *(f":(top,exclude)mtfast/{page}.py" for page in PAGES))
+    newest = git("log", "-1", "--format=%ct %h", "--", *code)
     seconds, commit = newest.split()
     if int(seconds) > (run_dir / "config.yaml").stat().st_mtime:
         raise RecordError(

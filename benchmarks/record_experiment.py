@@ -75,8 +75,8 @@ def record(directory: Path, command: str) -> dict[str, Any]:
             check_sources(run.path)
         records[variant] = [read_run(run.path) for run in of_variant]
     config = to_dict(file.config)
-    first = next(iter(records.values()))[0]
-    data = first.summary["data"]
+    every = [run for of_variant in records.values() for run in of_variant]
+    data = {name: account for run in every for name, account in run.summary["data"].items()}
     return {
         "experiment": file.recipe,
         "command": command,

@@ -61,7 +61,7 @@ def write_comparison(
         *([] if not every else [_reading(found), *_findings(found, tasks)]),
     ]
     if figures:
-        parts += [paper_note(list(found["splits"])), *(papers_rows(run) for run in every[:1])]
+        parts += [paper_note(list(found["splits"])), papers_rows(every)]
     if missing := [f"`{name}`" for name in names if not records[name]]:
         parts.append(f"Not run: {', '.join(missing)}.")
     split = next(iter(found["splits"]))

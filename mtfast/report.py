@@ -126,7 +126,7 @@ def _beside_the_paper(run: RunRecord) -> list[str]:
         for name, figures in PAPER_FIGURES.items()
     ]
     rows.append((f"**This run ({split})**", *(f"**{number(ours.get(key))}**" for key in keys)))
-    return [table(("", *(titles[key] for key in keys)), rows), paper_note([split]), papers_rows(run)]
+    return [table(("", *(titles[key] for key in keys)), rows), paper_note([split]), papers_rows([run])]
 
 
 # ---- stages ----

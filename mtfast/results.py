@@ -84,9 +84,9 @@ def paper_note(splits: Sequence[str]) -> str:
     )
 
 
-def papers_rows(run: RunRecord) -> str:
-    """Where the rows of a run's data are not as many as the paper's; empty where they are."""
-    data = run.summary.get("data", {})
+def papers_rows(runs: Sequence[RunRecord]) -> str:
+    """Where the rows of the runs' data are not as many as the paper's; empty where they are."""
+    data = {name: account for run in runs for name, account in run.summary.get("data", {}).items()}
     used = {name: data[name].get("used") for name in PAPER_ROWS if isinstance(data.get(name), Mapping)}
     differing = [
         f"{name} {count(rows)} of {count(PAPER_ROWS[name])}"

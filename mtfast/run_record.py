@@ -94,13 +94,14 @@ class RunRecord:
         return next(reversed(self.evaluations.get(stage, [])), None)
 
     def outcomes(self, split: str) -> dict[str, Outcome]:
-        """By task, the examples that the run's results on a split are of; empty where it has none.
+        """By task, the examples that the run's results on a split are of; empty where it has none, and while
+        it goes on to others.
 
         Raises:
             ConfigError: their file cannot be read.
         """
         path = outcomes_file(self.directory, split)
-        if not path.is_file():
+        if not path.is_file() or not self.summary.get(split):
             return {}
         try:
             arrays = load_file(path)

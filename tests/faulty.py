@@ -13,7 +13,7 @@ from processes import command
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mtfast import commands, comparison
+from mtfast import commands, comparison, comparison_report
 from mtfast.commands import open_directory
 from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
 from mtfast.errors import Error
@@ -49,6 +49,7 @@ def train_stages(config: RunConfig, number: int | None = None, stop: tuple[str, 
 def run_experiment(recipe: str, config: RunConfig, number: int | None = None) -> None:
     """All runs of an experiment, without their own reports; number as in `train_stages`."""
     commands.write_report = lambda path: path  # type: ignore[assignment]
+    comparison_report.plot_comparison = comparison_report.plot_dev_metrics = lambda *_: None
     comparison.RESAMPLES = 300
     mode = faults.COUNT if number is None else faults.KILL
     faults.arm(config.path, number or 0, mode)

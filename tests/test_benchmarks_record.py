@@ -146,8 +146,9 @@ def test_a_run_that_is_not_known_to_be_of_this_commit_is_refused(spoil, reason, 
 
 
 @cpu_only
-def test_a_later_commit_that_leaves_the_code_alone_is_no_matter(repository, run_dir):
-    later_commit(repository, "README.md")
+@pytest.mark.parametrize("file", ["README.md", "mtfast/report.py"])
+def test_a_later_commit_that_leaves_the_code_alone_is_no_matter(file, repository, run_dir):
+    later_commit(repository, file)
     record.record(run_dir)
 
 

@@ -120,6 +120,14 @@ def test_only_seeds_that_both_variants_have_are_paired(results):
     assert apart["splits"]["dev"]["difference"] == {}
 
 
+def test_what_was_predicted_before_more_was_trained_does_not_count(results):
+    runs, _, _ = results
+    (runs[WITH][0] / "summary.json").write_text("{}")
+    found = compared(EXPERIMENTS["exp1"], records_of(runs))["splits"]["dev"]
+    assert set(found["difference"]["sst_accuracy"]) == {"mean"}
+    assert len(found["variants"][WITH]["result"]["sst_accuracy"]["values"]) == 3
+
+
 def test_other_examples_are_no_pairs(results):
     runs, made, labels = results
     labels["sst"] = np.roll(labels["sst"], 1)
