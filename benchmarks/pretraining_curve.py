@@ -5,8 +5,9 @@
 
 One pre-training run at a constant rate is halted at each of the steps. From every encoder, and from the
 checkpoint as it is, the heads of SST and STS are trained with the encoder frozen, and SST is fine-tuned by
-itself, once for each seed. What the run directory has already is not done again. Written are
-benchmarks/results/pretraining-curve.json and docs/pretraining_curve.png.
+itself, once for each seed. Of the last encoder, parts are put back as the checkpoint has them, each in turn,
+and the heads trained again: what comes back then was lost in that part. What the run directory has already is
+not done again. Written are benchmarks/results/pretraining-curve.json and docs/pretraining_curve.png.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from benchmarks.common import RESULTS, default_device, environment
 from benchmarks.stage_setup import parser_of, reviews_in
 from mtfast import commands
 from mtfast.config import DataConfig, EngineConfig, HeadsConfig, ModelConfig, RunConfig
+from mtfast.models.bert import PackedBert
+from mtfast.models.checkpoint import load_bert_config, load_pretrained, load_tokenizer, save_pretrained
 from mtfast.plots import PALETTE, PRETRAINING, Series, plot_dev_metrics
 from mtfast.recipes import local
 from mtfast.run_record import read_run
 
 DOCS = RESULTS.parents[1] / "docs"
+PARTS = ("embeddings", "lower-half", "upper-half")  # of the encoder, whose layers are halved
 LOSSES = 20  # of the last steps, whose mean is shown
 CORRELATION, ACCURACY = "Pearson correlation on dev", "accuracy on dev"
 SHOWN = (
@@ -57,10 +61,12 @@ def main(argv: list[str]) -> int:
         found = at(base, steps, options.seeds)
         print(" ".join(f"{name} {value}" for name, value in found.items()), flush=True)
         points.append(found)
+    parts = {part: frozen(base, put_back(base, steps, part), f"put-back-{part}") for part in PARTS}
     result = {
         "pretrain": {"batch_size": base.pretrain.batch_size, "learning_rate": base.pretrain.learning_rate},
         "review_max_length": base.data.review_max_length,
         "points": points,
+        "put_back": parts,
         "environment": {**environment(default_device()), "threads": options.threads},
     }
     (RESULTS / "pretraining-curve.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -96,11 +102,8 @@ def base_config(data: Path, checkpoint: str, precision: Any, run_dir: Path) -> R
 def at(base: RunConfig, steps: int, seeds: int) -> dict[str, Any]:
     """Dev metrics of the encoder after so many steps, and the loss of masked words that it has come to."""
     encoder, loss = pretrained(base, steps) if steps else (base.model.checkpoint, None)
-    model = replace(base.model, checkpoint=encoder)
-    sst, sts = base.tasks["sst"], base.tasks["sts"]
-    frozen = replace(base, model=model, tasks={"sst": sst, "sts": sts}, stages=("heads",))
-    tuned = replace(base, model=model, tasks={"sst": sst}, stages=("finetune",))
-    of_frozen = dev_metrics(replace(frozen, run_dir=f"{base.run_dir}/frozen-{steps}"))
+    model, sst = replace(base.model, checkpoint=encoder), {"sst": base.tasks["sst"]}
+    tuned = replace(base, model=model, tasks=sst, stages=("finetune",))
     of_tuned = [
         dev_metrics(replace(tuned, seed=seed, run_dir=f"{base.run_dir}/tuned-{steps}/seed-{seed}"))
         for seed in range(seeds)
@@ -108,10 +111,35 @@ def at(base: RunConfig, steps: int, seeds: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "mlm": loss,
-        "frozen_sst": of_frozen["sst_accuracy"],
-        "frozen_sts": of_frozen["sts_pearson"],
+        **frozen(base, encoder, f"frozen-{steps}"),
         "tuned_sst": [metrics["sst_accuracy"] for metrics in of_tuned],
     }
+
+
+def frozen(base: RunConfig, encoder: str, name: str) -> dict[str, float]:
+    """Dev metrics of heads of SST and STS that are trained on an encoder as it is, by a run of this name."""
+    tasks = {task: base.tasks[task] for task in ("sst", "sts")}
+    run = replace(base, model=replace(base.model, checkpoint=encoder), tasks=tasks, stages=("heads",))
+    found = dev_metrics(replace(run, run_dir=f"{base.run_dir}/{name}"))
+    return {"frozen_sst": found["sst_accuracy"], "frozen_sts": found["sts_pearson"]}
+
+
+def put_back(base: RunConfig, steps: int, part: str) -> str:
+    """The encoder after so many steps, a part of it as the checkpoint has it."""
+    directory = Path(base.run_dir) / f"encoder-{steps}-put-back-{part}"
+    encoders = []
+    for checkpoint in (f"{base.run_dir}/encoder-{steps}", base.model.checkpoint):
+        encoder = PackedBert(load_bert_config(checkpoint))
+        load_pretrained(checkpoint, encoder)
+        encoders.append(encoder)
+    mixed, before = (encoder.state_dict() for encoder in encoders)
+    layers = encoders[0].config.num_hidden_layers
+    for name in mixed:
+        place = int(name.split(".")[1]) * 2 // layers if name.startswith("layers.") else -1
+        if PARTS[place + 1] == part:
+            mixed[name] = before[name]
+    save_pretrained(directory, mixed, encoders[0].config, load_tokenizer(base.model.checkpoint))
+    return str(directory)
 
 
 def averaged(point: dict[str, Any]) -> dict[str, Any]:

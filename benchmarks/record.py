@@ -21,8 +21,10 @@ from mtfast.machine import device_name
 
 CODE = ("mtfast", "csrc", "setup.py", "pyproject.toml")
 # What says what runs have found; none of it takes part in one.
-PAGES = ("comparison", "comparison_report", "doctor", "markdown", "model_card", "page", "plots", "push")
-PAGES += ("report", "results", "run_record")
+PAGES = (
+    *("comparison", "comparison_report", "doctor", "markdown", "model_card"),
+    *("page", "plots", "push", "report", "results", "run_record"),
+)
 
 
 class RecordError(Exception):

@@ -219,9 +219,13 @@ def _curve(path: Path) -> str:
                 f"{statistics.fmean(tuned):.3f}{spread}",
             )
         )
+    last = result["points"][-1]["steps"]
+    for part, of in result["put_back"].items():
+        name = f"{last}, {part.replace('-', ' ')} as before"
+        body.append((name, "-", f"{of['frozen_sst']:.3f}", f"{of['frozen_sts']:.3f}", "-"))
     columns = ("steps", "MLM loss", "SST, frozen", "STS, frozen", "SST, fine-tuned")
-    of = result["environment"]
-    made_by = f"{of['device']}, {of['threads']} threads, torch {of['torch']}, commit {of['commit']}"
+    by = result["environment"]
+    made_by = f"{by['device']}, {by['threads']} threads, torch {by['torch']}, commit {by['commit']}"
     seeds = len(result["points"][0]["tuned_sst"])
     fine_tuned = f", fine-tuning with {seeds} seeds" if seeds > 1 else ", one seed"
     return f"{made_by}{fine_tuned}:\n\n{_markdown(columns, body)}"

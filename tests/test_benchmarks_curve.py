@@ -34,7 +34,7 @@ def test_a_point_is_of_the_encoder_after_its_steps(corpus, tmp_path, monkeypatch
         """Other figures for each encoder, task and seed."""
         asked.append((Path(run.model.checkpoint).name, run.stages, list(run.tasks), run.seed))
         weights = load_file(Path(run.model.checkpoint) / "model.safetensors")
-        drawn = float(weights["bert.embeddings.word_embeddings.weight"].double().sum()) % 1
+        drawn = float(sum(x.double().sum() for name, x in weights.items() if "layer.1" in name)) % 1
         return {"sst_accuracy": drawn / (1 + run.seed), "sts_pearson": -drawn}
 
     asked, original = [], pretraining_curve.base_config
@@ -46,16 +46,16 @@ def test_a_point_is_of_the_encoder_after_its_steps(corpus, tmp_path, monkeypatch
     arguments = ["--data", str(corpus.tasks), "--checkpoint", str(corpus.bert), "--run-dir", str(run_dir)]
     arguments += ["--steps", "3", "1", "--seeds", "2"]
     assert pretraining_curve.main(arguments) == 0
-    encoders = ["bert", "encoder-1", "encoder-3"]
+    encoders, parts = ["bert", "encoder-1", "encoder-3"], ["embeddings", "lower-half", "upper-half"]
     assert asked == [
         of
         for encoder in encoders
         for of in (
-            (encoder, ("heads",), ["sst", "sts"], 0),
             (encoder, ("finetune",), ["sst"], 0),
             (encoder, ("finetune",), ["sst"], 1),
+            (encoder, ("heads",), ["sst", "sts"], 0),
         )
-    ]
+    ] + [(f"encoder-3-put-back-{part}", ("heads",), ["sst", "sts"], 0) for part in parts]
     result = json.loads((tmp_path / "pretraining-curve.json").read_text())
     points = result["points"]
     assert [point["steps"] for point in points] == [0, 1, 3]
@@ -68,8 +68,17 @@ def test_a_point_is_of_the_encoder_after_its_steps(corpus, tmp_path, monkeypatch
         load_file(run_dir / name / "model.safetensors") for name in ("encoder-3", "pretraining/pretrain/last")
     )
     assert all((three[name] == x).all() for name, x in last.items())
+    before = load_file(corpus.bert / "model.safetensors")
+    assert list(result["put_back"]) == parts
+    for part in parts:
+        mixed = load_file(run_dir / f"encoder-3-put-back-{part}" / "model.safetensors")
+        back = {name for name, x in mixed.items() if (x == before[f"bert.{name}"]).all()}
+        alike = {name for name in mixed if (before[f"bert.{name}"] == three[f"bert.{name}"]).all()}
+        where = {"lower-half": "encoder.layer.0.", "upper-half": "encoder.layer.1."}.get(part, "embeddings.")
+        assert back - alike == {name for name in mixed if name.startswith(where)} - alike
     assert (tmp_path / "pretraining_curve.png").stat().st_size > 10_000
     table = report.render("<!-- results: pretraining_curve -->\n<!-- end -->", tmp_path)
+    assert f"| 3, lower half as before | - | {result['put_back']['lower-half']['frozen_sst']:.3f} |" in table
     assert f"| 0 | - | {points[0]['frozen_sst']:.3f} |" in table and ", fine-tuning with 2 seeds:" in table
 
     monkeypatch.setattr(commands, "train", None)  # nothing is left to train
