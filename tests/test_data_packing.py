@@ -148,7 +148,7 @@ def tensors_of(batch: PackedBatch | ReviewBatch) -> dict[str, torch.Tensor]:
 def odd_batches(tables) -> list[PackedBatch | ReviewBatch]:
     """Of mixed tasks, one of them without rows, and of reviews; both with parts of odd lengths."""
     sequences, ones = tables["sst"].sequences, np.ones(3, np.int64)
-    account = ReviewAccount(3, 3, samples=3, single_sentence_reviews=0, long_sentences=0)
+    account = ReviewAccount(3, 3, samples=3, single_sentence_reviews=0, long_sentences=0, truncated_reviews=0)
     samples = ReviewSamples(sequences, ones, ones, ones, account)
     reviews = {"mlm_probability": 0.15, "mlm_weight": 1.0, "nsp_weight": 1.0, "mask_seed": 5}
     return [
