@@ -75,7 +75,7 @@ def configure(run: Path, **changes) -> RunConfig:
         run_dir=str(run),
         tasks=TASKS,
         model=ModelConfig(checkpoint="nowhere/bert", mlp=MLP),
-        data=DataConfig(max_length=MAX_LENGTH),
+        data=DataConfig(tasks="nowhere/cs224n", max_length=MAX_LENGTH),
         engine=EngineConfig(precision="fp32", zero_stage=0),
         seed=3,
     )
