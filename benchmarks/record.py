@@ -25,6 +25,7 @@ PAGES = (
     *("comparison", "comparison_report", "doctor", "markdown", "model_card"),
     *("page", "plots", "push", "report", "results", "run_record"),
 )
+CODE_PATHS = (*(f":/{path}" for path in CODE), *(f":(top,exclude)mtfast/{page}.py" for page in PAGES))
 
 
 class RecordError(Exception):
@@ -112,8 +113,7 @@ def check_sources(run_dir: Path) -> None:
         raise RecordError("the sources are no git repository, so no commit can be named")
     if changed := changes():
         raise RecordError(f"the sources differ from the commit; commit or undo these:\n{changed}")
-    code = (*(f":/{path}" for path in CODE), *(f":(top,exclude)mtfast/{page}.py" for page in PAGES))
-    newest = git("log", "-1", "--format=%ct %h", "--", *code)
+    newest = git("log", "-1", "--format=%ct %h", "--", *CODE_PATHS)
     seconds, commit = newest.split()
     if int(seconds) > (run_dir / "config.yaml").stat().st_mtime:
         raise RecordError(

@@ -2,8 +2,8 @@
 
     python -m benchmarks record_experiment runs/experiments/exp1 NAME --command "mtfast run ..."
 
-To be run with the sources as they were: the file names the commit, and nothing but results may differ from
-it. The runs of an experiment may have been made on several machines; of each its own is named.
+The runs of an experiment may have been made on several machines and with several commits: of each, the file
+names its own machine, and the newest commit of the code before it began, whose sources it must have run with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from benchmarks.common import RESULTS, git
-from benchmarks.record import RecordError, check_finished, check_sources, settings_of, shortened
+from benchmarks.record import CODE_PATHS, RecordError, check_finished, settings_of, shortened
 from mtfast.comparison import compared
 from mtfast.config import CONFIG_FILE, ConfigError, RunConfig, to_dict
 from mtfast.config_file import read_config_file
@@ -57,7 +57,7 @@ def record(directory: Path, command: str) -> dict[str, Any]:
     """What the results file says of an experiment: what was found, by which runs, made where, of which data.
 
     Raises:
-        RecordError: a run is missing or unfinished, or the sources are not those it was made with.
+        RecordError: a run is missing or unfinished, or began before there was a commit.
     """
     if not (directory / CONFIG_FILE).is_file():
         raise RecordError(f"{directory / CONFIG_FILE} does not exist; DIRECTORY is that of an experiment")
@@ -72,7 +72,6 @@ def record(directory: Path, command: str) -> dict[str, Any]:
                 raise RecordError(f"{run.path} holds no run; continue the experiment with its own command")
             config = yaml.safe_load((run.path / CONFIG_FILE).read_text(encoding="utf-8"))
             check_finished(run.path, config, read_run(run.path).summary)
-            check_sources(run.path)
         records[variant] = [read_run(run.path) for run in of_variant]
     config = to_dict(file.config)
     every = [run for of_variant in records.values() for run in of_variant]
@@ -90,7 +89,6 @@ def record(directory: Path, command: str) -> dict[str, Any]:
         "rows": {name: data[name]["used"] for name in sorted(data)},
         "runs": {variant: [_run(run) for run in of_variant] for variant, of_variant in records.items()},
         "comparison": compared(EXPERIMENTS[file.recipe], records),
-        "commit": git("log", "-1", "--format=%h"),
         "date": date.today().isoformat(),
     }
 
@@ -100,7 +98,21 @@ def _run(run: RunRecord) -> dict[str, Any]:
     stages = {
         name: {key: of[key] for key in ("steps", "seconds")} for name, of in run.summary["stages"].items()
     }
-    return {"seed": run.config.seed, "stages": stages, "environment": run.summary["environment"]}
+    return {
+        "seed": run.config.seed,
+        "stages": stages,
+        "environment": run.summary["environment"],
+        "commit": commit_of(run.directory),
+    }
+
+
+def commit_of(run_dir: Path) -> str:
+    """The newest commit of what a run follows from before this one began."""
+    begun = int((run_dir / CONFIG_FILE).stat().st_mtime)
+    found = git("log", "-1", f"--before=@{begun} +0000", "--format=%h", "--", *CODE_PATHS)
+    if not found:
+        raise RecordError(f"{run_dir} began before there was a commit of these sources")
+    return found
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -197,7 +197,8 @@ def _experiment(path: Path) -> str:
         f"{of['device']}, {of['threads']} thread{'s' * (of['threads'] != 1)}, torch {of['torch']}"
         for of in (run["environment"] for run in made)
     )
-    where = f"{len(made)} runs, {hours:.1f} hours in all; {'; '.join(devices)}; commit {result['commit']}"
+    commits = " and ".join(dict.fromkeys(run["commit"] for run in made))
+    where = f"{len(made)} runs, {hours:.1f} hours in all; {'; '.join(devices)}; commit {commits}"
     return f"{where}:\n\n{comparison_table(result['comparison'], tasks, figures)}"
 
 

@@ -120,6 +120,11 @@ class PretrainConfig(StageConfig):
     """Mask once for all epochs (the paper), or draw anew in each epoch."""
     mlm_probability: float = 0.15
     """Part of the tokens chosen for prediction; of those 80% become [MASK], 10% a random token."""
+    head_steps: int = 0
+    """First steps, in which the MLM and NSP heads alone are trained: a checkpoint that has none begins with
+    fresh ones, whose gradients would distort its encoder (Kumar et al. 2022, https://arxiv.org/abs/2202.10054)."""
+    head_learning_rate: float = 1e-3
+    """Learning rate of those steps, fixed; the schedule begins after them."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,8 @@ _RULES: dict[str, Rule] = {
     "data.max_length": _at_least(8),
     "data.review_max_length": _at_least(8),
     "pretrain.mlm_probability": ("lie in (0, 1)", lambda value: 0.0 < value < 1.0),
+    "pretrain.head_steps": _at_least(0),
+    "pretrain.head_learning_rate": _POSITIVE,
 }
 _STAGE_RULES: dict[str, Rule] = {
     "epochs": _at_least(1),

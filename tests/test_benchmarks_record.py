@@ -201,8 +201,12 @@ def few_draws(monkeypatch):
     monkeypatch.setattr(comparison, "RESAMPLES", 100)
 
 
-@pytest.mark.usefixtures("repository", "few_draws")
-def test_an_experiment_is_recorded_with_all_its_runs(experiment, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("few_draws")
+def test_an_experiment_is_recorded_with_all_its_runs(repository, experiment, tmp_path, monkeypatch):
+    later_commit(repository, "mtfast/loop.py")
+    later_commit(repository, "mtfast/report.py")
+    late = experiment.parent / "with-pretraining" / "seed-1" / "config.yaml"
+    os.utime(late, (1_300_000_000, 1_300_000_000))
     for name in ("RESULTS", "DOCS"):
         monkeypatch.setattr(record_experiment, name, tmp_path)
     assert record_experiment.main([str(experiment), "small", "--command", "mtfast run small.yaml"]) == 0
@@ -212,8 +216,10 @@ def test_an_experiment_is_recorded_with_all_its_runs(experiment, tmp_path, monke
     assert str(tmp_path) not in text and (tmp_path / "small.png").stat().st_size > 10_000
     assert [run["seed"] for run in result["runs"]["with pre-training"]] == [0, 1]
     table = report.render("<!-- results: experiment small -->\n<!-- end -->", tmp_path)
-    made = "device 0, 1 thread, torch 2.0; device 1, 1 thread, torch 2.0; commit"
-    assert f"\n4 runs, 5.0 hours in all; {made}" in table
+    log = ["git", "-C", str(repository), "log", "--format=%h", "--", "mtfast/loop.py"]
+    changed, first = subprocess.run(log, capture_output=True, text=True, check=True).stdout.split()
+    made = f"device 0, 1 thread, torch 2.0; device 1, 1 thread, torch 2.0; commit {first} and {changed}"
+    assert f"\n4 runs, 5.0 hours in all; {made}:" in table
     variants = result["comparison"]["splits"]["dev"]["variants"]
     found = variants["with pre-training"]["result"]["sst_accuracy"]
     shown = f"| Ours (dev): with pre-training | {found['mean']:.3f} ± {found['spread']:.3f} |"
@@ -225,7 +231,10 @@ def test_an_experiment_is_recorded_with_all_its_runs(experiment, tmp_path, monke
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda root, runs: later_commit(root, "mtfast/loop.py"), "the run began before commit"),
+        (
+            lambda root, runs: os.utime(runs / "seed-1" / "config.yaml", (999_999_999, 999_999_999)),
+            "seed-1 began before there was a commit",
+        ),
         (lambda root, runs: change_summary(runs / "seed-1", dev=None), "seed-1 has no dev metrics"),
         (lambda root, runs: shutil.rmtree(runs / "seed-1"), "seed-1 holds no run; continue the experiment"),
     ],

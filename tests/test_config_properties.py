@@ -28,8 +28,8 @@ from mtfast.interval import parse_interval
 from mtfast.recipes import RECIPES, paper
 from mtfast.tasks import Task
 from mtfast.training.engine.deepspeed_config import deepspeed_config
-from mtfast.training.loop import learning_rate_at
 from mtfast.training.run.settings import FREE, PLACES, SHARING, Change, Progress, changes, located, refused
+from mtfast.training.schedule import learning_rate_at
 
 pytestmark = pytest.mark.sweep
 _FULL = os.environ.get("MTFAST_TEST_SWEEP") == "full"

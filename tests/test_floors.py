@@ -49,6 +49,7 @@ FLOORS_OF_TRAINING = {
     "engine": 0,
     "seeds": 0,
     "stopping": 0,
+    "schedule": 0,
     "run": 1,
     "prediction": 2,
     "inputs": 2,

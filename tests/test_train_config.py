@@ -18,8 +18,8 @@ from mtfast.experiments import ALL_RECIPES, runs_of
 from mtfast.files import to_yaml
 from mtfast.recipes import paper
 from mtfast.training.engine.deepspeed_config import deepspeed_config
-from mtfast.training.loop import learning_rate_at
 from mtfast.training.run.settings import located
+from mtfast.training.schedule import learning_rate_at
 
 STAGE = TaskStageConfig(batch_size=160, learning_rate=1e-5)
 

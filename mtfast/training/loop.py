@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mtfast.config import STAGES, StageConfig
+from mtfast.config import STAGES
 from mtfast.errors import Error
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import peak_memory, ranks
@@ -41,6 +41,7 @@ class Trained:
     examples: int
     tokens: int
     skipped: bool
+    learning_rate: float
 
 
 @dataclass
@@ -64,19 +65,6 @@ class Position:
     skipped: int = 0
     skipped_in_a_row: int = 0
     to_evaluate: bool = False
-
-
-def learning_rate_at(stage: StageConfig, step: int, total_steps: int) -> float:
-    """Learning rate of the step with index `step`: linear warm-up, then constant, linear or cosine decay."""
-    warmup = round(stage.warmup_fraction * total_steps)
-    if step < warmup:
-        return stage.learning_rate * (step + 1) / warmup
-    left = (total_steps - step) / max(total_steps - warmup, 1)
-    if stage.schedule == "linear":
-        return stage.learning_rate * left
-    if stage.schedule == "cosine":
-        return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (1 - left)))
-    return stage.learning_rate
 
 
 def train_stage(stage: Stage, run: RunDirectory, log_every: int) -> dict[str, Any]:
@@ -187,8 +175,7 @@ class _Loop:
 
     def _step(self, micro_batches: Sequence[Batch]) -> None:
         at, stage = self.at, self.stage
-        rate = learning_rate_at(self.settings, at.step, self.total_steps)
-        stage.engine.set_learning_rate(rate)
+        rate = stage.set_learning_rate(at.step, self.total_steps)
         values = torch.zeros(len(stage.loss_names), device=stage.engine.device)
         examples = tokens = 0
         skipped_before = stage.engine.skipped
@@ -202,7 +189,7 @@ class _Loop:
         skipped = stage.engine.skipped > skipped_before
         at.skipped += skipped
         at.skipped_in_a_row = at.skipped_in_a_row + 1 if skipped else 0
-        self.pending.append(Trained(at.step, values, examples, tokens, skipped))
+        self.pending.append(Trained(at.step, values, examples, tokens, skipped, rate))
 
     def _flush(self) -> None:
         """Read the losses of the steps since the last flush and see to it that the weights are finite; only
@@ -265,7 +252,7 @@ class _Loop:
         if at.first_loss is None:
             at.first_loss = loss
         at.last_loss = loss
-        rate = learning_rate_at(self.settings, step - 1, self.total_steps)
+        rate = trained.learning_rate
         return {"kind": "step", **where, "loss": loss, "losses": losses, "learning_rate": rate}
 
     def _tell_skipped(self, steps: list[int]) -> None:

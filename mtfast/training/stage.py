@@ -14,6 +14,7 @@ from torch import Tensor
 from mtfast.config import StageConfig, StageName
 from mtfast.training.engine.engine import Engine
 from mtfast.training.engine.graphs import CudaRecorder, StepGraphs
+from mtfast.training.schedule import learning_rate_at
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,6 +89,12 @@ class Stage(ABC):
     @abstractmethod
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The scalar to minimise."""
+
+    def set_learning_rate(self, step: int, total_steps: int) -> float:
+        """Set the rate of the step with index `step`, and return it."""
+        rate = learning_rate_at(self.settings, step, total_steps)
+        self.engine.set_learning_rate(rate)
+        return rate
 
     def step(self, batch: Any) -> Tensor:
         """`train_on` a micro-batch; the next call may write over the losses."""

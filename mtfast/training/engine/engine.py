@@ -78,8 +78,13 @@ class Engine:
         stage_name: str,
         *,
         float32: bool = False,
+        apart: str = "",
     ) -> None:
-        """float32: keep the weights in float32 in any precision, for a stage that computes under autocast."""
+        """
+        Args:
+            float32: keep the weights in float32 in any precision, for a stage that computes under autocast.
+            apart: how the names of weights begin that `set_learning_rate` can give a rate of their own.
+        """
         self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
         ranks.agree(f"DeepSpeed's configuration of {stage_name}", self._settings)
         if stage.non_finite == "skip" and "zenflow" in self._settings["zero_optimization"]:
@@ -94,11 +99,12 @@ class Engine:
         self._parameters = dict(model.named_parameters())
         exact: dict[str, Tensor] = {}
         make = maker(config, stage, self.capturable)
+        groups = parameter_groups(model, stage, apart)
         whole: WholeOptimizer | None = None
         if self._zero_stage == 0:
             model.to(_device())
             whole = WholeOptimizer(
-                parameter_groups(model, stage),
+                groups,
                 make,
                 copies=self._bf16,
                 clipping=stage.gradient_clipping,
@@ -108,10 +114,12 @@ class Engine:
         else:
             exact = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._engine, _, _, _ = _deepspeed().initialize(
-            model=model, optimizer=whole or make(parameter_groups(model, stage)), config=self._settings
+            model=model, optimizer=whole or make(groups), config=self._settings
         )
         self.model = self._engine  # what is called
-        self._learning_rate = torch.zeros((), device=self.device) if self.capturable else None
+        self._is_apart = [group["apart"] for group in groups]
+        # Of the weights apart and of the others, where a captured step reads them from the device.
+        self._rates = torch.zeros(2, device=self.device) if self.capturable else None
         if whole is not None:
             self._optimizer: Any = whole
             if ranks.world_size() == 1:
@@ -182,12 +190,13 @@ class Engine:
             left = parameter.ds_numel - ranks.rank() * share.numel()
             yield name, share[: max(left, 0)]
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        rate: float | Tensor = learning_rate
-        if self._learning_rate is not None:  # a captured step reads it from the device
-            rate = self._learning_rate.fill_(learning_rate)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+    def set_learning_rate(self, learning_rate: float, *, apart: float | None = None) -> None:
+        """apart: rate of the weights that are apart, by default that of the others."""
+        rates: list[Any] = [learning_rate, learning_rate if apart is None else apart]
+        if self._rates is not None:
+            rates = [rate.fill_(value) for rate, value in zip(self._rates, rates, strict=True)]
+        for group, is_apart in zip(self._engine.optimizer.param_groups, self._is_apart, strict=True):
+            group["lr"] = rates[is_apart]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight in float32 on the host. All ranks must call it; each gets the whole."""

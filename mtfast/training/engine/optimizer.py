@@ -19,16 +19,22 @@ Moments = dict[
 ]  # of a weight: "exp_avg", "exp_avg_sq", of its shape, and "step"; {} before the first
 
 
-def parameter_groups(model: nn.Module, stage: StageConfig) -> list[Group]:
-    """What is trained of a model, with the weight decay of each part."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if stage.decay_all:
-        return [{"params": trained, "weight_decay": stage.weight_decay}]
-    # Biases and LayerNorm weights are the vectors.
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+def parameter_groups(model: nn.Module, stage: StageConfig, apart: str = "") -> list[Group]:
+    """What is trained of a model, with the weight decay of each part.
+
+    apart: how the names of weights begin that are in groups of their own, which have a true "apart".
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for is_apart in (False, True) if apart else (False,):
+        mine = [p for name, p in trained if not apart or name.startswith(apart) == is_apart]
+        # Biases and LayerNorm weights are the vectors.
+        decayed = [p for p in mine if stage.decay_all or p.dim() > 1]
+        groups.append({"params": decayed, "weight_decay": stage.weight_decay, "apart": is_apart})
+        if not stage.decay_all:
+            spared = [p for p in mine if p.dim() <= 1]
+            groups.append({"params": spared, "weight_decay": 0.0, "apart": is_apart})
+    return groups
 
 
 def maker(config: EngineConfig, stage: StageConfig, capturable: bool) -> Make:

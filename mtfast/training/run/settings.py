@@ -127,9 +127,12 @@ def refused(
     """
     reasons = []
     begun = [name for name in STAGES if progress(name) is not None]
+    stages = [name for name in STAGES if name in begun or name in now["stages"]]
     for change in found:
         if change.is_one_of(PLACES + FREE + SHARING):
             continue
+        if (of := change.field.partition(".")[0]) in STAGES and of not in stages:
+            continue  # of a stage that the run does not have
         if change.field == "stages":
             decided = STAGES[: STAGES.index(begun[-1]) + 1] if begun else ()
             if any((name in change.was) != (name in change.now) for name in decided):

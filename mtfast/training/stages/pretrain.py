@@ -25,6 +25,7 @@ from mtfast.ops import mask_tokens
 from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
 from mtfast.training.run.weights import Weights, build_pretrain
+from mtfast.training.schedule import learning_rate_at
 from mtfast.training.seeds import seed_for
 from mtfast.training.stage import Stage
 
@@ -50,8 +51,19 @@ class Pretrain(Stage):
         self.masked = samples.masked_counts(settings.mlm_probability)
         model, self.carried = build_pretrain(weights)
         model.encoder.activation_checkpointing = engine.activation_checkpointing
-        self.engine = Engine(model, engine, settings, self.name)
+        apart = "encoder." if settings.head_steps else ""
+        self.engine = Engine(model, engine, settings, self.name, apart=apart)
         self.flops_per_token = flops_per_token(weights.config, mean_seqlen(samples.lengths))
+
+    def set_learning_rate(self, step: int, total_steps: int) -> float:
+        first = self.settings.head_steps
+        if step < first:
+            rate = self.settings.head_learning_rate
+            self.engine.set_learning_rate(rate, apart=0.0)
+        else:
+            rate = learning_rate_at(self.settings, step - first, total_steps - first)
+            self.engine.set_learning_rate(rate)
+        return rate
 
     def plan(self, epoch: int) -> list[ReviewStepPlan]:
         return plan_reviews(
