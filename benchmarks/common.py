@@ -21,6 +21,7 @@ from mtfast.machine import cpu_name
 
 SOURCES = Path(__file__).parents[1]
 RESULTS = SOURCES / "benchmarks" / "results"
+DOCS = RESULTS.parents[1] / "docs"
 COLUMNS = (
     "benchmark", "case", "variant", "median_us", "p20_us", "p80_us", "runs", "ratio_to_baseline",
     "examples_per_s", "share_of_step", "gb_per_s", "copy_gb_per_s", "share_of_copy", "tflop_per_s",

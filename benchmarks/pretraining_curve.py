@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, default_device, environment
+from benchmarks.common import DOCS, RESULTS, default_device, environment
 from benchmarks.stage_setup import parser_of, reviews_in
 from mtfast import commands
 from mtfast.config import DataConfig, EngineConfig, HeadsConfig, ModelConfig, RunConfig
@@ -32,7 +32,6 @@ from mtfast.plots import PALETTE, PRETRAINING, Series, plot_dev_metrics
 from mtfast.recipes import local
 from mtfast.run_record import read_run
 
-DOCS = RESULTS.parents[1] / "docs"
 PARTS = ("embeddings", "lower-half", "upper-half")  # of the encoder, whose layers are halved
 LOSSES = 20  # of the last steps, whose mean is shown
 CORRELATION, ACCURACY = "Pearson correlation on dev", "accuracy on dev"

@@ -34,16 +34,9 @@ class RecordError(Exception):
 
 def main(argv: list[str]) -> int:
     """Write the file, or say why not."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks record",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("name", metavar="NAME")
-    options = parser.parse_args(argv)
+    options = parser_of("record", __doc__, "RUN_DIR").parse_args(argv)
     try:
-        result = record(options.run_dir)
+        result = record(options.directory)
     except RecordError as error:
         print(f"not recorded: {error}")
         return 1
@@ -51,6 +44,18 @@ def main(argv: list[str]) -> int:
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {path}")
     return 0
+
+
+def parser_of(name: str, description: str | None, directory: str) -> argparse.ArgumentParser:
+    """A parser that takes a directory, under this name, and the name of what is recorded."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=Path, metavar=directory)
+    parser.add_argument("name", metavar="NAME")
+    return parser
 
 
 def record(run_dir: Path) -> dict[str, Any]:

@@ -8,35 +8,27 @@ names its own machine, and the newest commit of the code before it began, whose 
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.common import RESULTS, git
-from benchmarks.record import CODE_PATHS, RecordError, check_finished, settings_of, shortened
+from benchmarks.common import DOCS, RESULTS, git
+from benchmarks.record import CODE_PATHS, RecordError, check_finished, parser_of, settings_of, shortened
 from mtfast.comparison import compared
-from mtfast.config import CONFIG_FILE, ConfigError, RunConfig, to_dict
+from mtfast.config import CONFIG_FILE, ConfigError, to_dict
 from mtfast.config_file import read_config_file
 from mtfast.experiments import ALL_RECIPES, EXPERIMENTS, runs_of
 from mtfast.plots import metrics_of, plot_comparison
 from mtfast.run_record import RunRecord, read_run
 
-DOCS = RESULTS.parents[1] / "docs"
-
 
 def main(argv: list[str]) -> int:
     """Write the file and the plot, or say why not."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks record_experiment",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("directory", type=Path, metavar="DIRECTORY")
-    parser.add_argument("name", metavar="NAME")
+    parser = parser_of("record_experiment", __doc__, "DIRECTORY")
     parser.add_argument("--command", required=True, help="what the experiment was started with")
     options = parser.parse_args(argv)
     try:
@@ -64,7 +56,7 @@ def record(directory: Path, command: str) -> dict[str, Any]:
     file = read_config_file(directory / CONFIG_FILE, ALL_RECIPES)
     if file.recipe not in EXPERIMENTS:
         raise RecordError(f"{directory} is a run; python -m benchmarks record records it")
-    runs = runs_of(file.recipe, RunConfig(**{**vars(file.config), "run_dir": str(directory.parent)}))
+    runs = runs_of(file.recipe, replace(file.config, run_dir=str(directory.parent)))
     records = {}
     for variant, of_variant in runs.items():
         for run in of_variant:

@@ -146,7 +146,7 @@ def _findings(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[str]:
             verdict = (
                 f"is {higher} {second} than {first}"
                 if shown
-                else (f"shows no difference between {first} and {second} that these examples could tell")
+                else f"shows no difference between {first} and {second} that these examples could tell"
             )
             lines.append(f"- {titles[key]} {verdict} ({p}).")
         if lines:

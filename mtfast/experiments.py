@@ -66,9 +66,6 @@ class Experiment:
     title: str
     variants: tuple[Variant, Variant]
 
-    def variant(self, name: str) -> Variant:
-        return next(variant for variant in self.variants if variant.name == name)
-
 
 def _without_pretraining(config: RunConfig) -> RunConfig:
     return replace(config, stages=tuple(stage for stage in config.stages if stage != "pretrain"))

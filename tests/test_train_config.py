@@ -175,7 +175,8 @@ def test_an_error_names_its_field_also_on_another_rank(kind):
     assert kind("a is 3").field is None
 
 
-def test_a_stage_is_run_only_for_the_variants_that_have_it(monkeypatch, capsys):
+def test_a_stage_is_run_only_for_the_variants_that_have_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # in whose runs/ it is
     trained = []
 
     def train(config, stage, same_as) -> None:
