@@ -1,13 +1,14 @@
 """What further pre-training does to the tasks: dev metrics of the encoder after so many steps of it.
 
-    python -m benchmarks pretraining_curve --data DIR --checkpoint DIR [--steps 50 100 200 400] [--seeds 1]
-        [--precision fp32] [--run-dir runs/pretraining-curve]
+    python -m benchmarks pretraining_curve --data DIR --checkpoint DIR [--steps 150 300] [--head-steps 0 100]
+        [--seeds 1] [--precision fp32] [--run-dir runs/pretraining-curve]
 
-One pre-training run at a constant rate is halted at each of the steps. From every encoder, and from the
-checkpoint as it is, the heads of SST and STS are trained with the encoder frozen, and SST is fine-tuned by
-itself, once for each seed. Of the last encoder, parts are put back as the checkpoint has them, each in turn,
-and the heads trained again: what comes back then was lost in that part. What the run directory has already is
-not done again. Written are benchmarks/results/pretraining-curve.json and docs/pretraining_curve.png.
+For each of --head-steps, the first steps that train the heads of pre-training alone, one run of
+pre-training at a constant rate is halted at each of the steps. From every encoder, and from the checkpoint as
+it is, the heads of SST and STS are trained with the encoder frozen, and SST is fine-tuned by itself, once
+for each seed. Of the last encoder, parts are put back as the checkpoint has them, each in turn, and the
+heads trained again: what comes back then was lost in that part. What the run directory has already is not
+done again. Written are benchmarks/results/pretraining-curve.json and docs/pretraining_curve.png.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
     """Train what is missing, then write the results file and the plot."""
     parser = parser_of("pretraining_curve", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 100, 200, 400], help="of pre-training")
+    parser.add_argument("--steps", type=int, nargs="+", default=[150, 300], help="of pre-training, in all")
+    parser.add_argument("--head-steps", type=int, nargs="+", default=[0, 100], help="a curve for each")
     parser.add_argument("--seeds", type=int, default=1, help="of each fine-tuning (default: 1)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="(default: fp32)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/pretraining-curve"), help="for all runs")
@@ -55,25 +57,35 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     base = base_config(Path(options.data), options.checkpoint, options.precision, options.run_dir)
-    points = []
-    for steps in sorted({0, *options.steps}):
-        found = at(base, steps, options.seeds)
-        print(" ".join(f"{name} {value}" for name, value in found.items()), flush=True)
-        points.append(found)
-    parts = {part: frozen(base, put_back(base, steps, part), f"put-back-{part}") for part in PARTS}
+    start = at(base, 0, options.seeds)
+    steps = sorted(options.steps)
+    curves = [curve(base, head_steps, steps, options.seeds) for head_steps in options.head_steps]
     result = {
         "pretrain": {"batch_size": base.pretrain.batch_size, "learning_rate": base.pretrain.learning_rate},
         "review_max_length": base.data.review_max_length,
-        "points": points,
-        "put_back": parts,
+        "start": start,
+        "curves": curves,
         "environment": {**environment(default_device()), "threads": options.threads},
     }
     (RESULTS / "pretraining-curve.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    lines = [{"epoch": of["steps"], "metrics": averaged(of)} for of in points]
-    figure = plot_dev_metrics(SHOWN, {"mean over seeds": lines}, "step of pre-training")
-    assert figure is not None
-    figure.savefig(DOCS / "pretraining_curve.png")
+    draw(result, DOCS / "pretraining_curve.png")
     return 0
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Plot what a results file says: a line for each curve, all from the checkpoint as it is."""
+    lines = {}
+    for of in result["curves"]:
+        points = (result["start"], *of["points"])
+        lines[title(of["head_steps"])] = [{"epoch": p["steps"], "metrics": averaged(p)} for p in points]
+    figure = plot_dev_metrics(SHOWN, lines, "step of pre-training")
+    assert figure is not None
+    figure.savefig(path)
+
+
+def title(head_steps: int) -> str:
+    """What a curve is called."""
+    return f"heads alone for {head_steps} steps, then all" if head_steps else "all from the first step"
 
 
 def base_config(data: Path, checkpoint: str, precision: Any, run_dir: Path) -> RunConfig:
@@ -98,6 +110,15 @@ def base_config(data: Path, checkpoint: str, precision: Any, run_dir: Path) -> R
     )
 
 
+def curve(base: RunConfig, head_steps: int, steps: list[int], seeds: int) -> dict[str, Any]:
+    """A run of pre-training with so many steps of its heads alone: its points, and its parts put back."""
+    run_dir = f"{base.run_dir}/head-steps-{head_steps}"
+    base = replace(base, run_dir=run_dir, pretrain=replace(base.pretrain, head_steps=head_steps))
+    points = [at(base, of, seeds) for of in steps]
+    parts = {part: frozen(base, put_back(base, steps[-1], part), f"put-back-{part}") for part in PARTS}
+    return {"head_steps": head_steps, "points": points, "put_back": parts}
+
+
 def at(base: RunConfig, steps: int, seeds: int) -> dict[str, Any]:
     """Dev metrics of the encoder after so many steps, and the loss of masked words that it has come to."""
     encoder, loss = pretrained(base, steps) if steps else (base.model.checkpoint, None)
@@ -107,12 +128,14 @@ def at(base: RunConfig, steps: int, seeds: int) -> dict[str, Any]:
         dev_metrics(replace(tuned, seed=seed, run_dir=f"{base.run_dir}/tuned-{steps}/seed-{seed}"))
         for seed in range(seeds)
     ]
-    return {
+    found = {
         "steps": steps,
         "mlm": loss,
         **frozen(base, encoder, f"frozen-{steps}"),
         "tuned_sst": [metrics["sst_accuracy"] for metrics in of_tuned],
     }
+    print(" ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+    return found
 
 
 def frozen(base: RunConfig, encoder: str, name: str) -> dict[str, float]:

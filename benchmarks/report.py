@@ -81,7 +81,7 @@ def _benchmark_table(rows: list[dict[str, str]]) -> str:
         newest[row["device"], row["case"], row["variant"]] = row
     groups: dict[str, list[dict[str, str]]] = {}
     for row in newest.values():
-        threads = "" if row["driver"] else f", {row['threads']} threads"
+        threads = "" if row["driver"] else f", {_threads(row['threads'])}"
         made_by = f"{row['device']}{threads}, torch {row['torch']}, commit {row['commit']}"
         groups.setdefault(made_by, []).append(row)
     return "\n\n".join(f"{name}:\n\n{_cases(group)}" for name, group in groups.items()) or "not measured"
@@ -177,7 +177,7 @@ def _runs_table(runs: dict[str, Any]) -> str:
                 name,
                 *(f"{scores[name][title]:.3f}" if title in scores[name] else "-" for title in titles),
                 *(f"{run['stages'][s]['seconds']:.0f}" if s in run["stages"] else "-" for s in stages),
-                f"{device['device']}, {device['threads']} thread{'s' * (device['threads'] != 1)}",
+                f"{device['device']}, {_threads(device['threads'])}",
                 run["commit"],
             )
         )
@@ -194,7 +194,7 @@ def _experiment(path: Path) -> str:
     made = [run for of_variant in result["runs"].values() for run in of_variant]
     hours = sum(stage["seconds"] for run in made for stage in run["stages"].values()) / 3600
     devices = dict.fromkeys(
-        f"{of['device']}, {of['threads']} thread{'s' * (of['threads'] != 1)}, torch {of['torch']}"
+        f"{of['device']}, {_threads(of['threads'])}, torch {of['torch']}"
         for of in (run["environment"] for run in made)
     )
     commits = " and ".join(dict.fromkeys(run["commit"] for run in made))
@@ -207,29 +207,33 @@ def _curve(path: Path) -> str:
     if not path.is_file():
         return "not measured"
     result = json.loads(path.read_text(encoding="utf-8"))
-    body = []
-    for point in result["points"]:
-        tuned = point["tuned_sst"]
-        spread = f" ± {statistics.stdev(tuned):.3f}" if len(tuned) > 1 else ""
-        body.append(
-            (
-                str(point["steps"]),
-                "-" if point["mlm"] is None else f"{point['mlm']:.2f}",
-                f"{point['frozen_sst']:.3f}",
-                f"{point['frozen_sts']:.3f}",
-                f"{statistics.fmean(tuned):.3f}{spread}",
-            )
-        )
-    last = result["points"][-1]["steps"]
-    for part, of in result["put_back"].items():
-        name = f"{last}, {part.replace('-', ' ')} as before"
-        body.append((name, "-", f"{of['frozen_sst']:.3f}", f"{of['frozen_sts']:.3f}", "-"))
+    body = [_point("none", result["start"])]
+    for curve in result["curves"]:
+        first = curve["head_steps"]
+        how = f", the first {first} of the heads alone" if first else ""
+        body += [_point(f"{point['steps']}{how}", point) for point in curve["points"]]
+        for part, of in curve["put_back"].items():
+            name = f"the same, {part.replace('-', ' ')} put back"
+            body.append((name, "-", f"{of['frozen_sst']:.3f}", f"{of['frozen_sts']:.3f}", "-"))
     columns = ("steps", "MLM loss", "SST, frozen", "STS, frozen", "SST, fine-tuned")
     by = result["environment"]
-    made_by = f"{by['device']}, {by['threads']} threads, torch {by['torch']}, commit {by['commit']}"
-    seeds = len(result["points"][0]["tuned_sst"])
+    made_by = f"{by['device']}, {_threads(by['threads'])}, torch {by['torch']}, commit {by['commit']}"
+    seeds = len(result["start"]["tuned_sst"])
     fine_tuned = f", fine-tuning with {seeds} seeds" if seeds > 1 else ", one seed"
     return f"{made_by}{fine_tuned}:\n\n{_markdown(columns, body)}"
+
+
+def _point(name: str, point: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the curve's table."""
+    tuned = point["tuned_sst"]
+    spread = f" ± {statistics.stdev(tuned):.3f}" if len(tuned) > 1 else ""
+    return (
+        name,
+        "-" if point["mlm"] is None else f"{point['mlm']:.2f}",
+        f"{point['frozen_sst']:.3f}",
+        f"{point['frozen_sts']:.3f}",
+        f"{statistics.fmean(tuned):.3f}{spread}",
+    )
 
 
 def _scores(run: dict[str, Any]) -> dict[str, float]:
@@ -243,6 +247,10 @@ def _scores(run: dict[str, Any]) -> dict[str, float]:
             for name, task in tasks.items()
         }
     return {title: run["dev"][key] for title, key in keys.items()}
+
+
+def _threads(number: int | str) -> str:
+    return f"{number} thread{'s' * (int(number) != 1)}"
 
 
 def _time(microseconds: float) -> str:
