@@ -1,6 +1,7 @@
 """A run by its directory: what commands read from it, and with which other settings it goes on."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from test_launch import flags
 from mtfast import cli
 from mtfast.commands import open_directory
 from mtfast.config import ConfigError, RunConfig, to_dict
-from mtfast.files import to_yaml
+from mtfast.files import read_json, to_yaml, write_json
 from mtfast.recipes import demo, paper
-from mtfast.training.run.directory import compare
+from mtfast.training.run.directory import RunDirectory, compare
+from mtfast.training.run.lock import release
 from mtfast.training.run.settings import FREE, PLACES, SHARING, Change, changes, located
 
 
@@ -269,6 +271,26 @@ def test_a_task_may_be_called_like_a_setting_of_tasks():
         return to_dict(replace(paper(), tasks={"splits": replace(paper().tasks["sst"], title=title)}))
 
     assert list(changes(values("a"), values("b"))) == [Change("tasks.splits.title", "a", "b")]
+
+
+def test_a_run_of_a_version_without_a_setting_did_as_its_default_does(tmp_path, capsys):
+    config = located(replace(demo(), run_dir=str(tmp_path / "run")))
+    RunDirectory(config.path, to_dict(config)).stage("heads").mkdir()
+    release()
+    older = to_dict(config)
+    del older["pretrain"]["head_steps"], older["heads"]["features"], older["tasks"]["sst"]["max_rows"]
+    file, summary = tmp_path / "run" / "config.yaml", tmp_path / "run" / "summary.json"
+    file.write_text(to_yaml(older))
+    os.utime(file, ns=(10**18, 10**18))
+    write_json(summary, read_json(summary, "") | {"config": older})
+    assert not RunDirectory(config.path, to_dict(config)).changes
+    assert capsys.readouterr().out == "" and yaml.safe_load(file.read_text()) == to_dict(config)
+    assert file.stat().st_mtime_ns == 10**18
+    release()
+    write_json(summary, read_json(summary, "") | {"config": older})
+    new = to_dict(replace(config, heads=replace(config.heads, features="live")))
+    with pytest.raises(ConfigError, match=r":\n  heads.features: 'cached' there, 'live' here\n"):
+        RunDirectory(config.path, new)
 
 
 def test_every_setting_that_may_differ_is_a_setting():

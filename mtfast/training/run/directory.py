@@ -51,12 +51,14 @@ class RunDirectory:
         compare(self.path, configuration, create=create)
         hold(self.path)
         found = compare(self.path, configuration, create=create)
+        file = self.path / CONFIG_FILE
         if found is None:
             (self.path / SUMMARY).unlink(missing_ok=True)  # of a false start: nothing was trained after it
-            write_text(self.path / CONFIG_FILE, to_yaml(configuration))
-        elif not found and not _holds(self.path / CONFIG_FILE, configuration):
-            say(f"{self.path / CONFIG_FILE} was damaged and is written anew")
-            write_text(self.path / CONFIG_FILE, to_yaml(configuration))
+            write_text(file, to_yaml(configuration))
+        elif not found and not _holds(file, configuration):
+            if not _holds(file, _configuration_of(self.path)):
+                say(f"{file} was damaged and is written anew")
+            _rewrite(file, to_yaml(configuration))
         if not found:
             self._summarize({"config": configuration})
         return found or []
@@ -79,10 +81,7 @@ class RunDirectory:
             for change in told:
                 planned = change.stage in at and _is_planned(self._configuration[change.stage])
                 say(f"{self.path} goes on with another setting, {change}{rate if planned else ''}")
-        path = self.path / CONFIG_FILE
-        begun = path.stat().st_mtime_ns if path.exists() else time.time_ns()  # which the file goes on telling
-        write_text(path, to_yaml(self._configuration))
-        os.utime(path, ns=(begun, begun))
+        _rewrite(self.path / CONFIG_FILE, to_yaml(self._configuration))
         self._summarize({"config": self._configuration})
 
     def _reopen(self, name: StageName) -> None:
@@ -278,7 +277,14 @@ def _configuration_of(path: Path) -> dict[str, Any] | None:
     return _read_yaml(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else None
 
 
-def _holds(file: Path, configuration: dict[str, Any]) -> bool:
+def _rewrite(file: Path, text: str) -> None:
+    """Write a file that goes on telling when the run began."""
+    begun = file.stat().st_mtime_ns if file.exists() else time.time_ns()
+    write_text(file, text)
+    os.utime(file, ns=(begun, begun))
+
+
+def _holds(file: Path, configuration: dict[str, Any] | None) -> bool:
     try:
         return _read_yaml(file) == configuration
     except ConfigError:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mtfast.config import STAGES, RunConfig, StageName
+from mtfast.config import STAGES, RunConfig, StageName, to_dict
+from mtfast.tasks import Task
 
 # Another place of the same data, or another way to find it: what is read there is compared by its checksum.
 PLACES = (
@@ -97,16 +98,28 @@ def _if_there(name: str) -> str:
     return _absolute(name) if there else name
 
 
-def changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
-    """Every setting that differs between two configurations, as plain values."""
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
+    """Every setting that differs between two configurations, as plain values.
+
+    A setting that `was` lacks is newer than its run, which did as the default does.
+    """
+    tasks = was.get("tasks")
+    task = Task(kind="binary", text="", label="")
+    defaults = RunConfig(tasks=dict.fromkeys(tasks if isinstance(tasks, dict) else (), task))
+    return _differences(was, now, to_dict(defaults), "")
+
+
+def _differences(
+    was: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str
+) -> Iterator[Change]:
     for key in sorted(set(was) | set(now), key=str):
-        name = f"{prefix}{key}"
-        there, here = was.get(key), now.get(key)
+        name, default = f"{prefix}{key}", defaults.get(key)
+        there, here = was.get(key, default), now.get(key)
         if isinstance(there, dict) and isinstance(here, dict) and not _is_one_setting(name):
             if name == "tasks" and set(there) == set(here) and list(there) != list(here):
                 # Parameters and outputs follow their order.
                 yield Change("tasks", list(there), list(here))
-            yield from changes(there, here, f"{name}.")
+            yield from _differences(there, here, default or {}, f"{name}.")
         elif there != here:
             yield Change(name, there, here)
 
