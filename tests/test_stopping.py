@@ -217,8 +217,9 @@ def test_a_signalled_command_leaves_with_a_status_that_says_so(signum, world_siz
         (1, signal.SIGKILL, r"mtfast: rank 1 on \S+ has ended without a word, .* continues the run\n"),
         (0, signal.SIGKILL, r"rank 1 on \S+: lost the connection to rank 0\n"),
         (1, signal.SIGSTOP, r"mtfast: rank 1 on \S+ gave no sign of life for 10 s: .* continues the run\n"),
+        (0, signal.SIGSTOP, r"mtfast: rank 1 on \S+: rank 0 has given no answer for 20 s: .* the run\n"),
     ],
-    ids=["killed", "the first killed", "hanging"],
+    ids=["killed", "the first killed", "hanging", "the first hanging"],
 )
 def test_a_rank_that_dies_ends_the_others_with_its_reason(gone, how, said, corpus, tmp_path):
     arguments = ("finetune", "demo", *options(corpus, tmp_path / "run"))
@@ -227,9 +228,10 @@ def test_a_rank_that_dies_ends_the_others_with_its_reason(gone, how, said, corpu
     os.kill(ranks.processes[gone].pid, how)
     other = ranks.processes[1 - gone]
     other.join(60)
-    assert other.exitcode == 1, ranks.stderr(1 - gone)
-    assert re.search(said, ranks.stderr(1 - gone)) and "Traceback" not in ranks.stderr(1 - gone)
+    found = other.exitcode
     ranks.kill()
+    assert found == 1, ranks.stderr(1 - gone)
+    assert re.search(said, ranks.stderr(1 - gone)) and "Traceback" not in ranks.stderr(1 - gone)
 
 
 def test_a_run_goes_on_on_other_numbers_of_ranks_under_other_zero_stages(corpus, tmp_path):

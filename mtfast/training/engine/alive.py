@@ -61,8 +61,10 @@ class Watch:
         self._where: dict[int, str] = {}
         self._heard: dict[int, float] = {}
         self._failed_at: float | None = None
+        self._unanswered = 0  # waits since the store's last answer; while this process is held, time passes
         self.ended = threading.Event()
         threading.Thread(target=self._run, name="mtfast-alive", daemon=True).start()
+        threading.Thread(target=self._await_answers, name="mtfast-answers", daemon=True).start()
 
     def silent(self, seconds: float) -> list[str]:
         now = time.monotonic()
@@ -72,6 +74,7 @@ class Watch:
         try:
             while not self.ended.is_set():
                 self._beat()
+                self._unanswered = 0
                 if found := self.silent(SILENT_SECONDS):
                     self._end(
                         f"{', '.join(found)} gave no sign of life for {SILENT_SECONDS:.0f} s: killed, or the "
@@ -83,6 +86,17 @@ class Watch:
         except Exception:  # torch raises several kinds where the store cannot be reached
             if not self.ended.wait(LEAVING_SECONDS):
                 print(f"{ranks.whereabouts()}: lost the connection to rank 0", file=sys.stderr)
+                _end_process()
+
+    def _await_answers(self) -> None:
+        """End this process where the store, which is rank 0's, is silent: who asks it then waits for ever."""
+        seconds = SILENT_SECONDS + LEAVING_SECONDS
+        while not self.ended.wait(BEAT_SECONDS):
+            self._unanswered += 1
+            if self._unanswered * BEAT_SECONDS > seconds:
+                reason = f"rank 0 has given no answer for {seconds:.0f} s: it hangs, or the network is gone"
+                text = f"mtfast: {ranks.whereabouts()}: {reason}; the same command continues the run"
+                print(text, file=sys.stderr)
                 _end_process()
 
     def _beat(self) -> None:
