@@ -18,7 +18,7 @@ from mtfast.training.engine.engine import Engine
 from mtfast.training.engine.keeping import Due, Keeper
 from mtfast.training.engine.state import Found, newest_state, read_state, states_in
 
-STAGE = TaskStageConfig(batch_size=8, weight_decay=0.1)
+STAGE = TaskStageConfig(batch_size=8, weight_decay=0.1, decay_all=False)  # so that weights are in two groups
 KINDS = list(itertools.product(("fp32", "bf16"), range(4)))
 
 

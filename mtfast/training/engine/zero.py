@@ -25,6 +25,7 @@ class ZeroOptimizer:
             float32: the weights compute in float32: those that each rank has whole are the masters' equals.
         """
         self._zero, self._stage, self._float32 = optimizer, stage, float32
+        self._linked = stage == 3  # whether weights know their parts of the optimizer's state
 
     def master(self, weight: nn.Parameter) -> Tensor:
         """A weight as it is updated, float32."""
@@ -50,8 +51,9 @@ class ZeroOptimizer:
 
     def moments(self, weight: nn.Parameter) -> Moments:
         """As `WholeOptimizer.moments`."""
-        flat = self._flats[0]
-        found = moments_in(self._zero.optimizer, flat)
+        found = moments_in(self._zero.optimizer, self._flats[0])
+        if found and not self._linked:
+            self._link()  # DeepSpeed does once the first group is stepped, before the others have a state
         return {
             name: x if name == "step" else utils.safe_get_full_optimizer_state(weight, name)
             for name, x in found.items()
@@ -67,9 +69,8 @@ class ZeroOptimizer:
         for flat in self._flats:
             zeros = {name: torch.zeros_like(flat.data) for name in names}
             set_moments_in(self._zero.optimizer, flat, {"step": step, **zeros})
-        if self._stage < 3:  # which is done at the first step otherwise
-            for weights, flat in zip(self._zero.bit16_groups, self._flats, strict=True):
-                utils.lazy_init_hp_params_optimizer_state(weights, flat, self._zero.optimizer.state)
+        if self._stage < 3:
+            self._link()
         for weight, found in moments.items():
             for name in names & found.keys():
                 if self._stage < 3:
@@ -77,6 +78,11 @@ class ZeroOptimizer:
                 else:
                     share = _share(weight, found[name])
                     utils.safe_set_local_optimizer_state(weight, share, name)
+
+    def _link(self) -> None:
+        for weights, flat in zip(self._zero.bit16_groups, self._flats, strict=True):
+            utils.lazy_init_hp_params_optimizer_state(weights, flat, self._zero.optimizer.state)
+        self._linked = True
 
     @property
     def _flats(self) -> list[nn.Parameter]:
