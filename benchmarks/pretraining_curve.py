@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(options.threads)
     base = base_config(Path(options.data), options.checkpoint, options.precision, options.run_dir)
     start = at(base, 0, options.seeds)
-    steps = sorted(options.steps)
+    steps = sorted(set(options.steps))
     curves = [curve(base, head_steps, steps, options.seeds) for head_steps in options.head_steps]
     result = {
         "pretrain": {"batch_size": base.pretrain.batch_size, "learning_rate": base.pretrain.learning_rate},

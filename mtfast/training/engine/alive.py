@@ -61,7 +61,8 @@ class Watch:
         self._where: dict[int, str] = {}
         self._heard: dict[int, float] = {}
         self._failed_at: float | None = None
-        self._unanswered = 0  # waits since the store's last answer; while this process is held, time passes
+        # Waits since the store's last answer: counted, not timed, as this process may have been held itself.
+        self._unanswered = 0
         self.ended = threading.Event()
         threading.Thread(target=self._run, name="mtfast-alive", daemon=True).start()
         threading.Thread(target=self._await_answers, name="mtfast-answers", daemon=True).start()
