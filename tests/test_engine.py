@@ -47,6 +47,28 @@ def config(corpus, tmp_path) -> RunConfig:
     return replace(config, heads=replace(config.heads, epochs=3, batch_size=64))
 
 
+@pytest.mark.parametrize("features", ["cached", "live"])
+def test_heads_compute_in_bf16_where_deepspeed_turns_autocast_off(features, config, monkeypatch):
+    """As it does with a GPU's; the CPU's it does not ask for."""
+    enabled = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": enabled(device))
+    config = replace(
+        config,
+        heads=replace(config.heads, features=features, batch_size=32),
+        engine=EngineConfig(precision="bf16"),
+    )
+    stage = stage_of(Heads, config)
+    dtypes = collections.Counter()
+    for module in stage.engine._module.modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.dtype == torch.float32
+            module.register_forward_hook(lambda *of: dtypes.update([of[-1].dtype]))
+    ((batch,), *_) = stage.micro_batches(stage.plan(0)[:1], 0)
+    stage.train_on(batch)
+    assert set(dtypes) == {torch.bfloat16}
+    stage.engine.close()
+
+
 STEPS = [
     *(
         (Finetune, "linear", zero_stage, precision)

@@ -188,7 +188,7 @@ def seed_tensor(seed: int | Tensor | None, dropout_p: float, like_name: str, lik
         return seed.view(1)
     if seed is None:
         return torch.randint(_SEED_LIMIT, (1,), dtype=torch.int64, device=device)
-    if _captured(device):
+    if captured(device):
         raise RuntimeError(
             f"seed is the int {seed} while a CUDA graph is captured, all of whose replays would drop the "
             f"same: pass an int64 tensor on {device} that changes between replays, or None"
@@ -196,7 +196,8 @@ def seed_tensor(seed: int | Tensor | None, dropout_p: float, like_name: str, lik
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _captured(device: torch.device) -> bool:
+def captured(device: torch.device) -> bool:
+    """Whether what is launched on the device becomes part of a CUDA graph, which cannot wait for it."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return False
     return torch.cuda.is_current_stream_capturing()

@@ -74,8 +74,8 @@ def mask_tokens(
         ValueError: strategy is unknown; an int has more than 64 bits; the seed is on another device.
         RuntimeError: an argument has a wrong device, dtype, shape or value. On a GPU the values of
             input_ids and cu_seqlens are looked at only under MTFAST_CHECK_VALUES=1, since that waits for the
-            GPU. Without it ids outside the vocabulary are left as they are, and wrong offsets give wrong
-            choices, never an access out of bounds.
+            GPU, and not while a CUDA graph is captured, which cannot. Else ids outside the vocabulary are
+            left as they are, and wrong offsets give wrong choices, never an access out of bounds.
     """
     _arguments.check_choice("strategy", strategy, STRATEGIES)
     _arguments.check_tensor("input_ids", input_ids, "torch.int64")
@@ -89,7 +89,7 @@ def mask_tokens(
                 f"mask_tokens: {name} must be on the device of input_ids, {input_ids.device}, "
                 f"found {x.device}"
             )
-    if _library.CHECK_VALUES and input_ids.is_cuda:
+    if _library.CHECK_VALUES and input_ids.is_cuda and not _library.captured(input_ids.device):
         _library.check_range("mask_tokens", "input_ids", input_ids, vocab_size)
         if cu_seqlens is not None:
             _library.check_cu_seqlens("mask_tokens", cu_seqlens, input_ids.numel())

@@ -82,7 +82,7 @@ class Engine:
     ) -> None:
         """
         Args:
-            float32: keep the weights in float32 in any precision, for a stage that computes under autocast.
+            float32: keep the weights in float32 in any precision; bf16 is then autocast's.
             apart: how the names of weights begin that `set_learning_rate` can give a rate of their own.
         """
         self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
@@ -97,6 +97,9 @@ class Engine:
         self.capturable = self._is_capturable(config, stage)
         self._module = model
         self._parameters = dict(model.named_parameters())
+        if config.precision == "bf16" and float32:
+            # Inside of what DeepSpeed calls, since it turns off a GPU's autocast that is around it.
+            model.forward = torch.autocast(_device().type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
         exact: dict[str, Tensor] = {}
         make = maker(config, stage, self.capturable)
         groups = parameter_groups(model, stage, apart)

@@ -85,8 +85,7 @@ class Heads(TaskStage):
         self.weights = weights
         model, _ = build_multitask(weights, self.tasks)
         self.engine = Engine(model.heads, engine, settings, self.name, float32=True)
-        self.bf16 = engine.precision == "bf16"
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
         self.encoder: PackedBert = model.encoder.to(self.engine.device, dtype)
         self.encoder.requires_grad_(False).eval()
         self.cached = settings.features == "cached"
@@ -172,14 +171,13 @@ class Heads(TaskStage):
         return task_losses(self.tasks, outputs, batch.tasks)
 
     def _heads(self, features: Features) -> dict[str, Tensor]:
-        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.engine.model(
-                features.cls,
-                features.sequences,
-                tokens=features.tokens,
-                token_bounds=features.token_bounds,
-                max_seqlen=features.max_seqlen,
-            )
+        return self.engine.model(
+            features.cls,
+            features.sequences,
+            tokens=features.tokens,
+            token_bounds=features.token_bounds,
+            max_seqlen=features.max_seqlen,
+        )
 
     def _on_packed(self, batch: PackedBatch) -> dict[str, Tensor]:
         with torch.no_grad():
