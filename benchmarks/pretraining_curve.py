@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 from dataclasses import replace
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> int:
     result = {
         "pretrain": {"batch_size": base.pretrain.batch_size, "learning_rate": base.pretrain.learning_rate},
         "review_max_length": base.data.review_max_length,
+        "dev_rows": dev_rows(Path(base.run_dir) / "frozen-0"),
         "start": start,
         "curves": curves,
         "environment": {**environment(default_device()), "threads": options.threads},
@@ -73,14 +75,33 @@ def main(argv: list[str]) -> int:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Plot what a results file says: a line for each curve, all from the checkpoint as it is."""
-    lines = {}
+    """Plot what a results file says: a line for each curve, all from the checkpoint as it is. Bars are the
+    standard errors that so many examples leave, and accuracies have one scale."""
+    lines: dict[str, list[dict[str, Any]]] = {}
     for of in result["curves"]:
         points = (result["start"], *of["points"])
         lines[title(of["head_steps"])] = [{"epoch": p["steps"], "metrics": averaged(p)} for p in points]
     figure = plot_dev_metrics(SHOWN, lines, "step of pre-training")
     assert figure is not None
+    panels = dict(zip((series.key for series in SHOWN), figure.axes, strict=False))
+    for series in SHOWN[1:]:
+        n = result["dev_rows"][series.key.rsplit("_", 1)[1]]
+        for records in lines.values():
+            x, y = zip(*((r["epoch"], r["metrics"][series.key]) for r in records), strict=True)
+            bars = [standard_error(series.unit, value, n) for value in y]
+            panels[series.key].errorbar(x, y, bars, fmt="none", ecolor=series.colour, capsize=3, alpha=0.5)
+    accuracies = [panels[series.key] for series in SHOWN if series.unit == ACCURACY]
+    ends = [end for panel in accuracies for end in panel.get_ylim()]
+    for panel in accuracies:
+        panel.set_ylim(min(ends), max(ends))
     figure.savefig(path)
+
+
+def standard_error(unit: str, value: float, examples: int) -> float:
+    """Of an accuracy, sqrt(p (1 - p) / n), or of a correlation, (1 - r^2) / sqrt(n - 1)."""
+    if unit == ACCURACY:
+        return math.sqrt(value * (1 - value) / examples)
+    return (1 - value**2) / math.sqrt(examples - 1)
 
 
 def title(head_steps: int) -> str:
@@ -162,6 +183,12 @@ def put_back(base: RunConfig, steps: int, part: str) -> str:
             mixed[name] = before[name]
     save_pretrained(directory, mixed, encoders[0].config, load_tokenizer(base.model.checkpoint))
     return str(directory)
+
+
+def dev_rows(run_dir: Path) -> dict[str, int]:
+    """By task, the examples that a run was evaluated on."""
+    data = read_run(run_dir).summary["data"]
+    return {name.removesuffix("-dev"): of["used"] for name, of in data.items() if name.endswith("-dev")}
 
 
 def averaged(point: dict[str, Any]) -> dict[str, Any]:

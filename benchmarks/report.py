@@ -17,7 +17,7 @@ from mtfast.experiments import ALL_RECIPES, EXPERIMENTS
 from mtfast.tasks import METRICS_OF
 
 ROOT = RESULTS.parents[1]
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/paper.md", "docs/performance.md")
 SECTION = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -198,7 +198,8 @@ def _experiment(path: Path) -> str:
         for of in (run["environment"] for run in made)
     )
     commits = " and ".join(dict.fromkeys(run["commit"] for run in made))
-    where = f"{len(made)} runs, {hours:.1f} hours in all; {'; '.join(devices)}; commit {commits}"
+    took = f", {hours:.1f} hours in all" if hours else ""
+    where = f"{len(made)} runs{took}; {'; '.join(devices)}; commit {commits}"
     return f"{where}:\n\n{comparison_table(result['comparison'], tasks, figures)}"
 
 

@@ -140,15 +140,15 @@ def _findings(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[str]:
             if "low" not in of:
                 continue
             first, second = result["variants"]
-            higher = f"{number(abs(of['mean']))} {'higher' if of['mean'] > 0 else 'lower'}"
+            apart = f"{number(abs(of['mean']))} {'above' if of['mean'] > 0 else 'below'}"
             shown = of["low"] > 0 or of["high"] < 0
             p = f"p {of['p']:.3f}" if of["p"] >= 0.001 else "p < 0.001"
             verdict = (
-                f"is {higher} {second} than {first}"
+                f"{second} is {apart} {first}"
                 if shown
-                else f"shows no difference between {first} and {second} that these examples could tell"
+                else f"no difference between {first} and {second} that these examples could tell"
             )
-            lines.append(f"- {titles[key]} {verdict} ({p}).")
+            lines.append(f"- {titles[key]}: {verdict} ({p}).")
         if lines:
             said += [f"On {split}:", "\n".join(lines)]
     return said

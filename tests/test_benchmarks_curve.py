@@ -56,6 +56,7 @@ def test_a_point_is_of_the_encoder_after_its_steps(corpus, tmp_path, monkeypatch
     asked, original = [], pretraining_curve.base_config
     monkeypatch.setattr(pretraining_curve, "base_config", small)
     monkeypatch.setattr(pretraining_curve, "dev_metrics", dev_metrics)
+    monkeypatch.setattr(pretraining_curve, "dev_rows", lambda run_dir: {"sst": 300, "sts": 200})
     for name in ("RESULTS", "DOCS"):
         monkeypatch.setattr(pretraining_curve, name, tmp_path)
     run_dir = tmp_path / "curve"
@@ -115,5 +116,13 @@ def test_metrics_are_those_of_a_run_that_is_made_once(corpus, tmp_path, monkeypa
     run = replace(run, finetune=replace(run.finetune, epochs=1))
     found = pretraining_curve.dev_metrics(run)
     assert 0 <= found["sst_accuracy"] == found["mean"] <= 1 and found["sst_accuracy"] * ROWS % 1 < 1e-9
+    assert pretraining_curve.dev_rows(Path(run.run_dir)) == {"sst": ROWS}
     monkeypatch.setattr(commands, "train", None)
     assert pretraining_curve.dev_metrics(run) == found
+
+
+def test_standard_errors():
+    """Those of the fair coin, and of what is known without error."""
+    assert pretraining_curve.standard_error(pretraining_curve.ACCURACY, 0.5, 100) == pytest.approx(0.05)
+    assert pretraining_curve.standard_error(pretraining_curve.CORRELATION, 1.0, 100) == 0.0
+    assert pretraining_curve.standard_error(pretraining_curve.CORRELATION, 0.0, 101) == pytest.approx(0.1)

@@ -106,7 +106,7 @@ def test_what_does_not_differ_is_not_found_to(results, tmp_path):
     assert set(map(json.dumps, differences.values())) == {'{"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}'}
     page = write_comparison(same, tmp_path / "exp1", EXPERIMENTS["exp1"])
     text = (page.parent / "report.md").read_text()
-    assert f"- SST accuracy shows no difference between {WITHOUT} and {WITH} that" in text
+    assert f"- SST accuracy: no difference between {WITHOUT} and {WITH} that" in text
 
 
 def test_only_seeds_that_both_variants_have_are_paired(results):
@@ -154,7 +154,8 @@ def test_the_page_says_what_was_found(results, tmp_path):
     assert table_row(text, "Ours (dev): difference")[2] == shown
     assert table_row(text, f"Ours (dev, last epoch): {WITH}")[1] == "0.500 ± 0.000"
     assert table_row(text, "Paper (test): difference")[:3] == ["+0.069", "+0.007", "+0.008"]
-    assert f"- SST accuracy is {found['difference']['sst_accuracy']['mean']:.3f} higher {WITH} than" in text
+    apart = found["difference"]["sst_accuracy"]["mean"]
+    assert f"- SST accuracy: {WITH} is {apart:.3f} above {WITHOUT} (p" in text
     assert "over 3 seeds" in text and "Rows used here, of the paper's: quora-train 16,000 of 141,506." in text
     assert table_row(text, f"`../{WITH}/1`")[4] == "1 of 2"
     for name in ("comparison", "dev_metrics"):
