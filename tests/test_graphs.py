@@ -178,11 +178,16 @@ def test_a_run_of_graphs_goes_on_as_the_uninterrupted_one(corpus, tmp_path, as_o
 
 @needs_cuda
 @pytest.mark.gpu
+@pytest.mark.parametrize("features", ["cached", "live"])
 @pytest.mark.parametrize(("precision", "head"), [*CASES, ("bf16", "lstm")])
-def test_captured_training_is_the_uncaptured_one(precision, head, corpus, tmp_path, monkeypatch):
-    train(small_run(corpus, tmp_path / "captured", precision, head))
+def test_captured_training_is_the_uncaptured_one(precision, head, features, corpus, tmp_path, monkeypatch):
+    def run(name: str) -> None:
+        config = small_run(corpus, tmp_path / name, precision, head)
+        train(replace(config, heads=replace(config.heads, features=features)))
+
+    run("captured")
     monkeypatch.setattr(Stage, "graphs", None)
-    train(small_run(corpus, tmp_path / "plain", precision, head))
+    run("plain")
     (found, _), (expected, _) = what_is_left(tmp_path / "captured"), what_is_left(tmp_path / "plain")
     losses = [
         [list(record["losses"].values()) for record in run if record["losses"]] for run in (found, expected)
