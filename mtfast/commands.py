@@ -35,8 +35,8 @@ from mtfast.report import write_report
 from mtfast.run_record import outcomes_file
 from mtfast.tasks import Split
 from mtfast.training.engine import peak_memory, ranks
-from mtfast.training.engine.deepspeed_config import checksum_of, deepspeed_config
-from mtfast.training.engine.engine import start
+from mtfast.training.engine.deepspeed_json import checksum_of
+from mtfast.training.engine.engine import confirm, start
 from mtfast.training.engine.memory import leaving_none
 from mtfast.training.inputs import Inputs
 from mtfast.training.loop import train_stage
@@ -229,11 +229,13 @@ def _open(config: RunConfig, stages: tuple[StageName, ...]) -> OpenRun:
     ranks.agree("the version of mtfast or torch", (__version__, torch.__version__))
     _write_demo_corpus(config)
     for name in stages:
-        deepspeed_config(config.engine, config.stage(name), name, ranks.world_size())
+        confirm(config.engine, config.stage(name), name, float32=name == "heads")
     directory = open_directory(config)
     if config.engine.deepspeed_config:
         path = config.engine.deepspeed_config
-        directory.confirm("deepspeed_config", checksum_of(path), STAGES, path, "engine.deepspeed_config")
+        directory.confirm(
+            "deepspeed_config", checksum_of(config.engine), STAGES, path, "engine.deepspeed_config"
+        )
     weights = find_weights(config.model, directory, config.seed)
     joint = any(task.pair_input == "joint" for task in config.tasks.values())
     check_fit(weights, config.model.checkpoint, config.data, pretrain="pretrain" in stages, joint=joint)

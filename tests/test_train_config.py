@@ -202,38 +202,6 @@ def test_batch_that_does_not_divide():
         settings(EngineConfig(), world_size=3)
 
 
-def test_user_json_is_merged_and_auto_filled(tmp_path):
-    path = write(
-        tmp_path,
-        {
-            "train_batch_size": "auto",
-            "bf16": {"enabled": "auto"},
-            "zero_optimization": {"stage": "auto", "overlap_comm": False},
-            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.01}},
-            "comms_logger": {"enabled": False},
-        },
-    )
-    made = settings(EngineConfig(zero_stage=2, deepspeed_config=path))
-    assert made["train_batch_size"] == 160 and made["bf16"]["enabled"] is True
-    assert made["zero_optimization"]["stage"] == 2 and made["zero_optimization"]["overlap_comm"] is False
-    assert made["comms_logger"] == {"enabled": False}
-    assert "optimizer" not in made  # it is handed over as an object
-
-
-def test_a_users_json_has_the_last_word_on_what_the_run_does_not_decide(tmp_path):
-    path = write(
-        tmp_path,
-        {
-            "timers": {"throughput": {"enabled": True}},
-            "bf16": {"check_grad_overflow": True},
-            "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
-        },
-    )
-    made = settings(EngineConfig(zero_stage=2, deepspeed_config=path))
-    assert made["timers"]["throughput"]["enabled"] is True and made["bf16"]["check_grad_overflow"] is True
-    assert "compute_grad_norm" not in made["zero_optimization"]  # DeepSpeed's offload needs the norm
-
-
 def test_float32_weights_on_one_rank_run_without_zero(tmp_path):
     def zero_of(engine: EngineConfig, world_size: int) -> int:
         made = deepspeed_config(engine, STAGE, "heads", world_size, float32=True)
@@ -244,42 +212,6 @@ def test_float32_weights_on_one_rank_run_without_zero(tmp_path):
     assert zero_of(EngineConfig(zero_stage=2), 2) == 2
     path = write(tmp_path, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
     assert zero_of(EngineConfig(zero_stage=2, deepspeed_config=path), 1) == 2  # a user's own ZeRO options
-    with pytest.raises(ConfigError, match=r"bf16\.enabled: the JSON says False, the run True"):
-        zero_of(EngineConfig(deepspeed_config=write(tmp_path, {"bf16": {"enabled": False}})), 1)
-
-
-def test_every_contradiction_is_named(tmp_path):
-    path = write(
-        tmp_path,
-        {
-            "train_batch_size": 64,
-            "zero_optimization": {"stage": 3},
-            "optimizer": {"params": {"lr": 1e-3}},
-            "scheduler": {"type": "WarmupLR"},
-            "activation_checkpointing": {"cpu_checkpointing": True},
-        },
-    )
-    with pytest.raises(ConfigError) as error:
-        settings(EngineConfig(zero_stage=1, deepspeed_config=path))
-    text = str(error.value)
-    for wanted in (
-        "train_batch_size: the JSON says 64, the run 160",
-        "zero_optimization.stage: the JSON says 3, the run 1",
-        "optimizer.params.lr: the JSON says 0.001, the run 1e-05",
-        "scheduler",
-        "set engine.activation_checkpointing",
-        '"auto"',
-    ):
-        assert wanted in text
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [("{", "not JSON"), ("[1]", "JSON object"), (None, "No such file")]
-)
-def test_unreadable_json(tmp_path, content, message):
-    path = str(tmp_path / "absent.json") if content is None else write(tmp_path, content)
-    with pytest.raises(ConfigError, match=message):
-        settings(EngineConfig(deepspeed_config=path))
 
 
 def test_directory_of_another_config_is_refused_and_untouched(tmp_path):

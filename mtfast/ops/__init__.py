@@ -1,5 +1,6 @@
 """Fused operations: each usable on its own, each with an eager reference `x_ref`."""
 
+from mtfast.ops import _flops as _flops
 from mtfast.ops.bias_gelu import bias_gelu, bias_gelu_ref
 from mtfast.ops.concat_mlp import ConcatMLP, concat_mlp, concat_mlp_ref
 from mtfast.ops.dropout_add_layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_ref

@@ -92,9 +92,15 @@ class Stage(ABC):
 
     def set_learning_rate(self, step: int, total_steps: int) -> float:
         """Set the rate of the step with index `step`, and return it."""
-        rate = learning_rate_at(self.settings, step, total_steps)
+        rate = self.learning_rate_at(step, total_steps)
         self.engine.set_learning_rate(rate)
         return rate
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """The scheduled rate of the step with index `step` of so many."""
+        if self.engine.scheduler is not None:
+            return self.engine.scheduler.learning_rate_at(step, total_steps)
+        return learning_rate_at(self.settings, step, total_steps)
 
     def step(self, batch: Any) -> Tensor:
         """`train_on` a micro-batch; the next call may write over the losses."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import zlib
-from pathlib import Path
 from typing import Any
 
 from mtfast.config import ConfigError, EngineConfig, StageConfig
 
-AUTO = "auto"
+from .deepspeed_json import AUTO, MONITORS, PRINTED, faults_of, is_on, offloads, read_json
+from .deepspeed_keys import KEYS
+
+_NEVER = 10**9
 
 
 def deepspeed_config(
@@ -19,15 +19,15 @@ def deepspeed_config(
     float32 copies of bf16 weights, by itself (`WholeOptimizer`), so DeepSpeed is told of neither.
 
     A user's JSON (`engine.deepspeed_config`) may set anything that the run's configuration does not
-    decide; what the run decides may be left out, be "auto", or agree.
+    decide; what the run decides may be left out, be "auto", or agree. KEYS says what becomes of each key.
 
     Args:
         float32: the stage keeps its weights in float32 whatever `engine.precision` is (and computes in bf16
             under autocast).
 
     Raises:
-        ConfigError: the batch does not divide, the JSON cannot be read, or it contradicts the run's
-            configuration; every contradiction is named with both values.
+        ConfigError: the batch does not divide, the JSON cannot be read, or has something in it that cannot be
+            done or contradicts the run's configuration; everything is named, with both values.
     """
     shares = world_size * stage.accumulation
     if stage.batch_size % shares:
@@ -35,60 +35,66 @@ def deepspeed_config(
             f"{stage_name}.batch_size {stage.batch_size} does not divide into {world_size} rank(s) x "
             f"{stage.accumulation} accumulation step(s); use a multiple of {shares}"
         )
-    decided: dict[str, Any] = {
-        "train_batch_size": stage.batch_size,
-        "train_micro_batch_size_per_gpu": stage.batch_size // shares,
-        "gradient_accumulation_steps": stage.accumulation,
-        "gradient_clipping": stage.gradient_clipping,
-        "bf16": {"enabled": engine.precision == "bf16"},
-        "fp16": {"enabled": False},
-        "zero_optimization": {} if engine.zero_stage is None else {"stage": engine.zero_stage},
-    }
-    # The optimizer is built here and handed over; a JSON may still describe it, and must then agree.
-    optimizer = {
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": stage.learning_rate,
-                "betas": list(stage.betas),
-                "eps": 1e-8,
-                "weight_decay": stage.weight_decay,
-            },
-        }
-    }
-    given = {} if engine.deepspeed_config is None else _read(Path(engine.deepspeed_config))
-    conflicts = _conflicts(decided | optimizer, given)
-    if "scheduler" in given and given["scheduler"] != AUTO:
-        conflicts.append(f"scheduler: the learning rate follows {stage_name}.schedule={stage.schedule!r}")
-    if "activation_checkpointing" in given:
-        conflicts.append(
-            "activation_checkpointing: layers do it themselves; set engine.activation_checkpointing"
-        )
-    if isinstance(given.get("checkpoint"), dict) and "writer" in given["checkpoint"]:
-        conflicts.append("checkpoint.writer: a thread of the run's own writes the states")
+    micro_batch = stage.batch_size // shares
+    given = read_json(engine)
     said = given.get("zero_optimization", {})
-    if isinstance(said, dict) and said.get("stage", AUTO) not in (AUTO, 0, 1, 2, 3):
-        conflicts.append(f'zero_optimization.stage: {said["stage"]!r} is none of 0, 1, 2, 3 and "auto"')
-    if conflicts:
+    zero_stage = _zero_stage(engine, said if isinstance(said, dict) else {}, world_size, float32)
+    decided = {
+        "train_batch_size": (f"{stage_name}.batch_size", stage.batch_size),
+        "train_micro_batch_size_per_gpu": (f"what {stage_name}.batch_size leaves a rank", micro_batch),
+        "gradient_accumulation_steps": (f"{stage_name}.accumulation", stage.accumulation),
+        "gradient_clipping": (f"{stage_name}.gradient_clipping", stage.gradient_clipping),
+        "bf16.enabled": ("engine.precision bf16", engine.precision == "bf16"),
+        "optimizer.params.lr": (f"{stage_name}.learning_rate", stage.learning_rate),
+        "optimizer.params.betas": (f"{stage_name}.betas", list(stage.betas)),
+        "optimizer.params.weight_decay": (f"{stage_name}.weight_decay", stage.weight_decay),
+    }
+    if engine.zero_stage is not None:
+        decided["zero_optimization.stage"] = ("engine.zero_stage", engine.zero_stage)
+    if faults := faults_of(given, decided, stage, stage_name, zero_stage):
         raise ConfigError(
-            f"{engine.deepspeed_config} contradicts the configuration of {stage_name}:\n  "
-            + "\n  ".join(conflicts)
-            + '\nChange one of the two, or write "auto" in the JSON to take the run\'s value.'
+            f"{engine.deepspeed_config} does not go with the configuration of {stage_name}:\n  "
+            + "\n  ".join(faults),
+            "engine.deepspeed_config",
         )
-    extra = {key: value for key, value in given.items() if key not in ("optimizer", "scheduler")}
-    stage_of_zero = _zero_stage(engine, extra.get("zero_optimization", {}), world_size, float32)
-    decided["zero_optimization"] = {"stage": stage_of_zero}
-    if float32 or stage_of_zero == 0:
-        decided["bf16"] = {"enabled": False}
-    if stage_of_zero == 0:
-        decided["gradient_clipping"] = 0.0
-    return _merge(_merge(_defaults(decided, extra), extra), decided)
+    ours = ("optimizer", "scheduler", "activation_checkpointing")  # built here, and handed over
+    extra = {k: v for k, v in given.items() if KEYS[k].verdict == "works" and k not in ours}
+    # Without ZeRO, weights that compute in bf16 have their float32 masters in the optimizer.
+    bf16 = engine.precision == "bf16" and not float32 and zero_stage > 0
+    settled: dict[str, Any] = {
+        "train_batch_size": stage.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": stage.accumulation,
+        "gradient_clipping": stage.gradient_clipping if zero_stage > 0 else 0.0,
+        "bf16": {"enabled": bf16},
+        "fp16": {"enabled": False},
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return _merge(_merge(_defaults(settled, given), _without_auto(extra)), settled)
+
+
+def prints(settings: dict[str, Any]) -> bool:
+    """Whether DeepSpeed's logger is asked for more than warnings."""
+    printed = settings["steps_per_print"] < _NEVER or settings["timers"]["throughput"]["enabled"]
+    return printed or any(is_on(settings, key) for key in PRINTED)
+
+
+def is_watched(settings: dict[str, Any]) -> bool:
+    """Whether DeepSpeed's engine looks at each step on the host: such a step cannot be a CUDA graph."""
+    return prints(settings) or any(is_on(settings, key) for key in MONITORS)
 
 
 def _zero_stage(engine: EngineConfig, given: dict[str, Any], world_size: int, float32: bool) -> int:
     """What is sharded. Unless the run or the JSON decides, optimizer state where there are ranks to share it
     or the JSON tunes ZeRO; heads in float32 are too few for more than that to matter."""
     said = given.get("stage", AUTO)
+    if said not in (AUTO, 0, 1, 2, 3):
+        raise ConfigError(
+            f'{engine.deepspeed_config}: zero_optimization.stage: {said!r} is none of 0, 1, 2, 3 and "auto"',
+            "engine.deepspeed_config",
+        )
     stage = said if engine.zero_stage is None else engine.zero_stage
     alone = world_size == 1 and not given.keys() - {"stage"}
     if stage == AUTO or (float32 and alone):
@@ -99,19 +105,18 @@ def _zero_stage(engine: EngineConfig, given: dict[str, Any], world_size: int, fl
     return stage
 
 
-def _defaults(decided: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _defaults(settled: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """What is cheapest. Left out is what makes the host wait for the device in every step: timing it, looking
     for overflows (the loop looks at losses and weights when it reads them), and the norm of gradients that
     nobody clips."""
     defaults: dict[str, Any] = {
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
+        "steps_per_print": _NEVER,
         "timers": {"throughput": {"enabled": False}},
         "bf16": {"check_grad_overflow": False},
     }
-    stage, zero = decided["zero_optimization"]["stage"], defaults.setdefault("zero_optimization", {})
-    if stage in (1, 2) and "offload_optimizer" not in given.get("zero_optimization", {}):
-        zero["compute_grad_norm"] = decided["gradient_clipping"] > 0
+    stage, zero = settled["zero_optimization"]["stage"], defaults.setdefault("zero_optimization", {})
+    if stage in (1, 2) and not offloads(given, "offload_optimizer"):
+        zero["compute_grad_norm"] = settled["gradient_clipping"] > 0
     if stage == 1:
         # The same sums with a third of the copies: gradients are put in a row once, added up over the ranks
         # and handed back, not taken apart by owner in between.
@@ -119,37 +124,11 @@ def _defaults(decided: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def checksum_of(path: str) -> int:
-    """Of what a user's JSON says."""
-    return zlib.crc32(json.dumps(_read(Path(path)), sort_keys=True).encode())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"engine.deepspeed_config {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"engine.deepspeed_config {path} is not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise ConfigError(f"engine.deepspeed_config {path} must hold a JSON object")
-    return given
-
-
-def _conflicts(decided: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in decided.items():
-        if key not in given or given[key] == AUTO:
-            continue
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            if not isinstance(given[key], dict):
-                found.append(f"{name}: {given[key]!r} must be an object")
-                continue
-            found += _conflicts(value, given[key], f"{name}.")
-        elif given[key] != value:
-            found.append(f"{name}: the JSON says {given[key]!r}, the run {value!r}")
-    return found
+def _without_auto(value: Any) -> Any:
+    """A block without what it leaves to DeepSpeed's defaults."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_auto(of) for name, of in value.items() if of != AUTO}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

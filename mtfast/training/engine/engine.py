@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +20,10 @@ from mtfast.config import ConfigError, EngineConfig, StageConfig
 from mtfast.models.checkpoint import CheckpointError
 
 from . import alive, memory, ranks
-from .deepspeed_config import deepspeed_config
+from .deepspeed_config import deepspeed_config, is_watched, prints
+from .deepspeed_json import adam_eps, is_on, offloads, read_json
 from .optimizer import Moments, WholeOptimizer, maker, parameter_groups
+from .scheduler import scheduler_of
 from .snapshot import Snapshot
 from .state import State
 
@@ -57,10 +60,43 @@ def _deepspeed() -> Any:
         deepspeed = importlib.import_module("deepspeed")
         # An optional intra-node collective that it would compile at start on CPU; gloo serves alone.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _logger().setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that newer versions of torch have replaced.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
+
+
+def _logger() -> logging.Logger:
+    return logging.getLogger("DeepSpeed")
+
+
+def confirm(config: EngineConfig, stage: StageConfig, stage_name: str, *, float32: bool = False) -> None:
+    """See to it that a stage's engine can be made, before any data is read. All ranks have started.
+
+    Raises:
+        ConfigError: DeepSpeed's configuration or its optimizer cannot be had; the message says what is wrong.
+    """
+    settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
+    given = read_json(config)
+    maker(config, stage, False, eps=adam_eps(given), on_host=offloads(given, "offload_optimizer") is not None)
+    if not given:
+        return
+    configuration = importlib.import_module("deepspeed.runtime.config")
+    try:
+        configuration.DeepSpeedConfig(settings)
+    except pydantic.ValidationError as error:
+        faults = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
+        raise _refused(config, f"{faults[0]} ({error.title})") from error
+    except (configuration.DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
+        raise _refused(config, str(error)) from error
+    if "nvme" in (offloads(given, "offload_optimizer"), offloads(given, "offload_param")):
+        builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+        if not builder.is_compatible(verbose=False):
+            raise _refused(config, "offloading to nvme needs libaio with its header: Debian's libaio-dev")
+
+
+def _refused(config: EngineConfig, why: str) -> ConfigError:
+    return ConfigError(f"{config.deepspeed_config}: {why}", "engine.deepspeed_config")
 
 
 class Engine:
@@ -87,11 +123,8 @@ class Engine:
         """
         self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
         ranks.agree(f"DeepSpeed's configuration of {stage_name}", self._settings)
-        if stage.non_finite == "skip" and "zenflow" in self._settings["zero_optimization"]:
-            raise ConfigError(
-                f"{stage_name}.non_finite skip does not go with DeepSpeed's zenflow, which updates a part of "
-                f"the weights outside the step; use {stage_name}.non_finite stop"
-            )
+        given = read_json(config)
+        self.scheduler = scheduler_of(given, stage)  # in the place of the stage's schedule
         self._bf16 = config.precision == "bf16" and not float32
         self.precision = config.precision
         self.capturable = self._is_capturable(config, stage)
@@ -101,7 +134,8 @@ class Engine:
             # Inside of what DeepSpeed calls, since it turns off a GPU's autocast that is around it.
             model.forward = torch.autocast(_device().type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
         exact: dict[str, Tensor] = {}
-        make = maker(config, stage, self.capturable)
+        on_host = offloads(given, "offload_optimizer") is not None
+        make = maker(config, stage, self.capturable, eps=adam_eps(given), on_host=on_host)
         groups = parameter_groups(model, stage, apart)
         whole: WholeOptimizer | None = None
         if self._zero_stage == 0:
@@ -116,10 +150,12 @@ class Engine:
             model.to(torch.bfloat16 if self._bf16 else None)
         else:
             exact = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._engine, _, _, _ = _deepspeed().initialize(
+        deepspeed = _deepspeed()
+        _logger().setLevel(logging.INFO if prints(self._settings) else logging.WARNING)
+        self._engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=whole or make(groups), config=self._settings
         )
-        self.model = self._engine  # what is called
+        self.model = self._counted if is_on(self._settings, "flops_profiler") else self._engine
         self._is_apart = [group["apart"] for group in groups]
         # Of the weights apart and of the others, where a captured step reads them from the device.
         self._rates = torch.zeros(2, device=self.device) if self.capturable else None
@@ -145,8 +181,16 @@ class Engine:
             and self._zero_stage == 0
             and config.optimizer == "adamw"
             and stage.accumulation == 1
+            and not is_watched(self._settings)
             and stage.non_finite == "stop"  # skipping is the host's decision
         )
+
+    def _counted(self, *args: Any, **kwargs: Any) -> Any:
+        """The model, where DeepSpeed's profiler counts its operations."""
+        from .flops import CountedOps  # which imports deepspeed
+
+        with CountedOps():
+            return self._engine(*args, **kwargs)
 
     @property
     def skipped(self) -> int:
@@ -278,6 +322,8 @@ class Engine:
 
     def close(self) -> None:
         """Let go of DeepSpeed's buffers and hooks, so that another stage can follow in this process."""
+        if is_on(self._settings, "comms_logger"):
+            _deepspeed().comm.log_summary()
         self._engine.destroy()
 
 

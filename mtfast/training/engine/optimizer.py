@@ -37,18 +37,25 @@ def parameter_groups(model: nn.Module, stage: StageConfig, apart: str = "") -> l
     return groups
 
 
-def maker(config: EngineConfig, stage: StageConfig, capturable: bool) -> Make:
+def maker(
+    config: EngineConfig, stage: StageConfig, capturable: bool, *, eps: float = 1e-8, on_host: bool = False
+) -> Make:
     """Makes the optimizer that the configuration names from groups of weights.
 
     Args:
         capturable: its steps can be recorded as a part of a CUDA graph.
+        on_host: what it updates is offloaded to the host.
 
     Raises:
         ConfigError: it needs a GPU or a package that is not here.
     """
-    settings: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": 1e-8}
+    settings: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": eps}
     if config.optimizer == "adamw":
         return lambda groups: torch.optim.AdamW(groups, fused=True, capturable=capturable, **settings)
+    if config.optimizer == "deepspeed-adam" and on_host:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return lambda groups: DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     if not torch.cuda.is_available():
         raise ConfigError(f"engine.optimizer {config.optimizer!r} needs a GPU; use 'adamw' here")
     if config.optimizer == "deepspeed-adam":

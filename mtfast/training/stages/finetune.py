@@ -11,6 +11,7 @@ from mtfast.config import EngineConfig, TaskStageConfig
 from mtfast.data.packing import PackedBatch
 from mtfast.models.bert import flops_per_token
 from mtfast.models.checkpoint import save_pretrained
+from mtfast.training.engine.deepspeed_json import checkpoints_activations
 from mtfast.training.engine.engine import Engine
 from mtfast.training.run.weights import Weights, build_multitask
 
@@ -33,7 +34,7 @@ class Finetune(TaskStage):
         super().__init__(load, settings, seed)
         self.weights = weights
         model, self.carried = build_multitask(weights, self.tasks)
-        model.encoder.activation_checkpointing = engine.activation_checkpointing
+        model.encoder.activation_checkpointing = checkpoints_activations(engine)
         self.engine = Engine(model, engine, settings, self.name)
         self.flops_per_token = flops_per_token(weights.config, self.mean_seqlen)
 

@@ -23,9 +23,9 @@ from mtfast.models.bert import flops_per_token, mean_seqlen
 from mtfast.models.checkpoint import save_pretrained
 from mtfast.ops import mask_tokens
 from mtfast.training.engine import ranks
+from mtfast.training.engine.deepspeed_json import checkpoints_activations
 from mtfast.training.engine.engine import Engine
 from mtfast.training.run.weights import Weights, build_pretrain
-from mtfast.training.schedule import learning_rate_at
 from mtfast.training.seeds import seed_for
 from mtfast.training.stage import Stage
 
@@ -50,7 +50,7 @@ class Pretrain(Stage):
         self.layout = Layout(ranks.rank(), ranks.world_size(), settings.accumulation)
         self.masked = samples.masked_counts(settings.mlm_probability)
         model, self.carried = build_pretrain(weights)
-        model.encoder.activation_checkpointing = engine.activation_checkpointing
+        model.encoder.activation_checkpointing = checkpoints_activations(engine)
         apart = "encoder." if settings.head_steps else ""
         self.engine = Engine(model, engine, settings, self.name, apart=apart)
         self.flops_per_token = flops_per_token(weights.config, mean_seqlen(samples.lengths))
@@ -61,7 +61,7 @@ class Pretrain(Stage):
             rate = self.settings.head_learning_rate
             self.engine.set_learning_rate(rate, apart=0.0)
         else:
-            rate = learning_rate_at(self.settings, step - first, total_steps - first)
+            rate = self.learning_rate_at(step - first, total_steps - first)
             self.engine.set_learning_rate(rate)
         return rate
 
