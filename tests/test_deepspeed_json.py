@@ -22,6 +22,7 @@ STAGE = TaskStageConfig(batch_size=160, learning_rate=1e-5)
 
 # A value of each key that mtfast does something else for, and that therefore must not be passed over.
 NOT_DONE: dict[str, Any] = {
+    "aio": {"block_size": 131072},
     "amp": {"enabled": True, "opt_level": "O1"},
     "autotuning": {"enabled": True},
     "checkpoint": {"writer": {"type": "FAST"}},
@@ -233,7 +234,7 @@ def test_every_contradiction_is_named_with_both_values(tmp_path):
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "sqrt"}}}, "none of log, linear"),
         ({"zero_optimization": {"stage": 4}}, "4 is none of 0, 1, 2, 3"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs ZeRO 1, 2 or 3"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "nvme needs ZeRO 3"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "update; use cpu"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "param needs ZeRO 3"),
         ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, "partition_size needs ZeRO 3"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "calls it offload_optimizer now"),
@@ -241,6 +242,7 @@ def test_every_contradiction_is_named_with_both_values(tmp_path):
         ({"zero_optimization": {"stage": 3, "zeropp_loco_param": {}}}, "loco_param: DeepSpeed has dropped"),
         ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "updates weights outside the step"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "inputs whole and on the device"),
+        ({"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2.0}, "needs zero_optimization."),
         ({"steps_per_print": {"a": 1}}, "steps_per_print: {'a': 1} must be a value"),
         ('{"train_batch_size": 1, "train_batch_size": 2}', "two values are called train_batch_size"),
         ("{", "is not JSON"),

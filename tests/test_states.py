@@ -8,42 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from states import load_state, save_state
-from torch import Tensor, nn
+from states import load_state, save_state, small, steps
+from torch import Tensor
 
-from mtfast.config import ConfigError, EngineConfig, TaskStageConfig
+from mtfast.config import ConfigError
 from mtfast.models.checkpoint import CheckpointError
-from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine.engine import Engine
 from mtfast.training.engine.keeping import Due, Keeper
 from mtfast.training.engine.state import Found, newest_state, read_state, states_in
 
-STAGE = TaskStageConfig(batch_size=8, weight_decay=0.1, decay_all=False)  # so that weights are in two groups
 KINDS = list(itertools.product(("fp32", "bf16"), range(4)))
-
-
-def small(precision: str = "fp32", zero_stage: int = 0, hidden: int = 5) -> Engine:
-    engine_module.start()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(7, hidden), nn.Tanh(), nn.Linear(hidden, 3))
-    model.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-    engine = Engine(model, EngineConfig(precision=precision, zero_stage=zero_stage), STAGE, "finetune")
-    engine.train()
-    return engine
-
-
-def steps(engine: Engine, numbers: range) -> list[float]:
-    """The losses of so many steps, whose data follows from their numbers."""
-    losses = []
-    for number in numbers:
-        torch.manual_seed(number)
-        engine.set_learning_rate(0.01 * (number + 1))
-        x = torch.randn(4, 7).to(next(engine.model.parameters()).dtype)
-        loss = engine.model(x).float().square().sin().mean()
-        engine.step(loss)
-        engine.model.module.steps += 1
-        losses.append(loss.item())
-    return losses
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from mtfast.config import ConfigError, EngineConfig, StageConfig
 
 from . import scheduler
-from .deepspeed_keys import KEYS, says_nothing
+from .deepspeed_keys import KEYS, NVME, says_nothing
 
 AUTO = "auto"
 ADAM_EPS = 1e-8
@@ -141,6 +141,9 @@ def faults_of(
     found += scheduler.faults_of(given.get("scheduler", AUTO), stage, stage_name)
     found += _faults_of_optimizer(given.get("optimizer", AUTO))
     found += _faults_of_zero(given, zero_stage)
+    divides = given.get("gradient_predivide_factor", AUTO) not in (AUTO, 1.0)
+    if divides and zero_stage == 2 and _at(given, "zero_optimization.reduce_scatter") is not False:
+        found.append("gradient_predivide_factor: ZeRO 2 needs zero_optimization.reduce_scatter false for it")
     block = given.get("activation_checkpointing", AUTO)
     found += [
         f"activation_checkpointing.{name}: layers keep their inputs whole and on the device; leave it out"
@@ -154,7 +157,7 @@ def faults_of(
 
 
 _BLOCKS = (
-    *("optimizer", "scheduler", "bf16", "zero_optimization", "activation_checkpointing", "aio"),
+    *("optimizer", "scheduler", "bf16", "zero_optimization", "activation_checkpointing"),
     *(*MONITORS, "comms_logger", "flops_profiler", "timers"),
 )
 
@@ -208,8 +211,8 @@ def _faults_of_zero(given: Mapping[str, Any], zero_stage: int) -> Iterator[str]:
         )
         if on and zero_stage != 3:
             yield f"zero_optimization.{name} needs ZeRO 3; {under}"
-    if (device := offloads(given, "offload_optimizer")) is not None:
-        if zero_stage == 0:
-            yield f"zero_optimization.offload_optimizer needs ZeRO 1, 2 or 3; {under}"
-        elif device == "nvme" and zero_stage != 3:
-            yield f"zero_optimization.offload_optimizer to nvme needs ZeRO 3; {under}"
+    if offloads(given, "offload_optimizer") and zero_stage == 0:
+        yield f"zero_optimization.offload_optimizer needs ZeRO 1, 2 or 3; {under}"
+    for name in ("offload_optimizer", "offload_param"):
+        if offloads(given, name) == "nvme":
+            yield f"zero_optimization.{name}.device: {NVME}; use cpu"

@@ -81,6 +81,9 @@ def confirm(config: EngineConfig, stage: StageConfig, stage_name: str, *, float3
     maker(config, stage, False, eps=adam_eps(given), on_host=offloads(given, "offload_optimizer") is not None)
     if not given:
         return
+    quantized = [name for name in settings["zero_optimization"] if name.startswith("zero_quantized")]
+    if quantized and not torch.cuda.is_available():
+        raise _refused(config, f"zero_optimization.{quantized[0]} needs a GPU")
     configuration = importlib.import_module("deepspeed.runtime.config")
     try:
         configuration.DeepSpeedConfig(settings)
@@ -89,10 +92,6 @@ def confirm(config: EngineConfig, stage: StageConfig, stage_name: str, *, float3
         raise _refused(config, f"{faults[0]} ({error.title})") from error
     except (configuration.DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
         raise _refused(config, str(error)) from error
-    if "nvme" in (offloads(given, "offload_optimizer"), offloads(given, "offload_param")):
-        builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
-        if not builder.is_compatible(verbose=False):
-            raise _refused(config, "offloading to nvme needs libaio with its header: Debian's libaio-dev")
 
 
 def _refused(config: EngineConfig, why: str) -> ConfigError:
@@ -133,6 +132,11 @@ class Engine:
         if config.precision == "bf16" and float32:
             # Inside of what DeepSpeed calls, since it turns off a GPU's autocast that is around it.
             model.forward = torch.autocast(_device().type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        if is_on(self._settings, "flops_profiler"):
+            from .flops import counted  # which imports deepspeed
+
+            profiles = lambda: self._engine.flops_profiler.started  # noqa: E731
+            model.forward = counted(model.forward, profiles)  # type: ignore[method-assign]
         exact: dict[str, Tensor] = {}
         on_host = offloads(given, "offload_optimizer") is not None
         make = maker(config, stage, self.capturable, eps=adam_eps(given), on_host=on_host)
@@ -155,7 +159,7 @@ class Engine:
         self._engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=whole or make(groups), config=self._settings
         )
-        self.model = self._counted if is_on(self._settings, "flops_profiler") else self._engine
+        self.model = self._engine  # what is called
         self._is_apart = [group["apart"] for group in groups]
         # Of the weights apart and of the others, where a captured step reads them from the device.
         self._rates = torch.zeros(2, device=self.device) if self.capturable else None
@@ -184,13 +188,6 @@ class Engine:
             and not is_watched(self._settings)
             and stage.non_finite == "stop"  # skipping is the host's decision
         )
-
-    def _counted(self, *args: Any, **kwargs: Any) -> Any:
-        """The model, where DeepSpeed's profiler counts its operations."""
-        from .flops import CountedOps  # which imports deepspeed
-
-        with CountedOps():
-            return self._engine(*args, **kwargs)
 
     @property
     def skipped(self) -> int:
