@@ -135,8 +135,7 @@ class Engine:
         if is_on(self._settings, "flops_profiler"):
             from .flops import counted  # which imports deepspeed
 
-            profiles = lambda: self._engine.flops_profiler.started  # noqa: E731
-            model.forward = counted(model.forward, profiles)  # type: ignore[method-assign]
+            model.forward = counted(model.forward, self._profiles)  # type: ignore[method-assign]
         exact: dict[str, Tensor] = {}
         on_host = offloads(given, "offload_optimizer") is not None
         make = maker(config, stage, self.capturable, eps=adam_eps(given), on_host=on_host)
@@ -188,6 +187,9 @@ class Engine:
             and not is_watched(self._settings)
             and stage.non_finite == "stop"  # skipping is the host's decision
         )
+
+    def _profiles(self) -> bool:
+        return self._engine.flops_profiler.started
 
     @property
     def skipped(self) -> int:
