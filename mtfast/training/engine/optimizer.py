@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,39 +38,80 @@ def parameter_groups(model: nn.Module, stage: StageConfig, apart: str = "") -> l
     return groups
 
 
-def maker(
-    config: EngineConfig, stage: StageConfig, capturable: bool, *, eps: float = 1e-8, on_host: bool = False
-) -> Make:
-    """Makes the optimizer that the configuration names from groups of weights.
+def optimizer_class(config: EngineConfig, *, on_host: bool = False) -> type[Optimizer]:
+    """The class of the optimizer that the configuration names.
 
     Args:
-        capturable: its steps can be recorded as a part of a CUDA graph.
         on_host: what it updates is offloaded to the host.
 
     Raises:
         ConfigError: it needs a GPU or a package that is not here.
     """
-    settings: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": eps}
     if config.optimizer == "adamw":
-        return lambda groups: torch.optim.AdamW(groups, fused=True, capturable=capturable, **settings)
-    if config.optimizer == "deepspeed-adam" and on_host:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        return torch.optim.AdamW
+    if on_host:
+        if config.optimizer == "deepspeed-adam":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return lambda groups: DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+            return DeepSpeedCPUAdam
+        raise ConfigError(f"engine.optimizer {config.optimizer!r} updates nothing that is offloaded; use 'adamw'")
     if not torch.cuda.is_available():
         raise ConfigError(f"engine.optimizer {config.optimizer!r} needs a GPU; use 'adamw' here")
     if config.optimizer == "deepspeed-adam":
         from deepspeed.ops.adam import FusedAdam as DeepSpeedAdam
 
-        return lambda groups: DeepSpeedAdam(groups, adam_w_mode=True, **settings)
+        return DeepSpeedAdam
     try:
         from apex.optimizers import FusedAdam
+
+        importlib.import_module("amp_C")  # its kernels, without which it can be installed
     except ImportError as error:
         raise ConfigError(
-            "engine.optimizer 'apex-adam' needs NVIDIA apex, which is built from its own repository; "
-            f"the PyPI package called apex is an unrelated web toolkit ({error})"
+            "engine.optimizer 'apex-adam' needs NVIDIA apex with its CUDA kernels, which is built from its "
+            "own repository (see `mtfast doctor`); the PyPI package called apex is an unrelated web toolkit "
+            f"({error}). Without it use 'adamw'"
         ) from error
-    return lambda groups: FusedAdam(groups, adam_w_mode=True, **settings)
+    return FusedAdam
+
+
+def maker(
+    config: EngineConfig, stage: StageConfig, capturable: bool, *, eps: float = 1e-8, on_host: bool = False
+) -> Make:
+    """Makes the optimizer that the configuration names from groups of weights; raises as its class does.
+
+    Args:
+        capturable: its steps can be recorded as a part of a CUDA graph.
+        on_host: what it updates is offloaded to the host.
+    """
+    kind: Any = optimizer_class(config, on_host=on_host)
+    settings: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": eps}
+    if config.optimizer == "adamw":
+        return lambda groups: kind(groups, fused=True, capturable=capturable, **settings)
+    if on_host:
+        return lambda groups: kind(groups, adamw_mode=True, **settings)
+    return lambda groups: _counting_by_weight(kind(groups, adam_w_mode=True, **settings))
+
+
+def _counting_by_weight(optimizer: Optimizer) -> Optimizer:
+    """Gives each weight a count of its steps, in its state, as torch's AdamW does. apex counts for a group,
+    which ZeRO 3 may step in parts, one after the other; DeepSpeed's Adam for the last weight of a group."""
+    optimizer.register_step_pre_hook(_count_from_weights)
+    optimizer.register_step_post_hook(_share_counts)
+    return optimizer
+
+
+def _count_from_weights(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        group["step"] = 0
+    _share_counts(optimizer)
+
+
+def _share_counts(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        states = [state for p in group["params"] if (state := optimizer.state.get(p))]
+        group["step"] = max([group["step"], *(state.get("step", 0) for state in states)])
+        for state in states:
+            state["step"] = group["step"]
 
 
 class WholeOptimizer(Optimizer):
@@ -166,9 +208,8 @@ def moments_in(optimizer: Optimizer, held: Tensor) -> Moments:
     if not state:
         return {}
     moments = {name: x for name, x in state.items() if isinstance(x, Tensor) and x.shape == held.shape}
-    # torch keeps a tensor for each weight, DeepSpeed's Adam a number, apex one for each group.
-    step = state.get("step", optimizer.param_groups[0].get("step"))
-    return {**moments, "step": torch.as_tensor(step, dtype=torch.float32)}
+    # torch keeps a tensor for each weight, the others a number.
+    return {**moments, "step": torch.as_tensor(state["step"], dtype=torch.float32)}
 
 
 def set_moments_in(optimizer: Optimizer, held: Tensor, moments: Moments) -> None:
@@ -176,6 +217,4 @@ def set_moments_in(optimizer: Optimizer, held: Tensor, moments: Moments) -> None
     kept: dict[str, Any] = {name: x.to(held.device, copy=True) for name, x in moments.items()}
     if not isinstance(optimizer, torch.optim.AdamW):
         kept["step"] = int(moments["step"])
-        for group in optimizer.param_groups:
-            group["step"] = kept["step"]
     optimizer.state[held] = kept
