@@ -95,7 +95,8 @@ def operands_of(problem: Problem, device: torch.device) -> list[Tensor]:
 
 
 def apex_mlp(hidden: int) -> Function | None:
-    """apex's fused MLP on the concatenation; it has no dropout, so does less. None without apex."""
+    """apex's fused MLP on the concatenation; it has no dropout, so does less, relu on the output too, and no
+    kernel for bf16. None without apex."""
     if importlib.util.find_spec("apex") is None or importlib.util.find_spec("mlp_cuda") is None:
         return None
     from apex.mlp import MLP
@@ -181,6 +182,17 @@ def compare(problem: Problem, device: torch.device, compiled: bool, budget_s: fl
     )
 
 
+def functions_of(hidden: int, device: torch.device, compiled: bool) -> dict[str, Function]:
+    """All that is compared on this kind of device, by name."""
+    functions: dict[str, Function] = {"eager": concat_mlp_ref, OURS: concat_mlp}
+    if compiled:
+        torch._dynamo.reset()  # past its limit of recompilations it would run uncompiled
+        functions["compile"] = torch.compile(concat_mlp_ref, dynamic=False)
+    if device.type == "cuda" and (apex := apex_mlp(hidden)):
+        functions["apex"] = apex
+    return functions
+
+
 def variants_of(problem: Problem, device: torch.device, compiled: bool) -> dict[str, Variant]:
     """All that is compared, each on the same inputs and, where they are several, on its turn of them."""
     first = GRADIENTS[problem.gradients]
@@ -188,12 +200,7 @@ def variants_of(problem: Problem, device: torch.device, compiled: bool) -> dict[
     inputs = [*operands, torch.randn(problem.batch, 2, device=device).to(problem.dtype)]
     touched = sum(x.nbytes for x in (*inputs, *operands[first:]))  # read, and the gradients written
     sets = [inputs, *(cloned(inputs) for _ in range(copies(touched, l2_bytes(device)) - 1))]
-    functions: dict[str, Function] = {"eager": concat_mlp_ref, OURS: concat_mlp}
-    if compiled:
-        torch._dynamo.reset()  # past its limit of recompilations it would run uncompiled
-        functions["compile"] = torch.compile(concat_mlp_ref, dynamic=False)
-    if device.type == "cuda" and (apex := apex_mlp(problem.hidden)):
-        functions["apex"] = apex
+    functions = functions_of(problem.hidden, device, compiled)
     variants: dict[str, Variant] = {
         name: [functools.partial(step, function, x, x[first:], dy, **OPTIONS) for *x, dy in sets]
         for name, function in functions.items()

@@ -1,4 +1,4 @@
-"""dropout_add_layer_norm against eager PyTorch and against torch.compile of it.
+"""dropout_add_layer_norm against eager PyTorch, torch.compile of it and, where installed, apex's layer norm.
 
     python -m benchmarks dropout_add_layer_norm [--device cpu] [--threads 2] [--seconds 60]
         [--dtypes bfloat16 float32] [--hidden 768 384] [--rows 4096 16384] [--no-compile]
@@ -6,18 +6,21 @@
 With dropout 0.1 and a residual, as a post-norm layer ends; without the linear layer's bias, which eager adds
 in its product. "full" is forward and backward with gradients to all four, "forward" has none. GB/s count what
 must move: forward x, residual and y, backward dy, x, residual and two gradients, whatever a variant does.
-torch.compile is given each shape anew, so that it may specialise. On a GPU "graph" replays a CUDA graph.
+torch.compile is given each shape anew, so that it may specialise. On a GPU "graph" replays a CUDA graph, and
+"apex" is apex's fused normalisation of a dropout and a sum by eager PyTorch.
 Inputs that the L2 could hold are several, taken in turn (benchmarks/timing.py).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.cases import CLOCK, Case, op_parser, run_cases
 from benchmarks.common import Row, rows_of
@@ -96,6 +99,19 @@ def operands_of(problem: Problem, device: torch.device) -> list[Tensor]:
     return [x.to(device, problem.dtype).requires_grad_(wanted) for x in tensors]
 
 
+def apex_layer_norm() -> Function | None:
+    """Dropout and sum by eager PyTorch, normalised as apex's FusedLayerNorm does. None without apex."""
+    if importlib.util.find_spec("apex") is None or importlib.util.find_spec("fused_layer_norm_cuda") is None:
+        return None
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, dropout_p: float) -> Tensor:
+        y = residual + F.dropout(x, dropout_p)
+        return fused_layer_norm_affine(y, weight, bias, y.shape[-1:], 1e-12)
+
+    return run
+
+
 def wanted_of(operands: list[Tensor]) -> list[Tensor]:
     """Those that have gradients."""
     return [x for x in operands if x.requires_grad]
@@ -145,16 +161,24 @@ def compare(
     )
 
 
+def functions_of(device: torch.device, compiled: bool) -> dict[str, Function]:
+    """All that is compared on this kind of device, by name."""
+    functions: dict[str, Function] = {"eager": dropout_add_layer_norm_ref, OURS: dropout_add_layer_norm}
+    if compiled:
+        torch._dynamo.reset()  # past its limit of recompilations it would run uncompiled
+        functions["compile"] = torch.compile(dropout_add_layer_norm_ref, dynamic=False)
+    if device.type == "cuda" and (apex := apex_layer_norm()):
+        functions["apex"] = apex
+    return functions
+
+
 def variants_of(problem: Problem, device: torch.device, compiled: bool) -> dict[str, Variant]:
     """All that is compared, each on the same inputs and, where they are several, on its turn of them."""
     operands = operands_of(problem, device)
     inputs = [*operands, torch.randn(problem.rows, problem.hidden, device=device).to(problem.dtype)]
     touched = sum(x.nbytes for x in (*inputs, *wanted_of(operands)))  # read, and the gradients written
     sets = [inputs, *(cloned(inputs) for _ in range(copies(touched, l2_bytes(device)) - 1))]
-    functions: dict[str, Function] = {"eager": dropout_add_layer_norm_ref, OURS: dropout_add_layer_norm}
-    if compiled:
-        torch._dynamo.reset()  # past its limit of recompilations it would run uncompiled
-        functions["compile"] = torch.compile(dropout_add_layer_norm_ref, dynamic=False)
+    functions = functions_of(device, compiled)
     return {
         name: [functools.partial(step, function, x, wanted_of(x), dy, dropout_p=DROPOUT) for *x, dy in sets]
         for name, function in functions.items()

@@ -18,7 +18,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, contents in {
         "apex": {},
         "apex.optimizers": {"FusedAdam": FusedAdam},
-        "apex.normalization": {"FusedLayerNorm": FusedLayerNorm},
+        "apex.normalization": {},
+        "apex.normalization.fused_layer_norm": {"fused_layer_norm_affine": fused_layer_norm_affine},
         "apex.mlp": {"MLP": MLP},
         "amp_C": {"multi_tensor_adam": multi_tensor_adam},
         "fused_layer_norm_cuda": {},
@@ -88,41 +89,33 @@ class FusedAdam(Optimizer):
             multi_tensor_adam(2**16, noop, lists, group["lr"], *rest, group["weight_decay"])
 
 
-class FusedLayerNorm(nn.Module):
-    """Its kernel takes weights of the input's dtype and rounds nothing in between."""
-
-    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False) -> None:
-        super().__init__()
-        assert isinstance(normalized_shape, int) and elementwise_affine and not memory_efficient
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(normalized_shape))
-        self.bias = nn.Parameter(torch.zeros(normalized_shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.dtype == self.weight.dtype == self.bias.dtype
-        assert self.weight.shape == self.bias.shape == x.shape[-1:]
-        wide = (y.double() for y in (x, self.weight, self.bias))
-        x_, weight, bias = wide
-        centred = x_ - x_.mean(-1, keepdim=True)
-        scale = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return (centred * scale * weight + bias).to(x.dtype)
+def fused_layer_norm_affine(
+    x: Tensor, weight: Tensor, bias: Tensor, normalized_shape, eps=1e-6, memory_efficient=False
+) -> Tensor:
+    """Takes weights of the input's dtype, and rounds nothing in between."""
+    assert x.dtype == weight.dtype == bias.dtype and not memory_efficient
+    assert weight.shape == bias.shape == torch.Size(normalized_shape) == x.shape[-1:]
+    x_, weight_, bias_ = (y.double() for y in (x, weight, bias))
+    centred = x_ - x_.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (centred * scale * weight_ + bias_).to(x.dtype)
 
 
 class MLP(nn.Module):
-    """Its kernel takes all weights and biases of the input's dtype; the activation is behind each layer."""
+    """Takes weights of the input's dtype, none of which may be bf16; relu comes behind the last layer too."""
 
     def __init__(self, mlp_sizes, bias=True, activation="relu") -> None:
         super().__init__()
-        assert bias and activation in ("none", "relu", "sigmoid")
-        self.mlp_sizes, self.activation = list(mlp_sizes), activation
+        assert bias and activation == "relu", "mtfast asks for no other"
+        self.shapes = list(zip(mlp_sizes[1:], mlp_sizes[:-1], strict=True))
         self.weights: list[Tensor] = []
         self.biases: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        sizes = zip(self.mlp_sizes[1:], self.mlp_sizes[:-1], strict=True)
-        assert [tuple(w.shape) for w in self.weights] == list(sizes)
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError("\"mlp_forward\" not implemented for 'BFloat16'")
+        assert [tuple(weight.shape) for weight in self.weights] == self.shapes
         for weight, bias in zip(self.weights, self.biases, strict=True):
             assert weight.dtype == bias.dtype == x.dtype
-            x = torch.addmm(bias, x, weight.t())
-            x = {"none": lambda y: y, "relu": torch.relu, "sigmoid": torch.sigmoid}[self.activation](x)
+            x = (x @ weight.t() + bias).clamp_min(0)
         return x

@@ -5,6 +5,7 @@ import csv
 from functools import partial
 from types import SimpleNamespace
 
+import apex_stand_in
 import pytest
 import torch
 
@@ -97,6 +98,34 @@ def test_benchmarks_of_ops_leave_their_rows(benchmark, tmp_path):
         assert float(row["median_us"]) > 0 and float(row["peak_mib"]) > 0 and row["commit"]
         assert float(row["gb_per_s" if row["share_of_copy"] else "tflop_per_s"]) > 0
         assert row["wrong"] == row["kernels"] == row["idle_share"] == ""
+
+
+CONTENDED = {  # a case of a benchmark with apex, and options without dropout, which apex draws otherwise
+    concat_mlp: (concat_mlp.Problem("full", 5, 8, torch.float32), {"activation": "relu", "dropout_p": 0.0}),
+    dropout_add_layer_norm: (
+        dropout_add_layer_norm.Problem("full", 5, 8, torch.float32),
+        {"dropout_p": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("benchmark", CONTENDED, ids=lambda module: module.__name__.split(".")[-1])
+def test_apex_is_a_contender_on_a_gpu_where_it_is_installed(benchmark, monkeypatch):
+    problem, options = CONTENDED[benchmark]
+    size = (problem.hidden,) if benchmark is concat_mlp else ()
+    gpu = torch.device("cuda")
+    assert "apex" not in benchmark.functions_of(*size, gpu, False)
+    apex_stand_in.install(monkeypatch)
+    assert "apex" not in benchmark.functions_of(*size, CPU, False)
+    functions = benchmark.functions_of(*size, gpu, False)
+    # No relu is at work on what is positive: apex has another behind the output.
+    operands = [x.detach().abs().requires_grad_() for x in benchmark.operands_of(problem, CPU)]
+    eager, apex = (function(*operands, **options) for function in (functions["eager"], functions["apex"]))
+    torch.testing.assert_close(apex, eager)
+    dy = torch.randn(eager.shape)
+    torch.testing.assert_close(*(torch.autograd.grad(y, operands, dy) for y in (apex, eager)))
+    dropped = functions["apex"](*operands, **{**options, "dropout_p": 0.5})
+    assert torch.equal(dropped, apex) == (benchmark is concat_mlp)  # apex's MLP has no dropout
 
 
 def test_what_training_does_comes_first(monkeypatch):
