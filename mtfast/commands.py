@@ -27,7 +27,7 @@ from mtfast.data.demo import write_demo_corpus
 from mtfast.evaluate import Evaluation, predict_file
 from mtfast.experiments import EXPERIMENTS, directory_of, pretrain_alike, runs_of
 from mtfast.files import to_yaml, write_text
-from mtfast.machine import device_name, version_of
+from mtfast.machine import cpu_has_bfloat16, device_name, version_of
 from mtfast.predict import load
 from mtfast.push import push
 from mtfast.recipes import DEMO_CORPUS
@@ -42,7 +42,7 @@ from mtfast.training.engine.optimizer import optimizer_class
 from mtfast.training.inputs import Inputs
 from mtfast.training.loop import train_stage
 from mtfast.training.run.directory import FEATURES, RunDirectory, compare, read_summary
-from mtfast.training.run.progress import say
+from mtfast.training.run.progress import say, say_once
 from mtfast.training.run.settings import PLACES, located
 from mtfast.training.run.weights import Weights, best_weights, check_fit, confirm_checkpoint, find_weights
 from mtfast.training.stage import Stage
@@ -229,6 +229,8 @@ def _open(config: RunConfig, stages: tuple[StageName, ...]) -> OpenRun:
     start()
     ranks.agree("the version of mtfast or torch", (__version__, torch.__version__))
     optimizer_class(config.engine)  # raises where it cannot be had
+    if config.engine.precision == "bf16" and not torch.cuda.is_available() and not cpu_has_bfloat16():
+        say_once("engine.precision bf16: this CPU has no instructions for it, so fp32 may be much faster")
     _write_demo_corpus(config)
     for name in stages:
         confirm(config.engine, config.stage(name), name, float32=name == "heads")

@@ -7,20 +7,20 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
-from mtfast.machine import cpu_name, version_of
-from mtfast.toolkit import homes
+from mtfast.machine import cpu_has_bfloat16, cpu_name, version_of
+from mtfast.toolkit import homes, toolkit
 
-# Asked of the package metadata, not imported: importing DeepSpeed alone takes seconds.
-PACKAGES = (
-    *("torch", "deepspeed", "transformers", "datasets", "tokenizers", "safetensors", "numpy"),
-    *("sentencex", "tyro", "rich", "matplotlib", "ninja", "pybind11"),
-)
+BUILD_TOOLS = ("setuptools>=77", "ninja>=1.11", "pybind11>=2.13")  # those of pyproject.toml
 OPS = {  # op: its module in mtfast.ops, and its eager reference there
     "mask_tokens": ("mask_tokens", "mask_tokens_ref"),
     "concat_mlp": ("concat_mlp", "concat_mlp_ref"),
@@ -30,31 +30,38 @@ OPS = {  # op: its module in mtfast.ops, and its eager reference there
     "packed_attention_qkv": ("packed_attention", "packed_attention_ref"),
     "packed_attention_cls": ("packed_attention", "packed_attention_cls_ref"),
 }
-REBUILD = "python -m pip install --no-build-isolation -e ."
+PIP = f"{shlex.quote(sys.executable)} -m pip"
+SOURCE = Path(__file__).resolve().parents[1]
+REBUILD = f"{PIP} install --no-build-isolation -e " + (
+    shlex.quote(str(SOURCE)) if (SOURCE / "setup.py").is_file() else "., in a clone of mtfast"
+)
+APEX = "https://github.com/NVIDIA/apex"
 
 
 def collect() -> dict[str, Any]:
     """Everything `render` prints, as plain values.
 
     Keys: `versions` (name -> version or None), `devices` (lines), `build` (name -> what is found or None),
-    `ops` (name -> {"cuda", "cpu", "reference", "runs"}), `apex`, `problems` (list of {"problem", "remedy"}).
+    `ops` (name -> {"cuda", "cpu", "reference", "runs"}), `apex` (lines), `problems` (list of {"problem",
+    "remedy"}).
     """
     problems: list[dict[str, str]] = []
 
     def missing(problem: str, remedy: str) -> None:
         problems.append({"problem": problem, "remedy": remedy})
 
-    versions: dict[str, str | None] = {
-        "mtfast": version_of("mtfast") or "run from its source directory",
-        "python": platform.python_version(),
-    }
-    versions |= {name: version_of(name) for name in PACKAGES}
-    for name, version in versions.items():
-        if version is None:
-            missing(f"the package {name} is not installed", f"python -m pip install {name}")
+    versions = {"mtfast": version_of("mtfast"), "python": platform.python_version()}
+    if versions["mtfast"] is None:
+        missing("mtfast is not installed, so what else it needs is not known", REBUILD)
+    for wanted in _requirements():
+        found = versions[wanted.name] = version_of(wanted.name)  # from the metadata: importing takes seconds
+        if found is None or not wanted.specifier.contains(found, prereleases=True):
+            what = "not installed" if found is None else f"{found}; it should be {wanted.specifier}"
+            missing(f"the package {wanted.name} is {what}", f"{PIP} install {shlex.quote(str(wanted))}")
+    compilers = _cuda_compilers()
     build = {
         "C++ compiler": _first_line([*_compiler().split(), "--version"]),
-        "nvcc": _nvcc(),
+        "nvcc": _nvcc(compilers),
         "CUDA of torch": torch.version.cuda,
     }
     if build["C++ compiler"] is None:
@@ -62,26 +69,33 @@ def collect() -> dict[str, Any]:
     ops = _ops(missing)
     if importlib.util.find_spec("mtfast._planner") is None:
         missing("the C++ batch planner mtfast._planner is not built", REBUILD)
-    _check_cuda(build["nvcc"], ops, missing)
+    _check_cuda(ops, missing)
     apex = _apex()
     if "web toolkit" in apex:
         missing(
             "the installed package apex is not NVIDIA's, but an unrelated web toolkit of that name",
-            "python -m pip uninstall apex; NVIDIA's, which is optional, is at https://github.com/NVIDIA/apex",
+            f"{PIP} uninstall apex; NVIDIA's is optional",
         )
-    found = {"versions": versions, "devices": _devices(), "build": build, "ops": ops, "apex": apex}
-    return {**found, "problems": problems}
+    return {
+        "versions": versions,
+        "devices": _devices(),
+        "build": build,
+        "ops": ops,
+        "apex": [apex] if apex == "installed" else [apex, _how_to_build_apex(compilers)],
+        "problems": problems,
+    }
 
 
 def render() -> str:
     """`collect` as text for people."""
     found = collect()
     lines = ["Versions"]
-    lines += [f"  {name:14}{version or 'not installed'}" for name, version in found["versions"].items()]
-    lines += [f"  {'NVIDIA apex':14}{found['apex']}", "", "Devices"]
+    lines += [f"  {name:16}{version or 'not installed'}" for name, version in found["versions"].items()]
+    apex, *how = found["apex"]
+    lines += [f"  {'NVIDIA apex':16}{apex}", *(f"    {line}" for line in how), "", "Devices"]
     lines += [f"  {line}" for line in found["devices"]]
     lines += ["", "Build"]
-    lines += [f"  {name:14}{value or 'none'}" for name, value in found["build"].items()]
+    lines += [f"  {name:16}{value or 'none'}" for name, value in found["build"].items()]
     lines += ["", f"{'Ops':26}{'CUDA':8}{'CPU':8}{'reference':12}here"]
     for name, op in found["ops"].items():
         marks = ["yes" if op[kind] else "no" for kind in ("cuda", "cpu", "reference")]
@@ -105,24 +119,44 @@ def _first_line(command: list[str]) -> str | None:
     return done.stdout.strip().split("\n")[0]
 
 
-def _nvcc() -> str | None:
-    """Release and place of the CUDA compiler that a build would use."""
-    for home in homes():
-        path = str(home / "bin" / "nvcc")
+def _requirements() -> list[Requirement]:
+    """What mtfast and building it need, extras apart."""
+    try:
+        declared = metadata.requires("mtfast") or []
+    except metadata.PackageNotFoundError:
+        declared = []
+    found = [Requirement(text) for text in (*declared, *BUILD_TOOLS)]
+    return [wanted for wanted in found if wanted.marker is None or wanted.marker.evaluate({"extra": ""})]
+
+
+def _cuda_compilers() -> dict[Path, str]:
+    """The release of nvcc in each toolkit, the most wanted first."""
+    found = {}
+    for home in dict.fromkeys(home.resolve() for home in homes()):
         try:
-            output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
+            command = [str(home / "bin" / "nvcc"), "--version"]
+            output = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
         except (OSError, subprocess.SubprocessError):
             continue
         if release := re.search(r"release ([\d.]+)", output):
-            return f"{release[1]} ({path})"
-    return None
+            found[home] = release[1]
+    return found
+
+
+def _nvcc(compilers: dict[Path, str]) -> str | None:
+    """Release and place of the CUDA compiler that a build would use, else of one that is there."""
+    cuda = torch.version.cuda
+    home = toolkit(int(cuda.split(".")[0]))[0] if cuda else None
+    if home not in compilers:
+        home = next(iter(compilers), None)
+    return None if home is None else f"{compilers[home]} ({home / 'bin' / 'nvcc'})"
 
 
 def _devices() -> list[str]:
     lines = [f"CPU: {cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) in torch"]
     fast = (
         "bfloat16 in hardware"
-        if _cpu_has_bfloat16()
+        if cpu_has_bfloat16()
         else "no bfloat16 in hardware: precision fp32 may be faster"
     )
     lines[0] += f", {torch.backends.cpu.get_cpu_capability()}, {fast}"
@@ -131,11 +165,6 @@ def _devices() -> list[str]:
         memory = gpu.total_memory / 2**30
         lines.append(f"GPU {index}: {gpu.name}, {memory:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     return lines if len(lines) > 1 else [*lines, "no GPU that torch can use: everything runs on the CPU"]
-
-
-def _cpu_has_bfloat16() -> bool:
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
-    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
 
 
 def _ops(missing: Any) -> dict[str, dict[str, Any]]:
@@ -169,7 +198,7 @@ def _ops(missing: Any) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _check_cuda(nvcc: str | None, ops: dict[str, dict[str, Any]], missing: Any) -> None:
+def _check_cuda(ops: dict[str, dict[str, Any]], missing: Any) -> None:
     """Report what keeps a GPU of this machine from being used."""
     gpu_here = torch.cuda.is_available() or Path("/dev/nvidia0").exists()
     wanted = torch.version.cuda
@@ -181,12 +210,19 @@ def _check_cuda(nvcc: str | None, ops: dict[str, dict[str, Any]], missing: Any) 
             "install torch for CUDA, see https://pytorch.org",
         )
     elif not torch.cuda.is_available():
-        missing("there is a GPU, but torch cannot use it", "check the NVIDIA driver: run nvidia-smi")
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        missing(
+            "there is a GPU, but torch cannot use it",
+            "check the NVIDIA driver: run nvidia-smi"
+            if hidden is None
+            else f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}; else run nvidia-smi to check the driver",
+        )
     elif not all(op["cuda"] for op in ops.values()):
         major = wanted.split(".")[0]
-        if nvcc is None or nvcc.split(".")[0] != major:
+        home, why_not = toolkit(int(major))
+        if home is None:
             missing(
-                f"the ops have no CUDA kernels; torch has CUDA {wanted}, the toolkit is {nvcc or 'missing'}",
+                f"the ops have no CUDA kernels, and none can be built: torch has CUDA {wanted}, {why_not}",
                 f"install the CUDA {major} toolkit, set CUDA_HOME, then {REBUILD}",
             )
         else:
@@ -201,5 +237,22 @@ def _apex() -> str:
     for place in spec.submodule_search_locations or []:
         if (Path(place) / "optimizers" / "__init__.py").is_file():
             kernels = importlib.util.find_spec("amp_C") is not None
-            return "installed" if kernels else "installed without its CUDA kernels (--cpp_ext --cuda_ext)"
+            return "installed" if kernels else "installed without its CUDA kernels (optional)"
     return "not installed; the apex here is an unrelated web toolkit"
+
+
+def _how_to_build_apex(compilers: dict[Path, str]) -> str:
+    """The command, or what it needs to succeed: nvcc of exactly torch's CUDA version, and headers of CUDA's
+    libraries."""
+    wanted = torch.version.cuda
+    if wanted is None:
+        return "to build it, torch has to be one for CUDA"
+    of_torch = [home for home, release in compilers.items() if release == wanted]
+    whole = [home for home in of_torch if (home / "include" / "cusparse.h").is_file()]
+    if not whole:
+        lacks = [f"{home} has no include/cusparse.h" for home in of_torch]
+        others = [f"{home} is {release}" for home, release in compilers.items()]
+        there = ", ".join(lacks or others) or "there is none"
+        return f"to build it, the whole CUDA {wanted} toolkit is needed, which this torch is of: {there}"
+    setting = f"CUDA_HOME={shlex.quote(str(whole[0]))} APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+    return f"to build it: git clone {APEX} && {setting} {PIP} install --no-build-isolation ./apex"

@@ -25,6 +25,12 @@ def cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor has instructions for bf16, without which float32 is faster."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+
+
 def device_name() -> str:
     """The name of the device that training runs on: this process's GPU, or the processor."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()

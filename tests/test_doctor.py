@@ -1,13 +1,21 @@
 """`mtfast doctor`: what it says is what is there, and what is missing comes with a remedy."""
 
+import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 
-from mtfast import doctor, machine
+from mtfast import commands, doctor, machine, toolkit
+from mtfast.config import EngineConfig, ModelConfig
+from mtfast.errors import Error
+from mtfast.recipes import demo
+from mtfast.training.run import progress
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,7 @@ def test_ops_say_what_is_compiled_in(found):
 
 def test_rendered_text_names_everything(found):
     text = doctor.render()
-    for name in (*doctor.OPS, *doctor.PACKAGES, "C++ compiler", "nvcc", "NVIDIA apex", "CPU:"):
+    for name in (*doctor.OPS, *found["versions"], "C++ compiler", "nvcc", "NVIDIA apex", "CPU:"):
         assert name in text
     for entry in found["problems"]:
         assert entry["problem"] in text and f"remedy: {entry['remedy']}" in text
@@ -62,12 +70,43 @@ def test_a_library_that_is_not_built_is_reported(monkeypatch, tmp_path):
     assert "pip install" in entry["remedy"]
 
 
-def test_a_missing_package_and_compiler_are_reported(monkeypatch):
-    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+def test_packages_that_are_missing_or_too_old_and_a_compiler_are_reported(monkeypatch):
+    """Extras, and what is for another system, are not missed."""
+    declared = ["no-such-package>=2", "torch>=2.10", "tyro>=999", "rich<1; python_version < '3'"]
+    monkeypatch.setattr(metadata, "requires", lambda name: [*declared, "no-tensorboard; extra == 'logs'"])
+    monkeypatch.setattr(doctor, "PIP", "python -m pip")
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    problems = {entry["problem"]: entry["remedy"] for entry in doctor.collect()["problems"]}
-    assert problems["the package no-such-package is not installed"] == "python -m pip install no-such-package"
-    assert "no C++ compiler: /no/such/compiler does not run" in problems
+    found = doctor.collect()
+    assert {entry["problem"]: entry["remedy"] for entry in found["problems"]} == {
+        "the package no-such-package is not installed": "python -m pip install 'no-such-package>=2'",
+        f"the package tyro is {metadata.version('tyro')}; it should be >=999": (
+            "python -m pip install 'tyro>=999'"
+        ),
+        "no C++ compiler: /no/such/compiler does not run": "install g++ or clang++, or set CXX",
+    }
+    assert "rich" not in found["versions"] and "no-tensorboard" not in found["versions"]
+
+
+def test_without_metadata_it_says_that_mtfast_is_not_installed(monkeypatch):
+    def not_installed(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", not_installed)
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "mtfast" else "1000")
+    (entry,) = doctor.collect()["problems"]
+    assert entry["problem"].startswith("mtfast is not installed")
+    assert entry["remedy"] == doctor.REBUILD
+
+
+def test_build_tools_are_those_of_the_build():
+    text = (Path(doctor.__file__).parents[1] / "pyproject.toml").read_text()
+    required = json.loads(re.search(r"^requires = (\[.*\])$", text, re.MULTILINE)[1])
+    assert {name for name in required if not name.startswith("torch")} == set(doctor.BUILD_TOOLS)
+
+
+def test_remedies_are_for_this_python_and_this_source():
+    assert doctor.PIP.split() == [sys.executable, "-m", "pip"]
+    assert doctor.REBUILD.endswith(f" -e {Path(doctor.__file__).parents[1]}")
 
 
 @pytest.mark.parametrize(
@@ -93,18 +132,116 @@ def test_which_apex_is_installed(monkeypatch, tmp_path, files, said):
 def test_the_unrelated_apex_comes_with_a_remedy(monkeypatch):
     monkeypatch.setattr(doctor, "_apex", lambda: "not installed; the apex here is an unrelated web toolkit")
     (entry,) = [entry for entry in doctor.collect()["problems"] if "apex" in entry["problem"]]
-    assert "uninstall apex" in entry["remedy"] and "NVIDIA/apex" in entry["remedy"]
+    assert entry["remedy"].startswith(f"{doctor.PIP} uninstall apex")
 
 
-def test_a_gpu_that_cannot_be_used_is_reported(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+def cuda(home: Path, release: str, headers: tuple[str, ...] = ()) -> Path:
+    """A toolkit, as far as it is looked at."""
+    major, minor = map(int, release.split("."))
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "bin" / "nvcc").write_text(f"#!/bin/sh\necho Cuda tools, release {release}, V{release}.1\n")
+    (home / "bin" / "nvcc").chmod(0o755)
+    version = f"#define CUDART_VERSION {1000 * major + 10 * minor}\n"
+    (home / "include" / "cuda_runtime_api.h").write_text(version)
+    for name in headers:
+        (home / "include" / name).touch()
+    return home
+
+
+@pytest.fixture
+def toolkits(tmp_path, monkeypatch):
+    """Makes toolkits the only ones, the first the most wanted, and torch one for a version of CUDA."""
+
+    def only(of_torch: str | None, *releases: str, headers: tuple[str, ...] = ("cusparse.h",)) -> list[Path]:
+        homes = [cuda(tmp_path / f"cuda {release}", release, headers) for release in releases]
+        for module in (doctor, toolkit):
+            monkeypatch.setattr(module, "homes", lambda: iter(homes))
+        monkeypatch.setattr(torch.version, "cuda", of_torch)
+        return homes
+
+    return only
+
+
+def test_a_gpu_that_cannot_be_used_is_reported(toolkits, monkeypatch):
     ops = {"mask_tokens": {"cuda": False}}
     reported = []
-    doctor._check_cuda("12.8 (/cuda/bin/nvcc)", ops, lambda *entry: reported.append(entry))
-    doctor._check_cuda("13.0 (/cuda/bin/nvcc)", ops, lambda *entry: reported.append(entry))
-    assert "torch has CUDA 13.0, the toolkit is 12.8" in reported[0][0] and "CUDA_HOME" in reported[0][1]
-    assert "MTFAST_FORCE_CUDA_BUILD=1" in reported[1][1]
+
+    def check():
+        doctor._check_cuda(ops, lambda *entry: reported.append(entry))
+        return reported[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (home,) = toolkits("13.0", "12.8")
+    problem, remedy = check()
+    assert f"torch has CUDA 13.0, {home} is CUDA 12, wanted is CUDA 13" in problem
+    assert remedy == f"install the CUDA 13 toolkit, set CUDA_HOME, then {doctor.REBUILD}"
+    assert doctor._nvcc(doctor._cuda_compilers()) == f"12.8 ({home}/bin/nvcc)"
+    _, home = toolkits("13.0", "12.6", "13.1")  # a build takes the second
+    assert check() == ("the ops have no CUDA kernels", f"MTFAST_FORCE_CUDA_BUILD=1 {doctor.REBUILD}")
+    assert doctor._nvcc(doctor._cuda_compilers()) == f"13.1 ({home}/bin/nvcc)"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert check()[1] == "check the NVIDIA driver: run nvidia-smi"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert check()[1].startswith("unset CUDA_VISIBLE_DEVICES, which is ''")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert check()[0] == "there is a GPU, but this torch is a build for CPU"
+
+
+def test_how_apex_is_built_is_said_where_it_can_be(toolkits):
+    def said():
+        return doctor._how_to_build_apex(doctor._cuda_compilers())
+
+    toolkits(None, "13.0")
+    assert said() == "to build it, torch has to be one for CUDA"
+    toolkits("12.8")
+    assert said().endswith("the whole CUDA 12.8 toolkit is needed, which this torch is of: there is none")
+    (home,) = toolkits("12.9", "12.6")  # apex wants the minor version too
+    assert said().endswith(f": {home} is 12.6")
+    (home,) = toolkits("13.1", "13.1", headers=())
+    assert said().endswith(f": {home} has no include/cusparse.h")
+    _, home = toolkits("12.4", "11.8", "12.4")
+    assert said() == (
+        f"to build it: git clone https://github.com/NVIDIA/apex && CUDA_HOME='{home}' APEX_CPP_EXT=1 "
+        f"APEX_CUDA_EXT=1 {doctor.PIP} install --no-build-isolation ./apex"
+    )
+
+
+def test_what_is_said_of_apex_is_no_problem(monkeypatch):
+    monkeypatch.setattr(doctor, "_apex", lambda: "not installed (optional)")
+    monkeypatch.setattr(doctor, "_how_to_build_apex", lambda compilers: "to build it: do so")
+    assert not any("apex" in str(entry) for entry in doctor.collect()["problems"])
+    assert "  NVIDIA apex     not installed (optional)\n    to build it: do so\n" in doctor.render()
+    monkeypatch.setattr(doctor, "_apex", lambda: "installed")
+    assert "to build it" not in doctor.render()
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpu", "instructions", "said"),
+    [
+        ("bf16", False, False, 1),
+        ("fp32", False, False, 0),
+        ("bf16", True, False, 0),
+        ("bf16", False, True, 0),
+    ],
+)
+def test_a_run_in_bf16_on_a_cpu_without_it_says_so_once(
+    precision, gpu, instructions, said, tmp_path, monkeypatch, capsys
+):
+    """Before it looks at its data, which are not there."""
+    monkeypatch.setattr(commands, "start", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(commands, "cpu_has_bfloat16", lambda: instructions)
+    monkeypatch.setattr(commands, "_write_demo_corpus", lambda config: None)
+    progress.say_once.cache_clear()
+    config = replace(demo(), run_dir=str(tmp_path / "run"), engine=EngineConfig(precision=precision))
+    for name in ("pretrain", "heads"):
+        with pytest.raises(Error):
+            commands._open(replace(config, model=ModelConfig(checkpoint=str(tmp_path / "none"))), (name,))
+    assert capsys.readouterr().out.count("fp32 may be much faster") == said
 
 
 def test_a_runs_summary_names_the_processor_as_doctor_does(found):
