@@ -38,7 +38,6 @@ from mtfast.training.engine import peak_memory, ranks
 from mtfast.training.engine.deepspeed_json import checksum_of
 from mtfast.training.engine.engine import confirm, start
 from mtfast.training.engine.memory import leaving_none
-from mtfast.training.engine.optimizer import optimizer_class
 from mtfast.training.inputs import Inputs
 from mtfast.training.loop import train_stage
 from mtfast.training.run.directory import FEATURES, RunDirectory, compare, read_summary
@@ -228,12 +227,11 @@ def _open(config: RunConfig, stages: tuple[StageName, ...]) -> OpenRun:
     """Join the process group and open the run. Raises for what keeps `stages` from running."""
     start()
     ranks.agree("the version of mtfast or torch", (__version__, torch.__version__))
-    optimizer_class(config.engine)  # raises where it cannot be had
     if config.engine.precision == "bf16" and not torch.cuda.is_available() and not cpu_has_bfloat16():
         say_once("engine.precision bf16: this CPU has no instructions for it, so fp32 may be much faster")
-    _write_demo_corpus(config)
     for name in stages:
         confirm(config.engine, config.stage(name), name, float32=name == "heads")
+    _write_demo_corpus(config)
     directory = open_directory(config)
     if config.engine.deepspeed_config:
         path = config.engine.deepspeed_config

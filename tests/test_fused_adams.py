@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import apex_stand_in
 import deepspeed.ops.adam.fused_adam as deepspeed_adam
@@ -40,11 +41,11 @@ def replace_kernels(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(optimizer_module, "optimizer_class", with_gpu)
 
 
-def with_gpu(config: EngineConfig) -> type:
+def with_gpu(config: EngineConfig, **options: Any) -> type:
     """`optimizer_class`, for which alone there is a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        return optimizer_class(config)
+        return optimizer_class(config, **options)
 
 
 @pytest.fixture
@@ -145,7 +146,7 @@ def test_what_it_needs_is_told_before_anything_is_read(gpu, absent, message, tmp
     for name in absent:
         monkeypatch.setitem(sys.modules, name, None)
     if gpu:
-        monkeypatch.setattr(commands, "optimizer_class", with_gpu)
+        monkeypatch.setattr(optimizer_module, "optimizer_class", with_gpu)
     monkeypatch.chdir(tmp_path)  # where the demo's corpus would be written
     config = demo()
     data = replace(config.data, tasks="no/such/directory")

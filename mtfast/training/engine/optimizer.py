@@ -54,7 +54,9 @@ def optimizer_class(config: EngineConfig, *, on_host: bool = False) -> type[Opti
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam
-        raise ConfigError(f"engine.optimizer {config.optimizer!r} updates nothing that is offloaded; use 'adamw'")
+        raise ConfigError(
+            f"engine.optimizer {config.optimizer!r} updates nothing that is offloaded; use 'adamw'"
+        )
     if not torch.cuda.is_available():
         raise ConfigError(f"engine.optimizer {config.optimizer!r} needs a GPU; use 'adamw' here")
     if config.optimizer == "deepspeed-adam":
