@@ -73,6 +73,20 @@ def test_what_a_launcher_should_have_set_is_named(variables, message, monkeypatc
         ranks.prepare_environment()
 
 
+@pytest.mark.parametrize(("told", "found"), [(None, "lo"), ("eth7", "eth7")])
+def test_gloo_uses_the_network_through_which_rank_0_is_reached_unless_told(told, found, monkeypatch):
+    monkeypatch.setattr(ranks.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", told or "")
+    if told is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    started = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for name, value in {**started, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    ranks.prepare_environment()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == found
+
+
 @pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "0"]])
 def test_launchers_rank_flag_is_accepted(flag, capsys):
     cli.main(["prepare", "paper", *flag, "--finetune.epochs", "2", "--print-config"])

@@ -9,14 +9,21 @@ from pathlib import Path
 
 import pytest
 from bert_twins import short_corpus
+from following import (
+    BIN,
+    IN_TURN,
+    STAGES,
+    STEPS,
+    assert_follow,
+    environment,
+    flags,
+    launch,
+    losses,
+    options,
+    train,
+)
 from patience import PATIENCE
-from processes import RENDEZVOUS, Ranks, command
-
-import mtfast
-
-BIN = Path(sys.executable).parent
-STAGES = ("heads", "finetune")
-STEPS = 12
+from processes import Ranks, command
 
 
 @pytest.fixture(scope="module")
@@ -26,57 +33,9 @@ def corpus(tmp_path_factory) -> Path:
     return directory
 
 
-def options(corpus: Path, run_dir: Path, **more: object) -> list[str]:
-    values = {
-        "run-dir": run_dir,
-        "model.checkpoint": corpus / "bert",
-        "model.dropout-p": 0,
-        "data.tasks": corpus,
-        "data.reviews": corpus / "imdb",
-        "data.cache-dir": corpus / "cache",
-        "heads.epochs": 1,
-        "heads.batch-size": 64,
-        "finetune.epochs": 1,
-        "finetune.batch-size": 24,
-        "finetune.max-steps": STEPS,
-        **more,
-    }
-    return flags(values)
-
-
-def flags(values: dict[str, object]) -> list[str]:
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
-
-
-def environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS}
-    paths = map(str, (Path(mtfast.__file__).parents[1], Path(__file__).parent))
-    here = {"PYTHONPATH": os.pathsep.join(paths)}  # some runs start in another directory
-    return {**kept, **here, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def launch(line: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(line, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
 def deepspeed_launcher() -> list[str]:
     port = 29600 + os.getpid() % 1000
     return [sys.executable, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-
-
-def losses(run_dir: Path, stage: str) -> list[dict[str, float]]:
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [r["losses"] for r in records if r["kind"] == "step" and r["stage"] == stage]
-
-
-def assert_follow(run_dir: Path, one_rank: Path) -> None:
-    for stage in STAGES:
-        ours, expected = losses(run_dir, stage), losses(one_rank, stage)
-        assert len(ours) == len(expected) > 5
-        for step, (mine, wanted) in enumerate(zip(ours, expected, strict=True), start=1):
-            assert mine == pytest.approx(wanted, rel=1e-3), (stage, step)
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +45,6 @@ def one_rank(corpus, tmp_path_factory) -> Path:
     train(run_dir, *options(corpus, run_dir))
     assert len(losses(run_dir, "finetune")) == STEPS
     return run_dir
-
-
-def train(run_dir: Path, *options: str) -> None:
-    for stage in STAGES:
-        Ranks(command, stage, "demo", *options, output=run_dir.parent).succeed()
-
-
-# Every command of a list, in processes that start once for all of them; see imported.py.
-IN_TURN = """
-import json, sys
-import imported
-from mtfast import cli
-for arguments in json.loads(sys.argv[-1]):
-    cli.main(arguments)
-"""
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from bert_twins import small_corpus
-from test_launch import flags
+from following import flags
 
 from mtfast import cli
 from mtfast.commands import open_directory

@@ -12,10 +12,10 @@ from pathlib import Path
 import faulty
 import pytest
 from bert_twins import small_corpus
+from following import flags
 from poison import STEPS, Small
 from processes import Ranks, command
 from stages import demo_on
-from test_launch import flags
 
 from mtfast import run as run_module
 from mtfast.commands import open_directory

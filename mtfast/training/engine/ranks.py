@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -22,7 +24,9 @@ class LaunchError(ConfigError):
 def prepare_environment() -> None:
     """Complete what a launcher would have set, so that plain `python -m mtfast` is a run of one rank.
 
-    On a CPU the cores are shared out among the ranks of this machine unless OMP_NUM_THREADS says otherwise.
+    On a CPU the cores are shared out among the ranks of this machine unless OMP_NUM_THREADS says otherwise,
+    and gloo uses the network through which rank 0 is reached unless GLOO_SOCKET_IFNAME does: by itself it
+    tells others the address that this machine's name has here, which in Debian's /etc/hosts is 127.0.1.1.
 
     Raises:
         LaunchError: RANK is set and what belongs to it is not, or is no number.
@@ -44,6 +48,21 @@ def prepare_environment() -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         if local > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        if world_size() > 1 and (name := _interface_to(os.environ["MASTER_ADDR"])):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _interface_to(host: str) -> str | None:
+    """The network interface through which this machine reaches `host`, which may be itself."""
+    try:
+        family, kind, _, _, there = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as unsent:
+            unsent.connect(there)
+            mine = unsent.getsockname()[0]
+    except OSError:  # told where the ranks meet
+        return None
+    found = psutil.net_if_addrs().items()
+    return next((name for name, addresses in found if mine in (x.address for x in addresses)), None)
 
 
 def barrier() -> None:
