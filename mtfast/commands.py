@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,7 +40,8 @@ from mtfast.training.engine.engine import confirm, start
 from mtfast.training.engine.memory import leaving_none
 from mtfast.training.inputs import Inputs
 from mtfast.training.loop import train_stage
-from mtfast.training.run.directory import FEATURES, RunDirectory, compare, read_summary
+from mtfast.training.run import loggers
+from mtfast.training.run.directory import FEATURES, Listener, RunDirectory, compare, read_summary
 from mtfast.training.run.progress import say, say_once
 from mtfast.training.run.settings import PLACES, located
 from mtfast.training.run.weights import Weights, best_weights, check_fit, confirm_checkpoint, find_weights
@@ -61,10 +62,18 @@ class OpenRun(NamedTuple):
     inputs: Inputs
 
 
-def execute(command: str, recipe: str, config: RunConfig, **options: Any) -> None:
-    """Carry out a command of the command line for every run of a recipe, with the command's own options."""
+def execute(
+    command: str, recipe: str, config: RunConfig, on_event: loggers.OnEvent | None = None, **options: Any
+) -> None:
+    """Carry out a command of the command line for every run of a recipe, with the command's own options.
+
+    on_event: is called on rank 0 with each record of training, once metrics.jsonl has it.
+    """
     by_variant = runs_of(recipe, config)
     runs = [run for of_one_seed in zip(*by_variant.values(), strict=True) for run in of_one_seed]
+    if command in (*STAGES, "run", "resume"):
+        start()
+        ranks.on_main(loggers.check, config.log)
     if recipe in EXPERIMENTS and command in TRAINING:
         ranks.on_main(_write_config, recipe, config, runs)
     if command in STAGES:
@@ -72,7 +81,8 @@ def execute(command: str, recipe: str, config: RunConfig, **options: Any) -> Non
         if not having_it:
             raise ConfigError(f"{command} is not among the run's stages, {' '.join(config.stages)}", "stages")
         for run in having_it:
-            _train_once(run, command, having_it)
+            with loggers.opened(run, on_event) as listeners:
+                _train_once(run, command, having_it, listeners)
     elif command in ("run", "resume"):
         left = [
             run
@@ -82,8 +92,9 @@ def execute(command: str, recipe: str, config: RunConfig, **options: Any) -> Non
         for run in left:
             prepare(run)
         for run in left:
-            for stage in run.stages:
-                _train_once(run, stage, runs)
+            with loggers.opened(run, on_event) as listeners:
+                for stage in run.stages:
+                    _train_once(run, stage, runs, listeners)
             evaluate(run)
             predict(run)
         _report(recipe, config, by_variant)
@@ -120,10 +131,12 @@ def _is_done(run: RunConfig) -> bool:
     return done
 
 
-def _train_once(run: RunConfig, stage: StageName, runs: list[RunConfig]) -> None:
+def _train_once(
+    run: RunConfig, stage: StageName, runs: list[RunConfig], listeners: Sequence[Listener]
+) -> None:
     """Train a stage of one of `runs`; those that differ after pre-training alone do that once."""
     first = next(other for other in runs if other == run or pretrain_alike(other, run))
-    train(run, stage, first.path if stage == "pretrain" and first != run else None)
+    train(run, stage, first.path if stage == "pretrain" and first != run else None, listeners)
 
 
 def _report(recipe: str, config: RunConfig, runs: Mapping[str, list[RunConfig]]) -> None:
@@ -154,22 +167,28 @@ def _read(config: RunConfig, inputs: Inputs) -> None:
 
 
 @leaving_none
-def train(config: RunConfig, name: StageName, same_as: Path | None = None) -> None:
+def train(
+    config: RunConfig, name: StageName, same_as: Path | None = None, listeners: Sequence[Listener] = ()
+) -> None:
     """Run one stage, from where the run stands; a finished one is left as it is.
 
     Args:
         same_as: directory of a run in which this stage, once finished, is what it would be here: then it is
             taken over instead.
+        listeners: are told what the run records.
     """
     peak_memory.reset()
     run = _open(config, (name,))
     directory = run.directory
+    directory.listen(listeners)
+    begun = [later for later in STAGES[STAGES.index(name) + 1 :] if directory.has_begun(later)]
     if directory.result(name) is not None:
         say(f"{name}: already finished in {directory.stage(name)}")
+        if not begun:  # else that stage may yet take back what it has recorded
+            directory.tell()
         return
-    for later in STAGES[STAGES.index(name) + 1 :]:
-        if directory.has_begun(later):
-            raise ConfigError(f"{directory.path}: {later} has begun without {name}; choose another --run-dir")
+    if begun:
+        raise ConfigError(f"{directory.path}: {begun[0]} has begun without {name}; choose another --run-dir")
     confirm_checkpoint(run.weights, config.model, directory)
     _record(directory, config.model.checkpoint, config.engine)
     if same_as is not None and directory.take_over(name, same_as):

@@ -19,6 +19,7 @@ from mtfast.tasks import MlpConfig, Task, fault_of, fault_of_mlps
 
 StageName = Literal["pretrain", "heads", "finetune"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+LoggerName = Literal["tensorboard", "wandb"]
 CONFIG_FILE = "config.yaml"  # in a run's directory: what it was made with
 
 
@@ -161,6 +162,9 @@ class RunConfig:
     """Of an experiment: runs of each variant, with as many seeds from `seed` on."""
     log_every: int = 10
     """Steps between two reads of the losses from the device."""
+    log: tuple[LoggerName, ...] = ()
+    """Where curves go besides metrics.jsonl: to TensorBoard's files, `tensorboard/` in the run's directory;
+    to Weights & Biases, whose own settings (WANDB_MODE, WANDB_PROJECT) apply."""
     tasks: dict[str, Task] = field(default_factory=dict)
     """The tasks that heads and encoder are trained on, by name."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -210,6 +214,10 @@ _IN_ORDER: Rule = (
 
 _RULES: dict[str, Rule] = {
     "stages": _IN_ORDER,
+    "log": (
+        f"name some of {' '.join(typing.get_args(LoggerName))}, each once",
+        lambda names: len(set(names)) == len(names),
+    ),
     "run_dir": _A_PATH,
     "model.checkpoint": _A_PATH,
     "data.tasks": _A_PATH,

@@ -14,6 +14,7 @@ from mtfast.config import RunConfig, validate
 from mtfast.training.engine import alive
 from mtfast.training.run.directory import read_summary
 from mtfast.training.run.lock import release
+from mtfast.training.run.loggers import OnEvent
 from mtfast.training.stopping import Stopped
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -46,7 +47,7 @@ class Run(os.PathLike[str]):
         return self.path / "report.html"
 
 
-def train(config: RunConfig) -> Run:
+def train(config: RunConfig, *, on_event: OnEvent | None = None) -> Run:
     """Train all stages of a run, evaluate it, write its predictions and its report, as `mtfast run` does.
 
     Where the run's directory holds a part of that already, it goes on from there. Started by deepspeed or
@@ -57,6 +58,20 @@ def train(config: RunConfig) -> Run:
 
     SIGTERM and SIGINT, which Ctrl-C sends, take effect once the step that is being made is saved.
 
+    Args:
+        on_event: is called on rank 0 with each line of metrics.jsonl, a dict, once the line is written: those
+            of steps every `config.log_every` steps, together, those of evaluations as they come. Of a run
+            that goes on it gets the new lines. What it raises ends the run, which the same call continues.
+
+                def show(event):
+                    if event["kind"] == "step":
+                        losses.append(event["loss"])
+                    elif event["kind"] == "eval":
+                        print(event["stage"], event["epoch"], event["metrics"]["mean"], min(losses))
+
+                losses = []
+                mtfast.train(config, on_event=show)
+
     Raises:
         mtfast.errors.Error: the configuration, the data or the checkpoint cannot be used, or the run went
             astray; the message says what is right.
@@ -64,7 +79,7 @@ def train(config: RunConfig) -> Run:
     validate(config)
     with _environment_kept():
         try:
-            execute("run", "", config)
+            execute("run", "", config, on_event)
             alive.finish()
         except Stopped as stopped:
             alive.finish()

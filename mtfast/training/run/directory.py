@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -29,6 +30,16 @@ FEATURES = "features"  # of a stage: tables that were too large for memory
 SHARED_SECONDS = 10.0  # for which another host may still see an older state of a directory
 
 
+class Listener(Protocol):
+    """Is told, on rank 0, what metrics.jsonl holds: the lines as plain values of the listener's own."""
+
+    def restart(self, records: list[dict[str, Any]]) -> None:
+        """These it holds, and no others: a stage is about to begin or to go on."""
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """These it holds besides, from now on."""
+
+
 class RunDirectory:
     """Files of one run. Only rank 0 writes; what it writes appears whole or not at all.
 
@@ -44,6 +55,7 @@ class RunDirectory:
         self.path = path
         self.changes: list[Change] = ranks.seen_by_main(lambda: self._claim(configuration, create))
         self._configuration = configuration
+        self._listeners: Sequence[Listener] = ()
         self._check_shared()
 
     def _claim(self, configuration: dict[str, Any], create: bool) -> list[Change]:
@@ -194,12 +206,19 @@ class RunDirectory:
         partial.rename(self.stage(name))
         sync(self.path)
 
+    def listen(self, listeners: Sequence[Listener]) -> None:
+        """Tell `listeners`, on rank 0, what metrics.jsonl holds from the next `rewind` on."""
+        self._listeners = listeners
+
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Add lines to metrics.jsonl."""
+        """Add lines to metrics.jsonl, then tell the listeners."""
         if ranks.is_main() and records:
             path = self.path / METRICS
+            lines = [json.dumps(record) + "\n" for record in records]
             with naming(path), open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.writelines(lines)
+            for listener in self._listeners:
+                listener.add([json.loads(line) for line in lines])
 
     def sync_metrics(self) -> None:
         """See to it that metrics.jsonl is on the disk."""
@@ -225,6 +244,15 @@ class RunDirectory:
                 if r["stage"] != stage or r["step"] < step + (evaluated or r.get("kind") != "eval")
             ]
             write_text(path, "".join(line + "\n" for line in kept))
+        self._tell()
+
+    def tell(self) -> None:
+        """Tell the listeners what metrics.jsonl holds."""
+        ranks.on_main(self._tell)
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener.restart([record for _, record in _metrics(self.path / METRICS)])
 
     def summarize(self, **entries: Any) -> dict[str, Any]:
         """Merge entries into summary.json and return it."""

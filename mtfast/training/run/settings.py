@@ -19,7 +19,7 @@ PLACES = (
 )
 # What the losses do not follow from.
 FREE = (
-    *("run_dir", "seeds", "log_every", "data.cache_dir", "data.strict", "tasks.*.title"),
+    *("run_dir", "seeds", "log_every", "log", "data.cache_dir", "data.strict", "tasks.*.title"),
     *("engine.activation_checkpointing", "*.checkpoint_every", "*.keep"),
 )
 # What the losses follow from no further than sums are rounded.
