@@ -179,7 +179,7 @@ def test_a_stage_is_run_only_for_the_variants_that_have_it(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)  # in whose runs/ it is
     trained = []
 
-    def train(config, stage, same_as) -> None:
+    def train(config, stage, same_as, listeners) -> None:
         trained.append((config.run_dir, stage, same_as))
 
     monkeypatch.setattr(commands, "train", train)
