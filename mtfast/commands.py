@@ -71,11 +71,12 @@ def execute(
     """
     by_variant = runs_of(recipe, config)
     runs = [run for of_one_seed in zip(*by_variant.values(), strict=True) for run in of_one_seed]
-    if command in (*STAGES, "run", "resume"):
+    if command in TRAINING:
         start()
-        ranks.on_main(loggers.check, config.log)
-    if recipe in EXPERIMENTS and command in TRAINING:
-        ranks.on_main(_write_config, recipe, config, runs)
+        if command != "prepare":
+            ranks.on_main(loggers.check, config.log)
+        if recipe in EXPERIMENTS:
+            ranks.on_main(_write_config, recipe, config, runs)
     if command in STAGES:
         having_it = [run for run in runs if command in run.stages]
         if not having_it:

@@ -73,3 +73,9 @@ def test_an_experiment_killed_in_the_middle_goes_on_to_the_same_comparison(corpu
     linear, lstm = (heads[name]["result"]["mean"] for name in ("linear head", "LSTM head"))
     trained = of_dev["variants"]["with pre-training"]["result"]["mean"]["values"]
     assert linear["values"] == trained[:1] and lstm["values"][0] not in trained
+
+
+def test_an_experiment_on_two_ranks(corpus, tmp_path):
+    config = experiment_on(corpus, tmp_path / "run", 1)
+    Ranks(faulty.run_experiment, "exp1", config, output=tmp_path, world_size=2).succeed()
+    assert (config.path / "exp1" / "comparison.json").is_file()
