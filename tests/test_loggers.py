@@ -1,12 +1,7 @@
-"""What TensorBoard, Weights & Biases and a caller's function are told is what metrics.jsonl holds.
+"""What TensorBoard, Weights & Biases and a caller's function are told is what metrics.jsonl holds."""
 
-Their files are read with TensorBoard's own reader, and with the protocol of W&B's.
-"""
-
-import collections
 import json
 import shutil
-import struct
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,11 +13,10 @@ import pytest
 import wandb
 import yaml
 from bert_twins import small_corpus
+from curves import Curves, curves_of, curves_of_rows, logged, read_events, records_of, rounded
 from patience import PATIENCE
 from processes import Ranks
 from stages import demo_on
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
 from without_loggers import not_logged_in, train_telling_loggers, without
 
 import mtfast
@@ -32,62 +26,12 @@ from mtfast.data.demo import DemoCorpus
 from mtfast.files import read_json, to_yaml, write_json
 from mtfast.training.run import loggers
 
-Curves = dict[str, list[tuple[int, float]]]  # steps and values by tag
 PACKAGES = {"tensorboard", "wandb"}
-
-
-def records_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def curves_of(records: list[dict[str, Any]]) -> Curves:
-    """Every number that the records hold, where it belongs."""
-    curves: Curves = collections.defaultdict(list)
-    for record in records:
-        stage, step = record["stage"], record["step"]
-        for key, value in record.items():
-            if key in ("losses", "metrics"):
-                below = {"losses": "loss", "metrics": "dev"}[key]
-                for name, number in value.items():
-                    if number is not None:
-                        curves[f"{stage}/{below}/{name}"].append((step, number))
-            elif key not in ("kind", "stage", "step", "epoch"):
-                curves[f"{stage}/{key}"].append((step, value))
-        if record["kind"] == "skipped":
-            curves[f"{stage}/skipped"].append((step, 1.0))
-    return dict(curves)
-
-
-def rounded(curves: Curves) -> Curves:
-    return {
-        tag: [(step, float(np.float32(value))) for step, value in of_tag] for tag, of_tag in curves.items()
-    }
 
 
 def read_tensorboard(run: Path) -> Curves:
     assert len(list((run / "tensorboard").iterdir())) == 1
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
-
-
-def logged(file: Path) -> Iterator[wandb_internal_pb2.Record]:
-    """The records of a W&B file: LevelDB's log format, after a header of 7 bytes."""
-    data, at, parts = file.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # the rest of a block holds nothing
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        parts, at = parts + data[at + 7 : at + 7 + length], at + 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
+    return read_events(run / "tensorboard")
 
 
 class OfWandb(NamedTuple):
@@ -114,16 +58,6 @@ def read_wandb(run: Path) -> OfWandb:
             items = record.history.item
             found.rows.append({x.key or "/".join(x.nested_key): json.loads(x.value_json) for x in items})
     return found
-
-
-def curves_of_rows(rows: list[dict[str, Any]]) -> Curves:
-    curves: Curves = collections.defaultdict(list)
-    for row in rows:
-        (at,) = (key for key in row if key.endswith("/step"))
-        for key, value in row.items():
-            if key != at and not key.startswith("_"):
-                curves[key].append((row[at], value))
-    return dict(curves)
 
 
 @pytest.fixture(scope="module")

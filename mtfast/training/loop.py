@@ -20,6 +20,7 @@ from mtfast.training.engine import peak_memory, ranks
 from mtfast.training.engine.state import states_in, unreadable
 from mtfast.training.run.directory import STATE, RunDirectory
 from mtfast.training.run.keeping import Keeping, best_of, newest, note_best
+from mtfast.training.run.loggers import scalars
 from mtfast.training.run.progress import StageProgress, peak_flops, say
 from mtfast.training.seeds import seed_for
 from mtfast.training.stage import Batch, Stage
@@ -164,10 +165,11 @@ class _Loop:
 
     def _is_to_flush(self) -> bool:
         """Whether losses are to be read after this step; the same on every rank."""
-        at = self.at
+        at, stage = self.at, self.stage
         alone = ranks.world_size() == 1
         return (
             at.step % self.log_every == 0
+            or stage.engine.is_monitored  # some monitors take no step that is older than their last
             or self.keeping.is_due(at.step)
             or at.skipped_in_a_row > self.allowed_in_a_row
             or (self.stopping.signum is not None if alone else at.step >= self.look_at)
@@ -232,9 +234,15 @@ class _Loop:
             )
         at.examples, at.tokens = at.examples + examples, at.tokens + tokens
         at.train_seconds, at.seconds = at.train_seconds + seconds, at.seconds + seconds
-        self.run_directory.append(records)
+        self._append(records)
         self._tell_skipped([trained.step for trained in steps if trained.skipped])
         self.progress.update(at.step, losses, examples, tokens)
+
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        """Add lines to metrics.jsonl, and what they say to the monitors of a DeepSpeed JSON."""
+        self.run_directory.append(records)
+        for record in records:
+            self.stage.engine.monitor(scalars(record), record["step"])
 
     def _record(self, trained: Trained, losses: dict[str, float]) -> dict[str, Any]:
         """The step's line of metrics.jsonl. Raises NonFinite for the losses of a step that was made."""
@@ -335,7 +343,7 @@ class _Loop:
                         f"are not finite; {self._advice()}"
                     )
             where = {"stage": stage.name, "step": at.step, "epoch": epoch}
-            self.run_directory.append([{"kind": "eval", **where, "metrics": metrics}])
+            self._append([{"kind": "eval", **where, "metrics": metrics}])
             say(f"{stage.name} epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
             risen = note_best(at.best, stage.criteria, metrics, epoch)
             at.epochs_without_gain = 0 if "mean" in risen else at.epochs_without_gain + 1

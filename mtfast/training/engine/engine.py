@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pydantic
@@ -21,7 +21,7 @@ from mtfast.models.checkpoint import CheckpointError
 
 from . import alive, memory, ranks
 from .deepspeed_config import deepspeed_config, is_watched, prints
-from .deepspeed_json import adam_eps, is_on, offloads, read_json
+from .deepspeed_json import MONITORS, adam_eps, is_on, offloads, read_json
 from .optimizer import Moments, WholeOptimizer, maker, parameter_groups
 from .scheduler import scheduler_of
 from .snapshot import Snapshot
@@ -192,6 +192,18 @@ class Engine:
         return self._engine.flops_profiler.started
 
     @property
+    def is_monitored(self) -> bool:
+        """Whether a DeepSpeed JSON asks for a monitor."""
+        return any(is_on(self._settings, key) for key in MONITORS)
+
+    def monitor(self, values: Mapping[str, float], step: int) -> None:
+        """Give values of after `step` to the monitors of a DeepSpeed JSON, by their tags; DeepSpeed counts
+        samples, and so do these."""
+        if self.is_monitored:
+            samples = step * self._engine.train_batch_size()
+            self._engine.monitor.write_events([(tag, value, samples) for tag, value in values.items()])
+
+    @property
     def skipped(self) -> int:
         """Updates left out so far because their gradients were not finite, the same on every rank. DeepSpeed
         leaves such out under ZeRO 3, and in float32 where it clips, also where it is not set."""
@@ -323,6 +335,8 @@ class Engine:
         """Let go of DeepSpeed's buffers and hooks, so that another stage can follow in this process."""
         if is_on(self._settings, "comms_logger"):
             _deepspeed().comm.log_summary()
+        if is_on(self._settings, "wandb") and ranks.is_main():
+            importlib.import_module("wandb").finish()  # samples begin anew with the next stage
         self._engine.destroy()
 
 
