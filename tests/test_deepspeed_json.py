@@ -128,6 +128,11 @@ def test_the_page_has_the_table():
     assert table() in PAGE.read_text(), f"python {Path(__file__).name} writes it"
 
 
+def test_the_pages_json_is_taken(tmp_path):
+    (given,) = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert settings(tmp_path, given)["zero_optimization"]["stage"] == 2
+
+
 def test_each_key_that_is_not_done_is_named_with_what_to_do(tmp_path):
     assert NOT_DONE.keys() == {name for name, key in KEYS.items() if key.verdict != "works"}
     for name, value in NOT_DONE.items():

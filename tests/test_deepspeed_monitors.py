@@ -1,4 +1,4 @@
-"""The monitors of a DeepSpeed JSON show all losses, rates and dev metrics, at DeepSpeed's count of samples."""
+"""The monitors of a DeepSpeed JSON show all losses, rates and dev metrics, by the samples trained on."""
 
 import collections
 import csv

@@ -1,5 +1,7 @@
 """torch's FlopCounterMode counts the ops' products as it counts those of their references."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +39,8 @@ def test_attention(backward):
         (ops.packed_attention_cls, (first, k, v), of_first),
     ):
         inputs = [x.clone().requires_grad_(backward) for x in inputs]
-        assert counted(lambda *x: function(*x, CU_SEQLENS, max(LENGTHS)), *inputs) == times * flops
+        call = functools.partial(function, cu_seqlens=CU_SEQLENS, max_seqlen=max(LENGTHS))
+        assert counted(call, *inputs) == times * flops
 
 
 @pytest.mark.parametrize("needs", [(), ("u",), ("weight1", "weight2"), ("v", "weight1", "weight2")])
