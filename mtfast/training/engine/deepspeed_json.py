@@ -119,7 +119,7 @@ def faults_of(
         decided: by dotted key, the setting that decides it and the value that it has.
         zero_stage: that the stage would run under.
     """
-    found = []
+    found, shapeless = [], []
     for key, value in given.items():
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1)
@@ -130,9 +130,9 @@ def faults_of(
         elif KEYS[key].verdict == "refused" and not says_nothing(key, value):
             found.append(f"{key}: {KEYS[key].text.replace('`', '')}; leave it out")
         elif KEYS[key].verdict == "works" and isinstance(value, dict) != (key in _BLOCKS) and value != AUTO:
-            found.append(f"{key}: {value!r} must be {'an object' if key in _BLOCKS else 'a value'}")
-    if found:
-        return found
+            shapeless.append(f"{key}: {value!r} must be {'an object' if key in _BLOCKS else 'a value'}")
+    if shapeless:
+        return found + shapeless
     found += [
         f'{name}: the JSON says {there!r}, {setting} {value!r}; make them equal, or write "auto" in the JSON'
         for name, (setting, value) in decided.items()
