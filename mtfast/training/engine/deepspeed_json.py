@@ -185,12 +185,13 @@ def _faults_of_optimizer(block: Any) -> Iterator[str]:
     eps = params.get("eps", AUTO)
     if eps != AUTO and not (isinstance(eps, float) and 0 < eps < 1):
         yield f"optimizer.params.eps: {eps!r} must be a number between 0 and 1"
-    for name in params.keys() - {"lr", "betas", "eps", "weight_decay"}:
+    for name, value in params.items():
+        if name in ("lr", "betas", "eps", "weight_decay"):
+            continue
         if name not in _ADAM:
-            known = ", ".join(("lr", "betas", "eps", "weight_decay", *_ADAM))
-            yield f"optimizer.params.{name}: there are {known}"
-        elif params[name] not in (*_ADAM[name], AUTO):
-            yield f"optimizer.params.{name}: {params[name]!r}, and AdamW here has {_ADAM[name][0]!r}"
+            yield f"optimizer.params.{name}: there are lr, betas, eps, weight_decay, {', '.join(_ADAM)}"
+        elif value not in (*_ADAM[name], AUTO):
+            yield f"optimizer.params.{name}: {value!r}, and AdamW here has {_ADAM[name][0]!r}"
 
 
 def _faults_of_zero(given: Mapping[str, Any], zero_stage: int) -> Iterator[str]:
@@ -198,18 +199,17 @@ def _faults_of_zero(given: Mapping[str, Any], zero_stage: int) -> Iterator[str]:
     if zero == AUTO:
         return
     under = f"it is ZeRO {zero_stage} here; set engine.zero_stage"
-    for name in _OLD_NAMES.keys() & zero.keys():
-        yield f"zero_optimization.{name}: DeepSpeed calls it {_OLD_NAMES[name]} now; use that"
+    for name, now in _OLD_NAMES.items():
+        if name in zero:
+            yield f"zero_optimization.{name}: DeepSpeed calls it {now} now; use that"
     if zero.get("zenflow") is not None:
         yield "zero_optimization.zenflow: it updates weights outside the step, which no state could hold"
     for name in _DROPPED_BY_ZERO:
         if name in zero:
             yield f"zero_optimization.{name}: DeepSpeed has dropped it; leave it out"
     for name in _OF_ZERO_3:
-        on = (
-            offloads(given, name) if name == "offload_param" else zero.get(name) not in (None, False, AUTO, 1)
-        )
-        if on and zero_stage != 3:
+        said = offloads(given, name) if name == "offload_param" else zero.get(name)
+        if said not in (None, False, AUTO, 1) and zero_stage != 3:
             yield f"zero_optimization.{name} needs ZeRO 3; {under}"
     if offloads(given, "offload_optimizer") and zero_stage == 0:
         yield f"zero_optimization.offload_optimizer needs ZeRO 1, 2 or 3; {under}"

@@ -55,9 +55,9 @@ KEYS: dict[str, Key] = {
     "bf16": _works('`enabled`: "auto", or as `engine.precision` says; the rest is DeepSpeed\'s'),
     "zero_optimization": _works(
         '`stage`: "auto", or `engine.zero_stage`. `offload_optimizer` (ZeRO 1 to 3) and `offload_param` '
-        '(ZeRO 3) to `cpu`; bucket sizes; ZeRO++ (ZeRO 3; quantized, on GPUs). Other "auto" values are '
-        "DeepSpeed's defaults. Offloading to `nvme` and ZenFlow are refused, as are MiCS and LoCo, which "
-        "DeepSpeed has dropped"
+        "(ZeRO 3) to `cpu`; bucket sizes; ZeRO++ (ZeRO 3): `zero_hpz_partition_size`, and quantization on "
+        'GPUs, where it was not tried. Other "auto" values are DeepSpeed\'s defaults. Offloading to `nvme` '
+        "and ZenFlow are refused, as are MiCS and LoCo, which DeepSpeed has dropped"
     ),
     "zero_allow_untested_optimizer": _works("settled: true"),
     "zero_force_ds_cpu_optimizer": _works(
