@@ -149,6 +149,8 @@ def _parsed(command: str, name: str, file: ConfigFile, options: list[str]) -> tu
     said: dict[str, Any] = {"prog": f"mtfast {command} {name}", "args": options, "console_outputs": is_main()}
     if command == "push":  # changes nothing that the run was made with
         return tyro.cli(kind, description=f"{summary[0].upper()}{summary[1:]}.", **said), file.config
+    recipe = "" if file.lines else f" {ALL_RECIPES[file.recipe].__doc__}"
+    description = f"{summary[0].upper()}{summary[1:]}.{recipe} --print-config shows the result."
     # The class is made here for its default: the configuration that the options change.
     arguments: Any = dataclasses.make_dataclass(
         "Arguments",
@@ -157,9 +159,9 @@ def _parsed(command: str, name: str, file: ConfigFile, options: list[str]) -> tu
             ("config", Annotated[RunConfig, tyro.conf.arg(name="")], field(default=file.config)),
         ],
         frozen=True,
+        # Else Python 3.11.2, say, makes one of its defaults, of which it cannot print an endless integer.
+        namespace={"__doc__": description},
     )
-    recipe = "" if file.lines else f" {ALL_RECIPES[file.recipe].__doc__}"
-    description = f"{summary[0].upper()}{summary[1:]}.{recipe} --print-config shows the result."
     parsed = tyro.cli(arguments, description=description, **said)
     return parsed.own, parsed.config
 
