@@ -69,9 +69,12 @@ def test_training_with_it_is_training_without(zero_stage, given, precision, tmp_
 
 
 def check_two_ranks(directory: Path) -> None:
-    """Ranks with ZeRO++'s second partition, and with gradients that travel in bf16, beside those without."""
+    """Ranks with ZeRO++'s second partition, with gradients that travel in bf16 or are divided beforehand,
+    beside those without."""
     zero = {"zero_optimization": {"zero_hpz_partition_size": 2}}
     cases = {"plain": {}, "hpz": zero, "bf16": {"communication_data_type": "bf16"}}
+    cases["prescaled"] = {"prescale_gradients": True, "gradient_predivide_factor": 4.0}
+    cases["prescaled"]["zero_optimization"] = {"reduce_scatter": False}
     losses = {}
     for name, given in cases.items():
         path = directory / f"{name}.json"
@@ -80,6 +83,7 @@ def check_two_ranks(directory: Path) -> None:
         losses[name] = steps(engine, range(4))
         engine.close()
     assert losses["hpz"] == losses["plain"]
+    assert losses["prescaled"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["bf16"] != losses["plain"]
     assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.05)
 

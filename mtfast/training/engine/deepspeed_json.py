@@ -141,9 +141,12 @@ def faults_of(
     found += scheduler.faults_of(given.get("scheduler", AUTO), stage, stage_name)
     found += _faults_of_optimizer(given.get("optimizer", AUTO))
     found += _faults_of_zero(given, zero_stage)
-    divides = given.get("gradient_predivide_factor", AUTO) not in (AUTO, 1.0)
-    if divides and zero_stage == 2 and _at(given, "zero_optimization.reduce_scatter") is not False:
-        found.append("gradient_predivide_factor: ZeRO 2 needs zero_optimization.reduce_scatter false for it")
+    scatters = zero_stage >= 2 and _at(given, "zero_optimization.reduce_scatter") is not False
+    found += [
+        f"{name}: ZeRO {zero_stage} needs zero_optimization.reduce_scatter false for it"
+        for name in ("prescale_gradients", "gradient_predivide_factor")
+        if scatters and _is_set(given.get(name))
+    ]
     block = given.get("activation_checkpointing", AUTO)
     found += [
         f"activation_checkpointing.{name}: layers keep their inputs whole and on the device; leave it out"
@@ -168,6 +171,11 @@ def _at(given: Mapping[str, Any], name: str) -> Any:
     for part in name.split("."):
         value = value.get(part, AUTO) if isinstance(value, dict) else AUTO
     return value
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a flag is, or a number is another than 1."""
+    return value is True or value not in (None, False, AUTO, 1)
 
 
 def _faults_of_optimizer(block: Any) -> Iterator[str]:
@@ -209,7 +217,7 @@ def _faults_of_zero(given: Mapping[str, Any], zero_stage: int) -> Iterator[str]:
             yield f"zero_optimization.{name}: DeepSpeed has dropped it; leave it out"
     for name in _OF_ZERO_3:
         said = offloads(given, name) if name == "offload_param" else zero.get(name)
-        if said not in (None, False, AUTO, 1) and zero_stage != 3:
+        if _is_set(said) and zero_stage != 3:
             yield f"zero_optimization.{name} needs ZeRO 3; {under}"
     if offloads(given, "offload_optimizer") and zero_stage == 0:
         yield f"zero_optimization.offload_optimizer needs ZeRO 1, 2 or 3; {under}"

@@ -65,8 +65,8 @@ KEYS: dict[str, Key] = {
         "DeepSpeed's for the CPU"
     ),
     "communication_data_type": _works("of the sums of gradients over ranks, under ZeRO 1 to 3"),
-    "prescale_gradients": _works("over ranks"),
-    "gradient_predivide_factor": _works("over ranks, with `prescale_gradients`"),
+    "prescale_gradients": _works("over ranks; ZeRO 2 and 3 need `reduce_scatter` false for it"),
+    "gradient_predivide_factor": _works("with `prescale_gradients`"),
     "activation_checkpointing": _works(
         "switches `engine.activation_checkpointing` on. Layers keep their inputs whole and on the device: "
         "`partition_activations`, `cpu_checkpointing`, `contiguous_memory_optimization` and "
