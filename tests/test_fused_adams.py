@@ -20,6 +20,7 @@ from mtfast.config import ConfigError, EngineConfig, TaskStageConfig
 from mtfast.recipes import demo
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine import optimizer as optimizer_module
+from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import Engine
 from mtfast.training.engine.optimizer import optimizer_class
 
@@ -58,7 +59,7 @@ def made(optimizer: str, zero_stage: int, directory: Path, precision: str = "fp3
     engine_module.start()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-    path = directory / "deepspeed.json"
+    path = directory / f"deepspeed-{ranks.rank()}.json"
     path.write_text(json.dumps({"zero_optimization": {"sub_group_size": 30} if zero_stage == 3 else {}}))
     config = EngineConfig(precision, zero_stage, optimizer, deepspeed_config=str(path))
     return Engine(model, config, replace(STAGE, batch_size=8 * world), "finetune")
