@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtfast.config import ConfigError, EngineConfig, TaskStageConfig
 from mtfast.training.engine import engine as engine_module
+from mtfast.training.engine.deepspeed_json import MONITORS
+from mtfast.training.engine.deepspeed_keys import KEYS
 from mtfast.training.engine.engine import Engine, confirm
 from mtfast.training.stages.finetune import Finetune
 
@@ -261,3 +263,12 @@ def test_a_step_that_deepspeed_watches_is_no_graph(tmp_path, monkeypatch):
         assert not engine._is_capturable(EngineConfig(), STAGE), given
     monkeypatch.undo()
     engine.close()
+
+
+def test_every_key_that_works_is_tried():
+    given = [given for _, given in UNSEEN] + [given for given, _ in PRINTED] + list(BETWEEN_RANKS.values())
+    here = {key for keys in given for key in keys}
+    here |= {"optimizer", "scheduler", "activation_checkpointing", "flops_profiler"}
+    elsewhere = {*MONITORS, "train_batch_size", "train_micro_batch_size_per_gpu", "bf16"}
+    elsewhere |= {"gradient_accumulation_steps", "gradient_clipping"}  # in test_deepspeed_json.py
+    assert here | elsewhere == {name for name, key in KEYS.items() if key.verdict == "works"}
