@@ -195,6 +195,7 @@ def test_what_the_run_decides_is_auto_or_equal(tmp_path):
     assert made["bf16"]["enabled"] is True and made["steps_per_print"] == 2000
     assert made["zero_optimization"]["sub_group_size"] == 1e9
     assert "auto" not in json.dumps(made)
+    assert settings(tmp_path, {"steps_per_print": None, "zero_optimization": {"offload_param": None}})
     equal = json.loads(json.dumps(usual).replace('"lr": "auto"', '"lr": 1e-05'))
     settings(tmp_path, equal | {"train_batch_size": 160, "gradient_clipping": 0.0})
 
@@ -251,6 +252,9 @@ def test_every_contradiction_is_named_with_both_values(tmp_path):
         ({"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2.0}, "factor: ZeRO 2 needs zero"),
         ({"zero_optimization": {"stage": 3}, "prescale_gradients": True}, "gradients: ZeRO 3 needs zero"),
         ({"steps_per_print": {"a": 1}}, "steps_per_print: {'a': 1} must be a value"),
+        ({"steps_per_print": 0}, "steps_per_print: 0 must be a number of steps, at least 1"),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown: 'yes' must be true or false"),
+        ({"gradient_predivide_factor": "2"}, "gradient_predivide_factor: '2' must be a positive number"),
         ('{"train_batch_size": 1, "train_batch_size": 2}', "two values are called train_batch_size"),
         ("{", "is not JSON"),
         ("[1]", "must hold a JSON object"),

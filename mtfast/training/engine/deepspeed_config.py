@@ -125,10 +125,10 @@ def _defaults(settled: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_auto(value: Any) -> Any:
-    """A block without what it leaves to DeepSpeed's defaults."""
+    """A block without what it leaves to the defaults, by "auto" or null."""
     if not isinstance(value, dict):
         return value
-    return {name: _without_auto(of) for name, of in value.items() if of != AUTO}
+    return {name: _without_auto(of) for name, of in value.items() if of not in (AUTO, None)}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,11 @@ def faults_of(
             found.append(f"{key}: {KEYS[key].text.replace('`', '')}; leave it out")
         elif KEYS[key].verdict == "works" and isinstance(value, dict) != (key in _BLOCKS) and value != AUTO:
             shapeless.append(f"{key}: {value!r} must be {'an object' if key in _BLOCKS else 'a value'}")
+    shapeless += [
+        f"{key}: {given[key]!r} must be {wanted}"
+        for key, (wanted, holds) in _SCALARS.items()
+        if given.get(key) not in (None, AUTO) and not holds(given[key])
+    ]
     if shapeless:
         return found + shapeless
     found += [
@@ -163,6 +168,16 @@ _BLOCKS = (
     *("optimizer", "scheduler", "bf16", "zero_optimization", "activation_checkpointing"),
     *(*MONITORS, "comms_logger", "flops_profiler", "timers"),
 )
+_FLAG = "true or false", lambda value: isinstance(value, bool)
+_SCALARS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "steps_per_print": ("a number of steps, at least 1", lambda value: type(value) is int and value > 0),
+    "gradient_predivide_factor": (
+        "a positive number",
+        lambda value: type(value) in (int, float) and value > 0,
+    ),
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), _FLAG),
+    **dict.fromkeys(("prescale_gradients", "disable_python_gc"), _FLAG),
+}
 
 
 def _at(given: Mapping[str, Any], name: str) -> Any:
