@@ -113,7 +113,7 @@ def keys_of_deepspeed() -> set[str]:
 
 
 def table() -> str:
-    lines = ["| key | | |", "| --- | --- | --- |"]
+    lines = ["| key | what becomes of it | how, or why not |", "| --- | --- | --- |"]
     lines += [f"| `{name}` | {key.verdict} | {key.text} |" for name, key in KEYS.items()]
     return "\n".join(lines)
 
@@ -293,4 +293,4 @@ def test_a_users_json_has_the_last_word_on_what_the_run_does_not_decide(tmp_path
 
 if __name__ == "__main__":
     text = PAGE.read_text()
-    PAGE.write_text(re.sub(r"\| key \| \| \|\n(\|.*\n?)*", lambda _: table() + "\n", text))
+    PAGE.write_text(re.sub(r"\| key \|.*\n(\|.*\n?)*", lambda _: table() + "\n", text))
