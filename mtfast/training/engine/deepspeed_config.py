@@ -6,8 +6,8 @@ from typing import Any
 
 from mtfast.config import ConfigError, EngineConfig, StageConfig
 
-from .deepspeed_json import AUTO, MONITORS, PRINTED, faults_of, is_on, offloads, read_json
-from .deepspeed_keys import KEYS
+from .deepspeed_json import MONITORS, PRINTED, faults_of, is_on, read_json, updates_on_host
+from .deepspeed_keys import AUTO, KEYS
 
 _NEVER = 10**9
 
@@ -81,9 +81,14 @@ def prints(settings: dict[str, Any]) -> bool:
     return printed or any(is_on(settings, key) for key in PRINTED)
 
 
+def is_monitored(settings: dict[str, Any]) -> bool:
+    """Whether a monitor is asked for."""
+    return any(is_on(settings, key) for key in MONITORS)
+
+
 def is_watched(settings: dict[str, Any]) -> bool:
     """Whether DeepSpeed's engine looks at each step on the host: such a step cannot be a CUDA graph."""
-    return prints(settings) or any(is_on(settings, key) for key in MONITORS)
+    return prints(settings) or is_monitored(settings)
 
 
 def _zero_stage(engine: EngineConfig, given: dict[str, Any], world_size: int, float32: bool) -> int:
@@ -115,7 +120,7 @@ def _defaults(settled: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         "bf16": {"check_grad_overflow": False},
     }
     stage, zero = settled["zero_optimization"]["stage"], defaults.setdefault("zero_optimization", {})
-    if stage in (1, 2) and not offloads(given, "offload_optimizer"):
+    if stage in (1, 2) and not updates_on_host(given):
         zero["compute_grad_norm"] = settled["gradient_clipping"] > 0
     if stage == 1:
         # The same sums with a third of the copies: gradients are put in a row once, added up over the ranks

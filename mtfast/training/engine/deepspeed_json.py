@@ -13,9 +13,8 @@ from typing import Any
 from mtfast.config import ConfigError, EngineConfig, StageConfig
 
 from . import scheduler
-from .deepspeed_keys import KEYS, NVME, says_nothing
+from .deepspeed_keys import AUTO, KEYS, NVME, says_nothing
 
-AUTO = "auto"
 ADAM_EPS = 1e-8
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}
 PRINTED = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler")
@@ -104,6 +103,11 @@ def offloads(given: Mapping[str, Any], what: str) -> str | None:
     block = None if zero == AUTO else zero.get(what)
     device = block.get("device", "none") if isinstance(block, dict) else "none"
     return None if device in ("none", AUTO) else device
+
+
+def updates_on_host(given: Mapping[str, Any]) -> bool:
+    """Whether what the optimizer updates is offloaded."""
+    return offloads(given, "offload_optimizer") is not None
 
 
 def faults_of(

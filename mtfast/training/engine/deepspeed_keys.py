@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+AUTO = "auto"  # of any value: the run's, else DeepSpeed's default
 Verdict = Literal["works", "taken over", "refused"]
 
 
@@ -128,10 +129,10 @@ KEYS: dict[str, Key] = {
 def says_nothing(key: str, value: Any) -> bool:
     """Whether a value leaves everything as it is without the key: a block that is not enabled, say."""
     default = KEYS[key].default
-    return _is_off(value) if default is None else value in (default, None, "auto")
+    return _is_off(value) if default is None else value in (default, None, AUTO)
 
 
 def _is_off(value: Any) -> bool:
     if isinstance(value, dict):
-        return value.get("enabled") in (False, "auto") or all(map(_is_off, value.values()))
-    return value in (None, False, "auto", [])
+        return value.get("enabled") in (False, AUTO) or all(map(_is_off, value.values()))
+    return value in (None, False, AUTO, [])

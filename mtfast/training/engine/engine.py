@@ -20,8 +20,8 @@ from mtfast.config import ConfigError, EngineConfig, StageConfig
 from mtfast.models.checkpoint import CheckpointError
 
 from . import alive, memory, ranks
-from .deepspeed_config import deepspeed_config, is_watched, prints
-from .deepspeed_json import MONITORS, adam_eps, is_on, offloads, read_json
+from .deepspeed_config import deepspeed_config, is_monitored, is_watched, prints
+from .deepspeed_json import adam_eps, is_on, read_json, updates_on_host
 from .optimizer import Moments, WholeOptimizer, maker, parameter_groups
 from .scheduler import scheduler_of
 from .snapshot import Snapshot
@@ -78,7 +78,7 @@ def confirm(config: EngineConfig, stage: StageConfig, stage_name: str, *, float3
     """
     settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
     given = read_json(config)
-    maker(config, stage, False, eps=adam_eps(given), on_host=offloads(given, "offload_optimizer") is not None)
+    maker(config, stage, False, eps=adam_eps(given), on_host=updates_on_host(given))
     if not given:
         return
     quantized = [name for name in settings["zero_optimization"] if name.startswith("zero_quantized")]
@@ -137,7 +137,7 @@ class Engine:
 
             model.forward = counted(model.forward, self._profiles)  # type: ignore[method-assign]
         exact: dict[str, Tensor] = {}
-        on_host = offloads(given, "offload_optimizer") is not None
+        on_host = updates_on_host(given)
         make = maker(config, stage, self.capturable, eps=adam_eps(given), on_host=on_host)
         groups = parameter_groups(model, stage, apart)
         whole: WholeOptimizer | None = None
@@ -194,7 +194,7 @@ class Engine:
     @property
     def is_monitored(self) -> bool:
         """Whether a DeepSpeed JSON asks for a monitor."""
-        return any(is_on(self._settings, key) for key in MONITORS)
+        return is_monitored(self._settings)
 
     def monitor(self, values: Mapping[str, float], step: int) -> None:
         """Give values of after `step` to the monitors of a DeepSpeed JSON, by their tags; DeepSpeed counts

@@ -76,9 +76,7 @@ def optimizer_class(config: EngineConfig, *, on_host: bool = False) -> type[Opti
     return FusedAdam
 
 
-def maker(
-    config: EngineConfig, stage: StageConfig, capturable: bool, *, eps: float = 1e-8, on_host: bool = False
-) -> Make:
+def maker(config: EngineConfig, stage: StageConfig, capturable: bool, *, eps: float, on_host: bool) -> Make:
     """Makes the optimizer that the configuration names from groups of weights; raises as its class does.
 
     Args:

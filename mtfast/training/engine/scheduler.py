@@ -11,7 +11,8 @@ import torch
 
 from mtfast.config import StageConfig
 
-AUTO = "auto"
+from .deepspeed_keys import AUTO
+
 SCHEDULE = {  # a scheduler's type: what a stage's schedule may say besides "constant", which all have
     "WarmupLR": "constant",
     "WarmupDecayLR": "linear",
