@@ -188,7 +188,9 @@ def build(place: Place) -> Step:
 
 def gpu_tests(place: Place, op: str) -> Step:
     """The op's tests that are marked `gpu`."""
-    command = [*PYTHON, "pytest", "-v", "--tb=short", "-m", "gpu", f"tests/test_{op}.py"]
+    files = [f"tests/test_{op}.py", f"tests/test_{op}_arguments.py"]
+    files = [file for file in files if Path(file).is_file()]
+    command = [*PYTHON, "pytest", "-v", "--tb=short", "-m", "gpu", *files]
     # Tests look at values that ops do not look at on a GPU otherwise; benchmarks must not wait for that.
     settings = {"MTFAST_CHECK_VALUES": "1"}
     if place.is_rehearsal:

@@ -59,7 +59,7 @@ def small(device: torch.device) -> None:
             masked(torch.randint(1000, VOCAB, (sum(long),), device=device), long, strategy, subword)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for lengths in (long, *shorter):
-            for head_dim in (32, 64, 128):
+            for head_dim in (32, 64, 128, 256):
                 attend(lengths, 2, head_dim, dtype, device)
                 attend_cls(lengths, 2, head_dim, dtype, device)
         for hidden, outputs in ((64, 2), (37, 1), (8, 3), (8, 8)):

@@ -193,7 +193,7 @@ CASES: Mapping[str, Mapping[str, Case]] = {
     op: {
         _name(dtype, f"head_dim {head_dim}", kind): partial(attention, op, dtype, head_dim, lengths)
         for dtype in DTYPES
-        for head_dim in (32, 64, 128)
+        for head_dim in (32, 64, 128, 256)
         for kind, lengths in LENGTHS.items()
     }
     for op in ("packed_attention", "packed_attention_qkv", "packed_attention_cls")

@@ -56,8 +56,8 @@ AttentionShape shape_of(const char* op, bool fused, const Tensor& like, const Te
   shape.total = like.size(0);
   shape.heads = like.size(like.dim() - 2);
   shape.head_dim = like.size(like.dim() - 1);
-  check(shape.head_dim == 32 || shape.head_dim == 64 || shape.head_dim == 128, op,
-        ": head_dim must be 32, 64 or 128, found ", shape.head_dim);
+  check(shape.head_dim == 32 || shape.head_dim == 64 || shape.head_dim == 128 || shape.head_dim == 256, op,
+        ": head_dim must be 32, 64, 128 or 256, found ", shape.head_dim);
   check(shape.total < INT32_MAX, op, ": at most 2^31 - 2 tokens, found ", shape.total);
   check_same_device(op, "cu_seqlens", cu_seqlens, name, like);
   check_cu_seqlens<kCuda>(op, cu_seqlens, shape.total);
@@ -90,7 +90,7 @@ void in_slots(int64_t slots, void (*body)(int64_t, void*), void* context) {
 
 // Whether CUDA takes it row by row, without tensor cores.
 [[maybe_unused]] bool by_rows(const AttentionShape& shape, bool cls) {
-  return cls || shape.dtype == Dtype::kFloat32;
+  return cls || shape.dtype == Dtype::kFloat32 || shape.head_dim == 256;
 }
 
 // With all but the results in args.

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(32 * kWarps, (kDim == 128 ? 8 : 16) / kWarps)
 
 template <class T>
 int launch(const AttentionForward& args, void* stream) {
-  return by_head_dim(args.shape, [&](auto dim) {
+  return by_head_dim<128>(args.shape, [&](auto dim) {
     constexpr int kDim = dim.value;
     constexpr size_t kBytes = (2 * kShortTokens + 16) * Tile<T, kDim>::kRowBytes;
     const int64_t longest = args.shape.max_seqlen;

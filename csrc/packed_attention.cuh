@@ -104,19 +104,15 @@ __device__ __forceinline__ float log2_scale(const AttentionShape& shape) {
   return static_cast<float>(shape.softmax_scale * 1.4426950408889634);
 }
 
-// Calls launch(integral head_dim).
-template <class F>
+// Calls launch(integral head_dim), up to the largest that there are kernels for.
+template <int kLargest, class F>
 int by_head_dim(const AttentionShape& shape, F launch) {
-  switch (shape.head_dim) {
-    case 32:
-      return launch(std::integral_constant<int, 32>{});
-    case 64:
-      return launch(std::integral_constant<int, 64>{});
-    case 128:
-      return launch(std::integral_constant<int, 128>{});
-    default:
-      return static_cast<int>(cudaErrorInvalidValue);
-  }
+  if (shape.head_dim == 32) return launch(std::integral_constant<int, 32>{});
+  if (shape.head_dim == 64) return launch(std::integral_constant<int, 64>{});
+  if (shape.head_dim == 128) return launch(std::integral_constant<int, 128>{});
+  if constexpr (kLargest == 256)
+    if (shape.head_dim == 256) return launch(std::integral_constant<int, 256>{});
+  return static_cast<int>(cudaErrorInvalidValue);
 }
 
 }  // namespace mtfast::attention

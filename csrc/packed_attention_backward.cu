@@ -131,7 +131,7 @@ bool one_pass_fits() {
 
 template <class T>
 int launch(const AttentionBackward& args, float* delta, void* stream) {
-  return by_head_dim(args.shape, [&](auto dim) {
+  return by_head_dim<128>(args.shape, [&](auto dim) {
     constexpr int kDim = dim.value, kMiddleWarps = kDim == 128 ? 2 : 4;
     constexpr size_t kBytes = OnePass<T, kDim, kShortTokens, 1>::bytes(kShortTokens);
     const int64_t longest = args.shape.max_seqlen;

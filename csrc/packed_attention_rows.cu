@@ -1,4 +1,5 @@
-// Packed attention row by row, without tensor cores: one query a sequence (`cls`), and all rows in float32.
+// Packed attention row by row, without tensor cores: one query a sequence (`cls`), and all rows in float32 or
+// of head_dim 256.
 // With P = softmax(S), D the dropout factors and delta = rowsum(P D dP):
 //   dv = (P D)^T dout,  dP = dout v^T,  dS = P (D dP - delta),  dq = scale dS k,  dk = scale dS^T q.
 //
@@ -8,8 +9,8 @@
 // pair also reads a row of k and of v, which lie in L1: its 128 bytes a clock bound it.
 //
 // A warp takes one row and one head and goes through the other side of its sequence in chunks of 32 rows. A
-// row is spread over kDim / 4 (float) or kDim / 8 lanes, 16 bytes each, so that a warp reads several at once,
-// and four of them are asked for before the first is used. Products end up one in each lane, where what is
+// row is spread over lanes, 16 bytes each (of 256 floats 32), so that a warp reads several at once, and four
+// of them are asked for before the first is used. Products end up one in each lane, where what is
 // done for each weight (2^x, dropout) costs one instruction for 32; then they are handed round for the second
 // product. Sums are per chunk and then over chunks: long ones would round at every step. Blocks have few
 // warps, all independent: for all rows they are neighbours, which read the same lines.
@@ -48,11 +49,12 @@ __global__ void __launch_bounds__(kThreads) rows_forward_kernel(AttentionForward
 }
 
 // Blocks of the backward on an SM at a time: left to itself, the compiler wants more and spills.
-constexpr int kTogether = 5;
+template <class T, int kDim>
+constexpr int kTogether = kDim * sizeof(T) > 512 ? 3 : 5;
 
 // dq of a query's row; with one query a sequence also dk and dv, else it leaves delta behind.
 template <class T, int kDim, bool kCls>
-__global__ void __launch_bounds__(kThreads, kTogether)
+__global__ void __launch_bounds__(kThreads, kTogether<T, kDim>)
     rows_backward_kernel(AttentionBackward args, float* deltas) {
   using W = Warp<T, kDim, kCls>;
   const AttentionShape& shape = args.shape;
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kTogether)
 
 // dk and dv of a key's row, from statistics and delta of its sequence's queries.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, kTogether)
+__global__ void __launch_bounds__(kThreads, kTogether<T, kDim>)
     rows_keys_backward_kernel(AttentionBackward args, const float* deltas) {
   using W = Warp<T, kDim, false>;
   const AttentionShape& shape = args.shape;
@@ -141,6 +143,10 @@ __global__ void __launch_bounds__(kThreads, kTogether)
   w.write_sum(args.dv, grads[1], 1.0f);
 }
 
+// All rows in 16 bits are for tensor cores, but of head_dim 256: their tiles would not fit.
+template <class T, int kDim>
+constexpr bool kAllRows = sizeof(T) == 4 || kDim == 256;
+
 // Calls launch(T{}, integral head_dim, whether one query a sequence, grid), unless there is nothing to do:
 // rows that belong to no sequence are left as they are.
 template <class F>
@@ -148,12 +154,17 @@ int dispatch(const AttentionShape& shape, bool cls, F launch) {
   const int64_t tasks = (cls ? shape.sequences : shape.total) * shape.heads;
   if (shape.sequences == 0 || tasks == 0) return 0;
   const dim3 grid(static_cast<unsigned>((tasks + kWarps - 1) / kWarps));
-  return by_head_dim(shape, [&](auto dim) {
-    if (shape.dtype == Dtype::kFloat32)
-      return cls ? launch(float{}, dim, std::true_type{}, grid)
-                 : launch(float{}, dim, std::false_type{}, grid);
-    if (cls && shape.dtype == Dtype::kBFloat16) return launch(__nv_bfloat16{}, dim, std::true_type{}, grid);
-    if (cls && shape.dtype == Dtype::kFloat16) return launch(__half{}, dim, std::true_type{}, grid);
+  return by_head_dim<256>(shape, [&](auto dim) {
+    const auto with = [&](auto element) {
+      if (cls) return launch(element, dim, std::true_type{}, grid);
+      if constexpr (kAllRows<decltype(element), dim.value>)
+        return launch(element, dim, std::false_type{}, grid);
+      else
+        return static_cast<int>(cudaErrorInvalidValue);
+    };
+    if (shape.dtype == Dtype::kFloat32) return with(float{});
+    if (shape.dtype == Dtype::kBFloat16) return with(__nv_bfloat16{});
+    if (shape.dtype == Dtype::kFloat16) return with(__half{});
     return static_cast<int>(cudaErrorInvalidValue);
   });
 }

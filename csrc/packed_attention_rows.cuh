@@ -22,9 +22,14 @@ __device__ __forceinline__ int sequence_of(const AttentionShape& shape, int toke
 // A warp's row, and how it goes through the rows of its sequence.
 template <class T, int kDim, bool kCls>
 struct Warp {
-  static constexpr int kEach = Vector<T>::kSize, kLanes = kDim / kEach, kGroups = 32 / kLanes;
+  // A lane has 16 bytes of a row, or 32 where a warp would not reach its end.
+  static constexpr int kSize = Vector<T>::kSize, kVectors = kDim > 32 * kSize ? 2 : 1;
+  static constexpr int kEach = kVectors * kSize, kLanes = kDim / kEach, kGroups = 32 / kLanes;
   static constexpr int kQuarter = kLanes / 4;
   using Numbers = float[kEach];
+  struct Piece {
+    Vector<T> vectors[kVectors];
+  };
 
   int head, row;             // of q; for all rows the token
   int begin, length, place;  // of the sequence, and this row's place in it
@@ -57,15 +62,29 @@ struct Warp {
   __device__ __forceinline__ int64_t number(const AttentionShape& shape) const {
     return head * (kCls ? shape.sequences : shape.total) + row;
   }
+  __device__ __forceinline__ static Piece piece(const T* from) {
+    Piece piece;
+    MTFAST_UNROLL
+    for (int i = 0; i < kVectors; ++i) piece.vectors[i] = load(from + i * kSize);
+    return piece;
+  }
+  __device__ __forceinline__ static void widen(Numbers& to, const Piece& from) {
+    MTFAST_UNROLL
+    for (int i = 0; i < kEach; ++i) to[i] = to_float(from.vectors[i / kSize].x[i % kSize]);
+  }
   __device__ __forceinline__ void read(Numbers& to, const AttentionTensor& x) const {
-    to_float(to, load(head_of<const T>(x, head) + row * x.row_stride + column));
+    widen(to, piece(head_of<const T>(x, head) + row * x.row_stride + column));
   }
   __device__ __forceinline__ void write(const AttentionTensor& x, int64_t to, const Numbers& from,
                                         float factor) const {
-    Numbers scaled;
+    T* at = head_of<T>(x, head) + to * x.row_stride + column;
     MTFAST_UNROLL
-    for (int i = 0; i < kEach; ++i) scaled[i] = from[i] * factor;
-    store(head_of<T>(x, head) + to * x.row_stride + column, round_to<T>(scaled));
+    for (int n = 0; n < kVectors; ++n) {
+      float scaled[kSize];
+      MTFAST_UNROLL
+      for (int i = 0; i < kSize; ++i) scaled[i] = from[n * kSize + i] * factor;
+      store(at + n * kSize, round_to<T>(scaled));
+    }
   }
   // What the groups of lanes have together, to this warp's row.
   __device__ __forceinline__ void write_sum(const AttentionTensor& x, Numbers& from, float factor) const {
@@ -93,14 +112,14 @@ struct Warp {
   __device__ __forceinline__ void go_through(const AttentionTensor (&x)[kTensors], int from, int count,
                                              Use use) const {
     for (int step = 0; step * kGroups < count; step += 4) {
-      Vector<T> rows[kTensors][4];
+      Piece rows[kTensors][4];
       MTFAST_UNROLL
       for (int n = 0; n < kTensors; ++n) {
         const T* at = head_of<const T>(x[n], head) + column;
         MTFAST_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = begin + from + min((step + i) * kGroups + group, count - 1);
-          rows[n][i] = load(at + row * x[n].row_stride);
+          rows[n][i] = piece(at + row * x[n].row_stride);
         }
       }
       use(step, rows);
@@ -111,14 +130,14 @@ struct Warp {
   template <int kTensors>
   __device__ __forceinline__ void products(float (&mine)[kTensors], const Numbers (&a)[kTensors],
                                            const AttentionTensor (&x)[kTensors], int from, int count) const {
-    go_through(x, from, count, [&](int step, const Vector<T>(&rows)[kTensors][4]) {
+    go_through(x, from, count, [&](int step, const Piece(&rows)[kTensors][4]) {
       MTFAST_UNROLL
       for (int n = 0; n < kTensors; ++n) {
         float sums[4];
         MTFAST_UNROLL
         for (int i = 0; i < 4; ++i) {
           Numbers numbers;
-          to_float(numbers, rows[n][i]);
+          widen(numbers, rows[n][i]);
           sums[i] = partial(a[n], numbers);
         }
         const float sum = one_of(sums);
@@ -150,14 +169,14 @@ struct Warp {
   __device__ __forceinline__ void add(Numbers (&to)[kTensors], float shrink, const float (&weights)[kTensors],
                                       const AttentionTensor (&x)[kTensors], int from, int count) const {
     Numbers part[kTensors] = {};
-    go_through(x, from, count, [&](int step, const Vector<T>(&rows)[kTensors][4]) {
+    go_through(x, from, count, [&](int step, const Piece(&rows)[kTensors][4]) {
       MTFAST_UNROLL
       for (int n = 0; n < kTensors; ++n) {
         MTFAST_UNROLL
         for (int i = 0; i < 4; ++i) {
           const float weight = handed(weights[n], step + i);
           Numbers numbers;
-          to_float(numbers, rows[n][i]);
+          widen(numbers, rows[n][i]);
           MTFAST_UNROLL
           for (int e = 0; e < kEach; ++e) part[n][e] += weight * numbers[e];
         }

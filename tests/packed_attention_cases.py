@@ -15,12 +15,17 @@ import torch
 from real_lengths import IMDB, QUORA, SST, STS
 from torch import Tensor
 
-from mtfast.ops.packed_attention import dropout_keep_ref, packed_attention_cls_ref, packed_attention_ref
+from mtfast.ops import packed_attention, packed_attention_cls
+from mtfast.ops._packed_attention_ref import (
+    dropout_keep_ref,
+    packed_attention_cls_ref,
+    packed_attention_ref,
+)
 
 SEED = 0x1234_5678_9ABC_DEF0
 NAMES = ("out", "lse", "dq", "dk", "dv")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEAD_DIMS = (32, 64, 128)
+HEAD_DIMS = (32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,19 @@ def reference(batch: Batch, dtype: torch.dtype, dropout_p: float = 0.0) -> list[
     else:
         out, lse = packed_attention_ref(*arguments, dropout_p=dropout_p, seed=SEED)
     return [out, lse, *torch.autograd.grad(out, inputs, batch.dout.to("cpu", dtype))]
+
+
+def run_op(batch: Batch, dropout_p: float = 0.0, seed: int = SEED) -> list[Tensor | None]:
+    """out, lse, dq, dk, dv of the op, on the CPU."""
+    q, k, v = (x.detach().requires_grad_() for x in batch.tensors)
+    arguments = (q, k, v, batch.cu_seqlens, batch.max_seqlen)
+    lse = None
+    if batch.cls:
+        out = packed_attention_cls(*arguments, dropout_p=dropout_p, seed=seed)
+    else:
+        out, lse = packed_attention(*arguments, dropout_p=dropout_p, seed=seed, return_lse=True)
+    grads = torch.autograd.grad(out, (q, k, v), batch.dout)
+    return [None if x is None else x.detach().cpu() for x in (out, lse, *grads)]
 
 
 @dataclasses.dataclass(frozen=True)

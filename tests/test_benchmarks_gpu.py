@@ -210,7 +210,7 @@ def test_smoke_knows_wrong_from_right():
 
 def test_smoke_has_every_op_dtype_and_head_dim():
     for op in ("packed_attention", "packed_attention_qkv", "packed_attention_cls"):
-        assert len(smoke_cases.CASES[op]) == 3 * 3 * 3
+        assert len(smoke_cases.CASES[op]) == 3 * 4 * 3
     assert len(smoke_cases.CASES["mask_tokens"]) == 2 * 2 * 4
     assert len(smoke_cases.CASES["concat_mlp"]) == 3 * 7
     assert len(smoke_cases.CASES["bias_gelu"]) == 3 * 3 * 2

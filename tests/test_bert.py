@@ -288,8 +288,8 @@ def test_wrong_use_is_named():
         encoder(**pack(random_sentences([17], 211, seed=0)))
     with pytest.raises(ValueError, match="exclude each other"):
         encoder(**pack(random_sentences([4], 211, seed=0)), cls_only=True, rows=torch.tensor([0]))
-    with pytest.raises(ValueError, match="head_dim 16"):
-        PackedBert(small_config(num_attention_heads=4))
+    with pytest.raises(ValueError, match="head_dim 257"):
+        PackedBert(small_config(hidden_size=514))
     with pytest.raises(ValueError, match="hidden_size 64 is not a multiple of num_attention_heads 3"):
         PackedBert(small_config(num_attention_heads=3))
     with pytest.raises(ValueError, match="add_cross_attention is true"):

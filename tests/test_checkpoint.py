@@ -183,7 +183,7 @@ def test_half_precision_checkpoint_opens_in_its_dtype(tmp_path):
         (transformers.GPT2Config(), "'gpt2'"),
         (small_config(is_decoder=True), "is_decoder"),
         (small_config(position_embedding_type="relative_key"), "position_embedding_type is 'relative_key'"),
-        (small_config(hidden_size=60), "head_dim 30"),
+        (small_config(hidden_size=514), "head_dim 257"),
         (small_config(hidden_act="swoosh"), "swoosh"),
     ],
 )

@@ -19,6 +19,7 @@ FLOORS = {
     "interval": 0,
     "tasks": 1,
     "ops": 0,
+    "hf": 1,
     "config": 2,
     "kinds": 2,
     "data": 2,
@@ -134,6 +135,7 @@ def test_tests_of_the_ops_need_torch_and_pytest_alone():
     own = {path.stem for path in tests.glob("*.py")} | {"mtfast", "torch", "pytest"}
     ops = ("mask_tokens", "packed_attention", "concat_mlp", "bias_gelu", "dropout_add_layer_norm")
     of_ops = [name for op in ops for name in (f"test_{op}.py", f"{op}_cases.py")]
+    of_ops.append("test_packed_attention_arguments.py")
     for name in ("conftest.py", "devices.py", "real_lengths.py", *of_ops):
         imported = {imported.split(".")[0] for imported in imports_of(tests / name)}
         assert imported - own <= sys.stdlib_module_names, name

@@ -86,6 +86,16 @@ def test_threads_do_not_matter(strategy, whole_words):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_offsets_of_64_bits_are_as_good(strategy):
+    ids, options = ordinary_ids(100), BERT | {"strategy": strategy}
+    narrow, wide = (
+        mask_tokens(ids, cu_seqlens=x, **options)
+        for x in (offsets(0, 40, 40, 100), torch.tensor([0, 40, 40, 100]))
+    )
+    assert_same(narrow, wide)
+
+
 def test_shares_over_a_million_tokens(mask):
     check_shares(mask)
 
@@ -198,7 +208,12 @@ def offsets(*values: int) -> torch.Tensor:
         (IDS, {"cu_seqlens": offsets(1, 10)}, "cu_seqlens must start at 0, found 1"),
         (IDS, {"cu_seqlens": offsets(0, 6, 4, 10)}, "cu_seqlens must not fall, but goes from 6 to 4"),
         (IDS, {"cu_seqlens": offsets(0, 9)}, "cu_seqlens must end at the number of tokens, 10, found 9"),
-        (IDS, {"cu_seqlens": offsets(0, 10).long()}, "cu_seqlens must be int32"),
+        (IDS, {"cu_seqlens": offsets(0, 10).float()}, "cu_seqlens must be int32"),
+        (
+            IDS,
+            {"cu_seqlens": torch.tensor([0, 2**32 + 10])},
+            "cu_seqlens must end at the number of tokens, 10",
+        ),
         (IDS, {"cu_seqlens": offsets()}, "cu_seqlens must have the shape .sequences . 1."),
         (IDS.view(2, 5), {"cu_seqlens": offsets(0, 10)}, "cu_seqlens goes with input_ids .total."),
         (

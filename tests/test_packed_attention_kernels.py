@@ -47,12 +47,12 @@ from mtfast.ops.packed_attention import lse_of
 # How many kernels each source has. On tensor cores, for two dtypes and three head_dims: forward a warp for a
 # short sequence, a block of few or of many warps for a longer one; backward a warp for a short sequence, a
 # block with room for 64 or, but for head_dim 128, for 128 tokens for a longer one, two passes beyond. Row by
-# row: for one query a sequence in three dtypes, forward and backward, and for all rows in float32, backward
-# in two passes.
+# row, for four head_dims: for one query a sequence in three dtypes, forward and backward, and for all rows in
+# float32 and of head_dim 256 in the other two, backward in two passes.
 SOURCES = {
     "packed_attention.cu": 6 * (1 + 2) + 2 * 2,
     "packed_attention_backward.cu": 6 * (1 + 2 + 2) - 2,
-    "packed_attention_rows.cu": 9 * 2 + 3 * 3,
+    "packed_attention_rows.cu": 12 * 2 + (4 + 2) * 3,
 }
 ONE_PASS_TOKENS = 64  # kOnePassTokens of csrc/packed_attention.h
 
@@ -119,7 +119,7 @@ def emulated(forward: Kernels, backward: Kernels, rows: Kernels) -> Run:
         q, k, v, o, dout, dq, dk, dv = map(CTensor.of, (*batch.tensors, out, batch.dout, *grads))
         forward_args = ctypes.byref(CForward(shape, q, k, v, o, stats.data_ptr()))
         backward_args = ctypes.byref(CBackward(shape, q, k, v, o, dout, dq, dk, dv, stats.data_ptr()))
-        by_rows = batch.cls or batch.q.dtype == torch.float32
+        by_rows = batch.cls or batch.q.dtype == torch.float32 or batch.q.size(2) == 256
         # As large as packed_attention.cpp makes it.
         needs_delta = not batch.cls and (by_rows or batch.max_seqlen > ONE_PASS_TOKENS)
         delta = torch.full((stats.size(0), stats.size(1) if needs_delta else 0), torch.nan)
@@ -182,6 +182,8 @@ def test_any_thread_order_gives_the_same_without_races(case: Case, layout, run, 
         ([70, 3], 32, torch.float32),
         ([1, 65], 128, torch.bfloat16),
         ([131, 40], 32, torch.bfloat16),
+        ([33, 2], 256, torch.float16),
+        ([3, 33], 256, torch.float32),
     ):
         batch = make_batch(lengths, 2, head_dim, dtype, layout=layout)
         pairs = zip(run(batch, 0.1), other(batch, 0.1), strict=True)
@@ -223,7 +225,7 @@ def test_every_kernel_fits_every_architecture(architecture):
         for head_dim in HEAD_DIMS:
             for length, layout in ((20, "apart"), (50, "apart"), (70, "apart"), (130, "apart"), (5, "cls")):
                 run(make_batch([length], 1, head_dim, dtype, layout=layout))
-            if dtype == torch.float32 or head_dim == 128:
+            if dtype == torch.float32 or head_dim >= 128:
                 continue
             # So large that items have more rows, but with one token to work on.
             large = make_batch([256], 264, head_dim, dtype)

@@ -34,10 +34,10 @@ def check_config(config: BertConfig) -> None:
             f"num_attention_heads {config.num_attention_heads}"
         )
     head_dim = config.hidden_size // config.num_attention_heads
-    if head_dim not in HEAD_DIMS:
+    if head_dim > HEAD_DIMS[-1]:
         raise ValueError(
             f"hidden_size {config.hidden_size} / num_attention_heads {config.num_attention_heads} gives "
-            f"head_dim {head_dim}; packed attention supports {', '.join(map(str, HEAD_DIMS))}"
+            f"head_dim {head_dim}; packed attention takes at most {HEAD_DIMS[-1]}"
         )
     if config.hidden_act != "gelu" and config.hidden_act not in _transformers_activations():
         raise ValueError(f"hidden_act {config.hidden_act!r} is not an activation that transformers knows")

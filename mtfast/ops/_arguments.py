@@ -2,6 +2,7 @@
 value, each naming the argument, what was found and what would be right."""
 
 import contextlib
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -95,6 +96,18 @@ def dropout_probability(x: Any) -> float:
     if not 0.0 <= x < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), found {x}")
     return x
+
+
+def softmax_scale(x: Any, head_dim: int) -> float:
+    """softmax_scale as a float, by default 1/sqrt(head_dim)."""
+    return 1 / math.sqrt(head_dim) if x is None else real("softmax_scale", x)
+
+
+def int32_offsets(cu_seqlens: Tensor) -> Tensor:
+    """cu_seqlens of int64 in int32, with what does not fit at its ends, where checks find it; else itself."""
+    if cu_seqlens.dtype != torch.int64:
+        return cu_seqlens
+    return cu_seqlens.clamp(-(2**31), 2**31 - 1).int()
 
 
 def not_negative(name: str, x: Any) -> int:

@@ -53,8 +53,8 @@ def mask_tokens(
             captured CUDA graph follows the tensor, while all its replays have the same int.
         positions: int64, the shape of input_ids: the stable identity of each token in the corpus. Default:
             its flat index in the batch.
-        cu_seqlens: int32 [sequences + 1], for packed input: where each sequence begins, and the total.
-            Without it packed input is one sequence; each row of padded input is one.
+        cu_seqlens: int32 or int64 [sequences + 1], for packed input: where each sequence begins and, last,
+            the total. Without it packed input is one sequence; each row of padded input is one.
         mlm_probability: the share of candidates to choose. A candidate is a token that is not special or,
             with `subword`, a word of such tokens.
         mask_fraction, random_fraction: the shares of the chosen that become [MASK] and a random token.
@@ -93,6 +93,8 @@ def mask_tokens(
         _library.check_range("mask_tokens", "input_ids", input_ids, vocab_size)
         if cu_seqlens is not None:
             _library.check_cu_seqlens("mask_tokens", cu_seqlens, input_ids.numel())
+    if cu_seqlens is not None:
+        cu_seqlens = _arguments.int32_offsets(cu_seqlens)
     seed = _library.checked_seed(seed, "input_ids", input_ids)
     on_host = not isinstance(seed, Tensor)
     output, labels = torch.ops.mtfast.mask_tokens(

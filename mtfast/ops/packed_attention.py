@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mtfast.ops import _arguments, _library
-from mtfast.ops._philox import dropout_threshold, philox
 
 _library.load()
 
-HEAD_DIMS = (32, 64, 128)
+HEAD_DIMS = (32, 64, 128, 256)  # that there are kernels for; any other takes those of the next
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -31,11 +30,11 @@ def packed_attention(
     """softmax(softmax_scale * q k^T) v inside each sequence; no token sees another sequence.
 
     Args:
-        q, k, v: [total, heads, head_dim], bfloat16, float16 or float32 (float64 on the CPU), head_dim 32, 64
-            or 128; any strides as long as the last dimension is contiguous (views of a fused projection are
-            fine).
+        q, k, v: [total, heads, head_dim], bfloat16, float16 or float32 (float64 on the CPU), head_dim at most
+            256: 32, 64, 128 and 256 are taken as they are, with any strides as long as the last dimension
+            is contiguous (views of a fused projection are fine); else copies are, filled up with zeros.
         cu_seqlens: int32 [sequences + 1], where each sequence begins and, last, the total. Empty sequences
-            (a repeated value) are allowed.
+            (a repeated value) are allowed. Of int64 each call makes one of int32.
         max_seqlen: at least the longest sequence's length; a host integer, so that nothing syncs.
         dropout_p: probability in [0, 1) with which an attention weight is dropped, resolved to 1/65536.
         softmax_scale: default 1/sqrt(head_dim).
@@ -57,15 +56,8 @@ def packed_attention(
     """
     q, k, v = _autocast(q=q, k=k, v=v)
     max_seqlen, dropout_p = _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
-    out, stats = _calls["packed_attention"](
-        q,
-        k,
-        v,
-        cu_seqlens,
-        max_seqlen,
-        dropout_p,
-        _scale(softmax_scale, q),
-        _library.seed_tensor(seed, dropout_p, "q", q),
+    out, stats = _attend(
+        "packed_attention", (q, k, v), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed
     )
     return (out, lse_of(stats)) if return_lse else out
 
@@ -86,13 +78,8 @@ def packed_attention_qkv(
         raise ValueError(f"qkv must be [total, 3, heads, head_dim], found {list(qkv.shape)}")
     q, k, v = qkv.unbind(1)
     max_seqlen, dropout_p = _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, q_name="qkv")
-    out, stats = _calls["packed_attention_qkv"](
-        qkv,
-        cu_seqlens,
-        max_seqlen,
-        dropout_p,
-        _scale(softmax_scale, q),
-        _library.seed_tensor(seed, dropout_p, "qkv", q),
+    out, stats = _attend(
+        "packed_attention_qkv", (qkv,), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed, "qkv"
     )
     return (out, lse_of(stats)) if return_lse else out
 
@@ -116,32 +103,26 @@ def packed_attention_cls(
     """
     q, k, v = _autocast(q=q, k=k, v=v)
     max_seqlen, dropout_p = _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, cls=True)
-    out, _ = _calls["packed_attention_cls"](
-        q,
-        k,
-        v,
-        cu_seqlens,
-        max_seqlen,
-        dropout_p,
-        _scale(softmax_scale, q),
-        _library.seed_tensor(seed, dropout_p, "q", q),
-    )
-    return out
+    return _attend("packed_attention_cls", (q, k, v), cu_seqlens, max_seqlen, dropout_p, softmax_scale, seed)[
+        0
+    ]
 
 
 class PackedSelfAttention(nn.Module):
     """Multi-head self-attention over a packed batch: fused projection, `packed_attention`, no output layer.
 
     Args:
-        hidden: width of the input and of the output; heads * head_dim with head_dim 32, 64 or 128.
+        hidden: width of the input and of the output; heads * head_dim with head_dim at most 256.
         heads: number of heads.
         dropout_p: of the attention weights, active in train mode.
     """
 
     def __init__(self, hidden: int, heads: int, dropout_p: float = 0.0) -> None:
         super().__init__()
-        if hidden % heads or hidden // heads not in HEAD_DIMS:
-            raise ValueError(f"hidden / heads must be one of {HEAD_DIMS}, found {hidden} / {heads}")
+        if hidden % heads or not 0 < hidden // heads <= HEAD_DIMS[-1]:
+            raise ValueError(
+                f"hidden / heads must be a whole number of at most {HEAD_DIMS[-1]}, found {hidden} / {heads}"
+            )
         self.hidden = hidden
         self.heads = heads
         self.dropout_p = dropout_p
@@ -174,108 +155,29 @@ class PackedSelfAttention(nn.Module):
         return out.flatten(1)
 
 
-def packed_attention_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def _attend(
+    op: str,
+    tensors: tuple[Tensor, ...],
     cu_seqlens: Tensor,
     max_seqlen: int,
-    *,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    seed: int | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same mathematics in eager PyTorch on padded tensors, in q's dtype: (out, lse)."""
-    rows, inside = _padded_rows(cu_seqlens, max_seqlen, k.size(0))
-    place = torch.arange(max_seqlen, device=q.device)
-    begin = cu_seqlens[:-1].long()[:, None, None]
-    keep = dropout_keep_ref(begin, place[:, None], place[None], q.size(1), dropout_p, seed)
-    padded, lse = _attend_ref(q[rows], k[rows], v[rows], inside, dropout_p, softmax_scale, keep)
-    return padded[inside], lse.transpose(0, 1)[:, inside]
-
-
-def packed_attention_cls_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    seed: int | Tensor | None = None,
-) -> Tensor:
-    """`packed_attention_cls` in eager PyTorch on padded tensors."""
-    rows, inside = _padded_rows(cu_seqlens, max_seqlen, k.size(0))
-    place = torch.arange(max_seqlen, device=q.device)
-    begin = cu_seqlens[:-1].long()[:, None, None]
-    keep = dropout_keep_ref(begin, begin.new_zeros(1, 1), place[None], q.size(1), dropout_p, seed)
-    out, _ = _attend_ref(q[:, None], k[rows], v[rows], inside, dropout_p, softmax_scale, keep)
-    return out[:, 0] * inside.any(1)[:, None, None].to(out.dtype)
-
-
-def dropout_keep_ref(
-    begin: Tensor, row: Tensor, column: Tensor, heads: int, dropout_p: float, seed: int | Tensor | None
-) -> Tensor | None:
-    """Which weights the kernels keep: bool [..., heads, rows, columns] for int64 begin [..., 1, 1], where
-    each sequence begins in the packed batch, and row [rows, 1] and column [1, columns], the places of query
-    and key in it; None without dropout.
-
-    One Philox 4x32-7 call gives eight 16-bit draws: of rows r and r + 8 of 16 and of columns 2 t, 2 t + 1,
-    2 t + 8 and 2 t + 9 of 16, as csrc/packed_attention.h says. A weight is kept where its draw is at least
-    round(65536 * dropout_p).
-    """
-    threshold = dropout_threshold(dropout_p)
-    if threshold == 0:
-        return None
-    assert seed is not None
-    head = torch.arange(heads, device=row.device)[:, None, None]
-    words = philox(
-        (begin + row // 16 * 16 + row % 8).unsqueeze(-3),
-        column // 16 * 4 + column % 8 // 2,
-        head,
-        torch.full_like(head, _PURPOSE),
-        int(seed),
-    )
-    lower, right = row % 16 // 8 == 1, column % 16 // 8 == 1
-    word = torch.where(right, torch.where(lower, words[3], words[2]), torch.where(lower, words[1], words[0]))
-    return ((word >> (16 * (column % 2))) & 0xFFFF) >= threshold
-
-
-_PURPOSE = 4  # Purpose::kAttentionDropout of csrc/device/philox.cuh
-
-
-def _padded_rows(cu_seqlens: Tensor, max_seqlen: int, total: int) -> tuple[Tensor, Tensor]:
-    """Token of each padded place [sequences, max_seqlen], and whether there is one."""
-    bounds = cu_seqlens.long()
-    rows = bounds[:-1, None] + torch.arange(max_seqlen, device=cu_seqlens.device)
-    inside = rows < bounds[1:, None]
-    return rows.clamp(max=max(total - 1, 0)), inside
-
-
-def _attend_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inside: Tensor,
     dropout_p: float,
-    scale: float | None,
-    keep: Tensor | None,
+    softmax_scale: float | None,
+    seed: int | Tensor | None,
+    name: str = "q",
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = (q @ k.transpose(-1, -2)) * _scale(scale, q)
-    scores = scores.masked_fill(~inside[:, None, None, :], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1)
-    if keep is not None:
-        weights = weights * keep * (65536 / (65536 - dropout_threshold(dropout_p)))
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (weights @ v).transpose(1, 2), scores.to(wide).logsumexp(-1)
-
-
-def _scale(softmax_scale: float | None, q: Tensor) -> float:
-    if softmax_scale is None:
-        return 1 / math.sqrt(q.size(-1))
-    return _arguments.real("softmax_scale", softmax_scale)
+    """The op on tensors of a head_dim that it has kernels for: zeros behind the last number add nothing to
+    a product."""
+    head_dim = tensors[0].size(-1)
+    wide = head_dim if head_dim in HEAD_DIMS else next(size for size in HEAD_DIMS if size > head_dim)
+    out, stats = _calls[op](
+        *(x if wide == head_dim else nn.functional.pad(x, (0, wide - head_dim)) for x in tensors),
+        _arguments.int32_offsets(cu_seqlens),
+        max_seqlen,
+        dropout_p,
+        _arguments.softmax_scale(softmax_scale, head_dim),
+        _library.seed_tensor(seed, dropout_p, name, tensors[0]),
+    )
+    return (out if wide == head_dim else out[..., :head_dim]), stats
 
 
 def _autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
@@ -316,16 +218,17 @@ def _check(
     for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
         if x.device != device:
             raise ValueError(f"{name} must be on {q_name}'s device {device}, found {x.device}")
-    if shape[2] not in HEAD_DIMS:
-        raise ValueError(f"head_dim must be one of {HEAD_DIMS}, found {shape[2]}")
+    if not 0 < shape[2] <= HEAD_DIMS[-1]:
+        raise ValueError(f"head_dim must be at most {HEAD_DIMS[-1]}, found {shape[2]}")
     if k_shape != v.shape or k_shape[1:] != shape[1:]:
         raise ValueError(
             f"q, k and v must agree in heads and head_dim, and k and v in all, found {list(shape)}, "
             f"{list(k_shape)} and {list(v.shape)}"
         )
-    if cu_seqlens.dim() != 1 or cu_seqlens.size(0) < 1 or cu_seqlens.dtype != torch.int32:
+    if cu_seqlens.dim() != 1 or cu_seqlens.size(0) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(
-            f"cu_seqlens must be int32 [sequences + 1], found {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            "cu_seqlens must be int32 or int64 [sequences + 1], found "
+            f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
     rows = cu_seqlens.size(0) - 1 if cls else k_shape[0]
     if not _arguments.equal(shape[0], rows):
