@@ -39,12 +39,17 @@ class Batch:
 
     @classmethod
     def random(
-        cls, lengths: Sequence[int], dtype: torch.dtype, device: torch.device, dropout_p: float
+        cls,
+        lengths: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        dropout_p: float,
+        head_dim: int = HEAD_DIM,
     ) -> Batch:
         """Normally distributed tensors for sequences of these lengths."""
         total = sum(lengths)
-        qkv = torch.randn(total, 3, HEADS, HEAD_DIM, device=device, dtype=dtype, requires_grad=True)
-        dout = torch.randn(total, HEADS, HEAD_DIM, device=device, dtype=dtype)
+        qkv = torch.randn(total, 3, HEADS, head_dim, device=device, dtype=dtype, requires_grad=True)
+        dout = torch.randn(total, HEADS, head_dim, device=device, dtype=dtype)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
         return cls(tuple(lengths), qkv, dout, cu_seqlens, dropout_p)
 
@@ -68,7 +73,7 @@ class Batch:
         """q, k, v (leaves) and dout, each [sequences, heads, max_seqlen, head_dim] and contiguous."""
         tensors = []
         for x in (*self.apart, self.dout):
-            wide = x.new_zeros(*self.inside.shape, HEADS, HEAD_DIM)
+            wide = x.new_zeros(*self.inside.shape, *x.shape[1:])
             wide[self.inside] = x.detach()
             tensors.append(wide.transpose(1, 2).contiguous())
         return (*(x.requires_grad_() for x in tensors[:3]), tensors[3])

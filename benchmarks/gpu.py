@@ -154,6 +154,7 @@ def part_2(place: Place) -> list[Step]:
     return [
         build(place),
         *(measured(place, op, *of_ops[op]) for op in OPS if op in place.ops),
+        *(attention_in_use(place) if "packed_attention" in place.ops else ()),
         ncu(place),
         real_steps(place, "finetune_step", 130),
         real_steps(place, "pretrain_step", 100),
@@ -165,6 +166,16 @@ def part_2(place: Place) -> list[Step]:
             "--layers 1 --hidden 64 --heads 2 --examples 4 --no-compile",
             why_not=missing("transformers"),
         ),
+    ]
+
+
+def attention_in_use(place: Place) -> list[Step]:
+    """packed_attention with other arguments than its kernels' own, and in a model of transformers."""
+    without = missing("transformers")
+    small = "--shapes minilm --sentences 3 --dtypes float32"
+    return [
+        measured(place, "attention_arguments", 10, "--tokens 64"),
+        measured(place, "bert_attention", 20, small, why_not=without),
     ]
 
 

@@ -291,7 +291,7 @@ def test_rehearsal(tmp_path, full_sweep):
     assert Counter(case["op"] for case in cases) == smoked
     (table,) = results.glob("*.csv")
     measured = {line.split(",")[0] for line in table.read_text().split("\n")[1:-1]}
-    assert measured == {"peaks", *gpu.OPS, "steps"}
+    assert measured == {"peaks", *gpu.OPS, "attention_arguments", "bert_attention", "steps"}
 
 
 def test_make_uses_a_python_with_cuda(tmp_path):
