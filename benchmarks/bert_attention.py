@@ -62,9 +62,6 @@ def compare(
     register_attention()
     padded, flat = batches_of(draw_examples("sst", sentences), device)
     inside = padded["attention_mask"].bool()
-    config = transformers.BertConfig(
-        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=12
-    )
     contenders: list[tuple[str, bool]] = [(BASELINE, False), ("eager", False), (NAME, False), (NAME, True)]
     if device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available():
         contenders += [("flash_attention_2", False), ("flash_attention_2", True)]
@@ -72,6 +69,10 @@ def compare(
     states = None
     for attention, unpadded in contenders:
         torch.manual_seed(0)
+        # Of each its own, which is where the name of the attention stays.
+        config = transformers.BertConfig(
+            num_hidden_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=12
+        )
         model = transformers.BertModel._from_config(config, attn_implementation=attention, dtype=dtype)
         model = model.to(device).eval()
         batch = flat if unpadded else padded
@@ -105,7 +106,7 @@ def batches_of(lengths: Sequence[int], device: torch.device) -> tuple[Batch, Bat
     return there[0], there[1]
 
 
-def step(model: torch.nn.Module, batch: Batch) -> None:
-    """Forward and backward; what it leaves are gradients of the weights."""
-    model.zero_grad()
-    model(**batch).last_hidden_state.float().square().mean().backward()
+def step(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """Forward and backward: the gradients of the weights."""
+    weights = [weight for name, weight in model.named_parameters() if "pooler" not in name]
+    return torch.autograd.grad(model(**batch).last_hidden_state.float().square().mean(), weights)

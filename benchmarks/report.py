@@ -17,7 +17,7 @@ from mtfast.experiments import ALL_RECIPES, EXPERIMENTS
 from mtfast.tasks import METRICS_OF
 
 ROOT = RESULTS.parents[1]
-PAGES = ("README.md", "docs/paper.md", "docs/performance.md")
+PAGES = ("README.md", "docs/packed_attention.md", "docs/paper.md", "docs/performance.md")
 SECTION = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -28,14 +28,18 @@ def small_config(kind: str = "bert", **changes):
     )
     if kind == "distilbert":
         shape = dict(dim=64, n_layers=2, n_heads=2, hidden_dim=96)
-    return KINDS[kind][0](**shape | {"vocab_size": 99, "initializer_range": 0.3} | changes)
+    return KINDS[kind][0](**shape | {"vocab_size": 99, "initializer_range": 0.1} | changes)
 
 
 def pair_of(kind: str = "bert", **changes):
     """A model with SDPA and one with packed attention, with the same weights and without dropout."""
     torch.manual_seed(0)
-    config = small_config(kind, **changes)
-    models = [KINDS[kind][1]._from_config(config, attn_implementation=name) for name in ("sdpa", "mtfast")]
+    names = ("sdpa", "mtfast")
+    # Of each its own configuration, which is where the name of the attention stays.
+    models = [
+        KINDS[kind][1]._from_config(small_config(kind, **changes), attn_implementation=name) for name in names
+    ]
+    assert tuple(model.config._attn_implementation for model in models) == names
     models[1].load_state_dict(models[0].state_dict())
     return [model.eval() for model in models]
 
