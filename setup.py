@@ -6,16 +6,26 @@ Environment: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, MTFAST_SKIP_CUDA_BUILD=1
 """
 
 import os
+import shutil
 import sys
 from glob import glob
 from pathlib import Path
 
-import pybind11
-import torch
 from setuptools import Extension, setup
 
 sys.path.insert(0, str(Path(__file__).parent))  # which builds do not have there by themselves
+from mtfast.packages import cannot_build
 from mtfast.toolkit import toolkit
+
+if why_not := cannot_build():
+    raise SystemExit(f"mtfast: {why_not}")
+if not shutil.which("ninja"):  # as where this Python's environment is not activated
+    import ninja
+
+    os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
+
+import pybind11
+import torch
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # torch 2.10
 

@@ -32,7 +32,10 @@ if not TYPE_CHECKING:  # which knows the names above, and no others
     def __getattr__(name: str) -> Any:
         if name not in _WHERE:
             raise AttributeError(f"module 'mtfast' has no attribute {name!r}")
-        module = importlib.import_module(_WHERE[name])
+        from mtfast.packages import explained
+
+        with explained():
+            module = importlib.import_module(_WHERE[name])
         return module if name == "recipes" else getattr(module, name)
 
 

@@ -27,7 +27,8 @@ from mtfast.data.demo import write_demo_corpus
 from mtfast.evaluate import Evaluation, predict_file
 from mtfast.experiments import EXPERIMENTS, directory_of, pretrain_alike, runs_of
 from mtfast.files import to_yaml, write_text
-from mtfast.machine import cpu_has_bfloat16, device_name, version_of
+from mtfast.machine import cpu_has_bfloat16, device_name
+from mtfast.packages import version_of
 from mtfast.predict import load
 from mtfast.push import push
 from mtfast.recipes import DEMO_CORPUS

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from mtfast.packages import explained
+
+with explained():
+    import tyro
 
 from mtfast.errors import FieldError, shown
 from mtfast.hints import PATH_WANTED, fits, in_words, is_path, settings

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 
-from mtfast.machine import cpu_has_bfloat16, cpu_name, version_of
+from mtfast.machine import cpu_has_bfloat16, cpu_name
+from mtfast.packages import BUILD, SOURCE, Requirement, install_command, parsed, version_of
 from mtfast.toolkit import homes, toolkit
 
-BUILD_TOOLS = ("setuptools>=77", "ninja>=1.11", "pybind11>=2.13")  # those of pyproject.toml
 OPS = {  # op: its module in mtfast.ops, and its eager reference there
     "mask_tokens": ("mask_tokens", "mask_tokens_ref"),
     "concat_mlp": ("concat_mlp", "concat_mlp_ref"),
@@ -31,19 +30,16 @@ OPS = {  # op: its module in mtfast.ops, and its eager reference there
     "packed_attention_cls": ("packed_attention", "packed_attention_cls_ref"),
 }
 PIP = f"{shlex.quote(sys.executable)} -m pip"
-SOURCE = Path(__file__).resolve().parents[1]
-REBUILD = f"{PIP} install --no-build-isolation -e " + (
-    shlex.quote(str(SOURCE)) if (SOURCE / "setup.py").is_file() else "., in a clone of mtfast"
-)
+REBUILD = install_command(pip=PIP)
 APEX = "https://github.com/NVIDIA/apex"
 
 
 def collect() -> dict[str, Any]:
     """Everything `render` prints, as plain values.
 
-    Keys: `versions` (name -> version or None), `devices` (lines), `build` (name -> what is found or None),
-    `ops` (name -> {"cuda", "cpu", "reference", "runs"}), `apex` (lines), `problems` (list of {"problem",
-    "remedy"}).
+    Keys: `versions` (of what the ops need), `training` and `building` (name -> version or None), `devices`
+    (lines), `build` (name -> what is found or None), `ops` (name -> {"cuda", "cpu", "reference", "runs"}),
+    `apex` (lines), `problems` (list of {"problem", "remedy"}).
     """
     problems: list[dict[str, str]] = []
 
@@ -53,18 +49,20 @@ def collect() -> dict[str, Any]:
     versions = {"mtfast": version_of("mtfast"), "python": platform.python_version()}
     if versions["mtfast"] is None:
         missing("mtfast is not installed, so what else it needs is not known", REBUILD)
-    for wanted in _requirements():
-        found = versions[wanted.name] = version_of(wanted.name)  # from the metadata: importing takes seconds
-        if found is None or not wanted.specifier.contains(found, prereleases=True):
-            what = "not installed" if found is None else f"{found}; it should be {wanted.specifier}"
-            missing(f"the package {wanted.name} is {what}", f"{PIP} install {shlex.quote(str(wanted))}")
+    declared = _declared()
+    versions |= _versions([wanted for wanted in declared if not wanted.extra], missing)
+    training = _versions([wanted for wanted in declared if wanted.extra == "train"], missing)
+    # What is installed from a wheel is built.
+    from_source = (SOURCE / "setup.py").is_file()
+    tools = [wanted for wanted in parsed(BUILD) if wanted.name != "torch"]
+    building = _versions(tools, missing if from_source else lambda *_: None)
     compilers = _cuda_compilers()
     build = {
         "C++ compiler": _first_line([*_compiler().split(), "--version"]),
         "nvcc": _nvcc(compilers),
         "CUDA of torch": torch.version.cuda,
     }
-    if build["C++ compiler"] is None:
+    if build["C++ compiler"] is None and from_source:
         missing(f"no C++ compiler: {_compiler()} does not run", "install g++ or clang++, or set CXX")
     ops = _ops(missing)
     if importlib.util.find_spec("mtfast._planner") is None:
@@ -78,6 +76,8 @@ def collect() -> dict[str, Any]:
         )
     return {
         "versions": versions,
+        "training": training,
+        "building": building,
         "devices": _devices(),
         "build": build,
         "ops": ops,
@@ -89,13 +89,15 @@ def collect() -> dict[str, Any]:
 def render() -> str:
     """`collect` as text for people."""
     found = collect()
-    lines = ["Versions"]
-    lines += [f"  {name:16}{version or 'not installed'}" for name, version in found["versions"].items()]
+
+    def listed(part: str, without: str = "not installed") -> list[str]:
+        return [f"  {name:16}{value or without}" for name, value in found[part].items()]
+
     apex, *how = found["apex"]
-    lines += [f"  {'NVIDIA apex':16}{apex}", *(f"    {line}" for line in how), "", "Devices"]
-    lines += [f"  {line}" for line in found["devices"]]
-    lines += ["", "Build"]
-    lines += [f"  {name:16}{value or 'none'}" for name, value in found["build"].items()]
+    lines = ["Versions", *listed("versions"), "", "Training (the extra train, of which the ops need nothing)"]
+    lines += [*listed("training"), f"  {'NVIDIA apex':16}{apex}", *(f"    {line}" for line in how)]
+    lines += ["", "Devices", *(f"  {line}" for line in found["devices"])]
+    lines += ["", "Build", *listed("building"), *listed("build", "none")]
     lines += ["", f"{'Ops':26}{'CUDA':8}{'CPU':8}{'reference':12}here"]
     for name, op in found["ops"].items():
         marks = ["yes" if op[kind] else "no" for kind in ("cuda", "cpu", "reference")]
@@ -119,14 +121,30 @@ def _first_line(command: list[str]) -> str | None:
     return done.stdout.strip().split("\n")[0]
 
 
-def _requirements() -> list[Requirement]:
-    """What mtfast and building it need, extras apart."""
+def _declared() -> list[Requirement]:
+    """What mtfast needs, with its extras."""
     try:
-        declared = metadata.requires("mtfast") or []
+        return parsed(metadata.requires("mtfast") or [])
     except metadata.PackageNotFoundError:
-        declared = []
-    found = [Requirement(text) for text in (*declared, *BUILD_TOOLS)]
-    return [wanted for wanted in found if wanted.marker is None or wanted.marker.evaluate({"extra": ""})]
+        return []
+
+
+def _versions(requirements: list[Requirement], missing: Any) -> dict[str, str | None]:
+    """The version of each package, from its metadata: importing takes seconds.
+
+    Reports those that are too old or not installed, all that the extra lacks as one problem.
+    """
+    found = {wanted.name: version_of(wanted.name) for wanted in requirements}
+    absent = [wanted.name for wanted in requirements if wanted.extra and found[wanted.name] is None]
+    if absent:
+        problem = f"training, but not the ops, needs packages that are not installed: {', '.join(absent)}"
+        missing(problem, install_command("train", PIP))
+    for wanted in requirements:
+        version = found[wanted.name]
+        if wanted.name not in absent and not wanted.met_by(version):
+            what = "not installed" if version is None else f"{version}; it should be >={wanted.oldest}"
+            missing(f"the package {wanted.name} is {what}", f"{PIP} install {shlex.quote(str(wanted))}")
+    return found
 
 
 def _cuda_compilers() -> dict[Path, str]:

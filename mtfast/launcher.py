@@ -31,6 +31,19 @@ def whereabouts() -> str:
     return f"rank {rank()} on {socket.gethostname()}"
 
 
+def answer(text: str) -> None:
+    """Print it, once for all processes."""
+    if is_main():
+        print(text.rstrip("\n"))
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Leave with status `code`, and say why once for all processes. Raises SystemExit."""
+    if is_main():
+        print(f"mtfast: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 def end_process(code: int) -> NoReturn:
     """End this process with status `code`, after what atexit has to do.
 

@@ -1,19 +1,10 @@
-"""This machine: the names of its devices, and the versions of what is installed."""
+"""This machine: the names of its devices."""
 
 import platform
 import re
-from importlib import metadata
 from pathlib import Path
 
 import torch
-
-
-def version_of(package: str) -> str | None:
-    """Of an installed package, from its metadata; None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_name() -> str:

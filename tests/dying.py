@@ -9,7 +9,7 @@ import torch.distributed as dist
 from small_tokenizer import small_tokenizer
 from transformers import BertConfig
 
-from mtfast import cli, commands
+from mtfast import cli, commands, invocation
 from mtfast.commands import open_directory
 from mtfast.config import DataConfig, RunConfig
 from mtfast.data.rows import DataError
@@ -33,7 +33,7 @@ def die(cause: Callable[[int], object]) -> None:
         cause(ranks.rank())
         ranks.barrier()
 
-    cli._parsed = lambda *_: (cli.NoOptions(), paper())  # which takes half a second to read
+    invocation._parsed = lambda *_: (invocation.NoOptions(), paper())  # which takes half a second to read
     directory.SHARED_SECONDS, failure.PATIENCE_SECONDS = 0.5, 1.0
     commands.execute = execute
     cli.main(["report", "demo"])

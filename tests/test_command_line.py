@@ -15,6 +15,7 @@ from patience import PATIENCE
 
 from mtfast import cli
 from mtfast.experiments import ALL_RECIPES
+from mtfast.invocation import COMMANDS
 from mtfast.recipes import paper
 from mtfast.training.engine import ranks
 
@@ -146,7 +147,7 @@ def test_other_ranks_say_nothing(monkeypatch, capsys):
 def test_help_without_a_recipe_lists_commands_and_recipes(arguments, capsys):
     cli.main(arguments)
     text = capsys.readouterr().out
-    for name in (*cli.COMMANDS, "doctor", *ALL_RECIPES):
+    for name in (*COMMANDS, "doctor", *ALL_RECIPES):
         assert re.search(rf"^  {name} +\w", text, re.MULTILINE)
 
 

@@ -1,7 +1,5 @@
 """`mtfast doctor`: what it says is what is there, and what is missing comes with a remedy."""
 
-import json
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,7 +23,7 @@ def found():
 
 def test_versions_are_those_installed(found):
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert found["versions"]["deepspeed"] == metadata.version("deepspeed")
+    assert found["training"]["deepspeed"] == metadata.version("deepspeed")
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
@@ -45,7 +43,15 @@ def test_ops_say_what_is_compiled_in(found):
 
 def test_rendered_text_names_everything(found):
     text = doctor.render()
-    for name in (*doctor.OPS, *found["versions"], "C++ compiler", "nvcc", "NVIDIA apex", "CPU:"):
+    parts = (found["versions"], found["training"], found["building"])
+    for name in (
+        *doctor.OPS,
+        *(name for part in parts for name in part),
+        "C++ compiler",
+        "nvcc",
+        "NVIDIA apex",
+        "CPU:",
+    ):
         assert name in text
     for entry in found["problems"]:
         assert entry["problem"] in text and f"remedy: {entry['remedy']}" in text
@@ -71,20 +77,37 @@ def test_a_library_that_is_not_built_is_reported(monkeypatch, tmp_path):
 
 
 def test_packages_that_are_missing_or_too_old_and_a_compiler_are_reported(monkeypatch):
-    """Extras, and what is for another system, are not missed."""
-    declared = ["no-such-package>=2", "torch>=2.10", "tyro>=999", "rich<1; python_version < '3'"]
-    monkeypatch.setattr(metadata, "requires", lambda name: [*declared, "no-tensorboard; extra == 'logs'"])
+    """What the extra train lacks as one; other extras are not missed."""
+    declared = ["torch>=2.10", "numpy>=999", "no-tensorboard>=1; extra == 'logs'", "ruff"]
+    declared += [f"{name}; extra == 'train'" for name in ("no-such-package>=2", "nor-this>=1", "tyro>=999")]
+    monkeypatch.setattr(metadata, "requires", lambda name: declared)
     monkeypatch.setattr(doctor, "PIP", "python -m pip")
     monkeypatch.setenv("CXX", "/no/such/compiler")
     found = doctor.collect()
+
+    def too_old(name: str) -> dict[str, str]:
+        problem = f"the package {name} is {metadata.version(name)}; it should be >=999"
+        return {problem: f"python -m pip install '{name}>=999'"}
+
     assert {entry["problem"]: entry["remedy"] for entry in found["problems"]} == {
-        "the package no-such-package is not installed": "python -m pip install 'no-such-package>=2'",
-        f"the package tyro is {metadata.version('tyro')}; it should be >=999": (
-            "python -m pip install 'tyro>=999'"
+        **too_old("numpy"),
+        "training, but not the ops, needs packages that are not installed: no-such-package, nor-this": (
+            "python -m pip install 'mtfast[train]'"
         ),
+        **too_old("tyro"),
         "no C++ compiler: /no/such/compiler does not run": "install g++ or clang++, or set CXX",
     }
-    assert "rich" not in found["versions"] and "no-tensorboard" not in found["versions"]
+    assert set(found["versions"]) == {"mtfast", "python", "torch", "numpy"}
+    assert set(found["training"]) == {"no-such-package", "nor-this", "tyro"}
+
+
+def test_what_builds_is_not_missed_where_nothing_is_to_be_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "SOURCE", tmp_path)  # as site-packages, without setup.py
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "ninja" else "1000")
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    found = doctor.collect()
+    assert found["building"]["ninja"] is None and found["build"]["C++ compiler"] is None
+    assert not any("ninja" in entry["problem"] or "C++" in entry["problem"] for entry in found["problems"])
 
 
 def test_without_metadata_it_says_that_mtfast_is_not_installed(monkeypatch):
@@ -96,12 +119,6 @@ def test_without_metadata_it_says_that_mtfast_is_not_installed(monkeypatch):
     (entry,) = doctor.collect()["problems"]
     assert entry["problem"].startswith("mtfast is not installed")
     assert entry["remedy"] == doctor.REBUILD
-
-
-def test_build_tools_are_those_of_the_build():
-    text = (Path(doctor.__file__).parents[1] / "pyproject.toml").read_text()
-    required = json.loads(re.search(r"^requires = (\[.*\])$", text, re.MULTILINE)[1])
-    assert {name for name in required if not name.startswith("torch")} == set(doctor.BUILD_TOOLS)
 
 
 def test_remedies_are_for_this_python_and_this_source():

@@ -13,6 +13,7 @@ FLOORS = {
     "machine": 0,
     "launcher": 0,
     "toolkit": 0,
+    "packages": 0,
     "errors": 0,
     "hints": 0,
     "durable": 0,
@@ -44,7 +45,8 @@ FLOORS = {
     "push": 8,
     "commands": 9,
     "run": 10,
-    "cli": 10,
+    "invocation": 10,
+    "cli": 11,
 }
 FLOORS_OF_TRAINING = {
     "engine": 0,

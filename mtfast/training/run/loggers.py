@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtfast.config import STAGES, ConfigError, LoggerName, RunConfig, to_dict
 from mtfast.files import naming, write_text
-from mtfast.machine import version_of
+from mtfast.packages import version_of
 from mtfast.training.engine import ranks
 
 from .directory import Listener
