@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import platform
@@ -20,14 +19,14 @@ from mtfast.machine import cpu_has_bfloat16, cpu_name
 from mtfast.packages import BUILD, SOURCE, Requirement, install_command, parsed, version_of
 from mtfast.toolkit import homes, toolkit
 
-OPS = {  # op: its module in mtfast.ops, and its eager reference there
-    "mask_tokens": ("mask_tokens", "mask_tokens_ref"),
-    "concat_mlp": ("concat_mlp", "concat_mlp_ref"),
-    "bias_gelu": ("bias_gelu", "bias_gelu_ref"),
-    "dropout_add_layer_norm": ("dropout_add_layer_norm", "dropout_add_layer_norm_ref"),
-    "packed_attention": ("packed_attention", "packed_attention_ref"),
-    "packed_attention_qkv": ("packed_attention", "packed_attention_ref"),
-    "packed_attention_cls": ("packed_attention", "packed_attention_cls_ref"),
+OPS = {  # op: its eager reference
+    "mask_tokens": "mask_tokens_ref",
+    "concat_mlp": "concat_mlp_ref",
+    "bias_gelu": "bias_gelu_ref",
+    "dropout_add_layer_norm": "dropout_add_layer_norm_ref",
+    "packed_attention": "packed_attention_ref",
+    "packed_attention_qkv": "packed_attention_ref",
+    "packed_attention_cls": "packed_attention_cls_ref",
 }
 PIP = f"{shlex.quote(sys.executable)} -m pip"
 REBUILD = install_command(pip=PIP)
@@ -189,6 +188,7 @@ def _ops(missing: Any) -> dict[str, dict[str, Any]]:
     """Of each op: whether CUDA, CPU and reference implementation are there, and which one runs here."""
     nothing = {"cuda": False, "cpu": False, "reference": False, "runs": "none"}
     try:
+        from mtfast import ops
         from mtfast.ops import _library
 
         _library.load()
@@ -196,7 +196,7 @@ def _ops(missing: Any) -> dict[str, dict[str, Any]]:
         missing(f"the ops cannot be loaded: {error}", REBUILD)
         return {name: dict(nothing) for name in OPS}
     table = {}
-    for name, (module, reference) in OPS.items():
+    for name, reference in OPS.items():
         compiled = {"cpu": True, "cuda": True}
         for part in (name, f"{name}_backward"):
             try:
@@ -206,7 +206,7 @@ def _ops(missing: Any) -> dict[str, dict[str, Any]]:
                     {"cpu": False, "cuda": False} if part == name else compiled
                 )  # not every op has a backward
             compiled = {device: compiled[device] and has[device] for device in compiled}
-        has_reference = hasattr(importlib.import_module(f"mtfast.ops.{module}"), reference)
+        has_reference = hasattr(ops, reference)
         runs = (
             "CUDA" if torch.cuda.is_available() and compiled["cuda"] else "CPU" if compiled["cpu"] else "none"
         )

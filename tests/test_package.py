@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PLAIN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 OPS = ("mask_tokens", "packed_attention", "concat_mlp", "bias_gelu", "dropout_add_layer_norm")
-TESTS_OF_OPS = ("conftest.py", "devices.py", "real_lengths.py")
+TESTS_OF_OPS = ("conftest.py", "devices.py", "real_lengths.py", "test_packed_attention_arguments.py")
 TESTS_OF_OPS += tuple(name for op in OPS for name in (f"test_{op}.py", f"{op}_cases.py"))
 JUNK = ("mtfast/_C.abi3.so", "build/a.py", "runs/demo/report.html", "dist/old.whl", "tests/__pycache__/a.pyc")
 # A sitecustomize with which packages are as where they are not installed.
