@@ -56,8 +56,9 @@ AttentionShape shape_of(const char* op, bool fused, const Tensor& like, const Te
   shape.total = like.size(0);
   shape.heads = like.size(like.dim() - 2);
   shape.head_dim = like.size(like.dim() - 1);
-  check(shape.head_dim == 32 || shape.head_dim == 64 || shape.head_dim == 128 || shape.head_dim == 256, op,
-        ": head_dim must be 32, 64, 128 or 256, found ", shape.head_dim);
+  const int64_t dim = shape.head_dim;
+  check(kCuda ? dim == 32 || dim == 64 || dim == 128 || dim == 256 : dim > 0 && dim % 16 == 0, op,
+        ": head_dim must be ", kCuda ? "32, 64, 128 or 256" : "a multiple of 16", ", found ", dim);
   check(shape.total < INT32_MAX, op, ": at most 2^31 - 2 tokens, found ", shape.total);
   check_same_device(op, "cu_seqlens", cu_seqlens, name, like);
   check_cu_seqlens<kCuda>(op, cu_seqlens, shape.total);

@@ -1,7 +1,8 @@
 // Packed attention on the CPU: tasks of one sequence and one head, shared out among threads as they become
 // free. A task's result does not depend on who computes it, so neither does the whole. Here a task widens its
 // rows to float scratch, transposes keys (and, backward, values) on the way, and goes through the queries in
-// blocks; those of bfloat16 are elsewhere where the processor multiplies it, packed_attention_bf16.cpp.
+// blocks; those of bfloat16 are elsewhere where the processor multiplies it, packed_attention_bf16.cpp, and
+// head_dim is a multiple of 32.
 #include "packed_attention_cpu.h"
 
 #include <algorithm>
@@ -317,7 +318,7 @@ void run_by_dtype(const Args& args, bool cls, Task<Args> bf16_task, bool is_back
   };
   switch (shape.dtype) {
     case Dtype::kBFloat16:
-      if (cls || !has_bf16_dot()) return with(bf16{}, float{});
+      if (cls || !has_bf16_dot() || shape.head_dim % 32 != 0) return with(bf16{}, float{});
       return run(args, bf16_task, scratch_of_bf16(longest(shape), shape.head_dim, is_backward), slots,
                  parallel);
     case Dtype::kFloat16:

@@ -70,11 +70,12 @@ void multiply_columns(const PairProduct& p, int64_t rows, int64_t column) {
   if (last > 0) kLast[last](p, rows - last, column);
 }
 
-// columns: 16, 32 or a multiple of 64.
+// columns: a multiple of 16.
 inline void multiply(const PairProduct& p, int64_t rows, int64_t columns) {
-  if (columns == 16) return multiply_columns<1>(p, rows, 0);
-  if (columns == 32) return multiply_columns<2>(p, rows, 0);
-  for (int64_t column = 0; column < columns; column += 64) multiply_columns<4>(p, rows, column);
+  int64_t column = 0;
+  for (; column + 64 <= columns; column += 64) multiply_columns<4>(p, rows, column);
+  for (; column + 32 <= columns; column += 32) multiply_columns<2>(p, rows, column);
+  if (column < columns) multiply_columns<1>(p, rows, column);
 }
 
 // ---- operands and results ----

@@ -15,7 +15,7 @@ from mtfast.ops import PackedSelfAttention, packed_attention, packed_attention_c
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cls", [False, True])
-@pytest.mark.parametrize("head_dim", [1, 31, 33, 80, 96, 200])
+@pytest.mark.parametrize("head_dim", [1, 31, 33, 80, 96, 160, 200])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_head_dim(dtype, head_dim, cls, device):
     """Also where rows begin at no multiple of 16 bytes."""

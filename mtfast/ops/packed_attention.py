@@ -11,7 +11,7 @@ from mtfast.ops import _arguments, _library
 
 _library.load()
 
-HEAD_DIMS = (32, 64, 128, 256)  # that there are kernels for; any other takes those of the next
+HEAD_DIMS = (32, 64, 128, 256)  # that there are CUDA kernels for
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -31,8 +31,9 @@ def packed_attention(
 
     Args:
         q, k, v: [total, heads, head_dim], bfloat16, float16 or float32 (float64 on the CPU), head_dim at most
-            256: 32, 64, 128 and 256 are taken as they are, with any strides as long as the last dimension
-            is contiguous (views of a fused projection are fine); else copies are, filled up with zeros.
+            256. 32, 64, 128 and 256, on the CPU every multiple of 16, are taken as they are, with any strides
+            as long as the last dimension is contiguous (views of a fused projection are fine). Of others
+            each call makes copies filled up with zeros to the next.
         cu_seqlens: int32 [sequences + 1], where each sequence begins and, last, the total. Empty sequences
             (a repeated value) are allowed. Of int64 each call makes one of int32.
         max_seqlen: at least the longest sequence's length; a host integer, so that nothing syncs.
@@ -165,10 +166,13 @@ def _attend(
     seed: int | Tensor | None,
     name: str = "q",
 ) -> tuple[Tensor, Tensor]:
-    """The op on tensors of a head_dim that it has kernels for: zeros behind the last number add nothing to
-    a product."""
+    """The op on tensors of a head_dim that the device has a kernel for: zeros behind the last number add
+    nothing to a product."""
     head_dim = tensors[0].size(-1)
-    wide = head_dim if head_dim in HEAD_DIMS else next(size for size in HEAD_DIMS if size > head_dim)
+    if tensors[0].device.type == "cpu":
+        wide = (head_dim + 15) // 16 * 16
+    else:
+        wide = next(size for size in HEAD_DIMS if size >= head_dim)
     out, stats = _calls[op](
         *(x if wide == head_dim else nn.functional.pad(x, (0, wide - head_dim)) for x in tensors),
         _arguments.int32_offsets(cu_seqlens),
