@@ -37,9 +37,10 @@ def load() -> None:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
+        with_cuda = "" if torch.version.cuda else ", with CUDA if it was built with CUDA kernels"
         raise ImportError(
-            f"{LIBRARY} does not load into torch {torch.__version__}: {error}. "
-            "It wants torch 2.10 or later; rebuild it with `python setup.py build_ext --inplace`."
+            f"{LIBRARY} does not load into torch {torch.__version__}: {error}. It wants torch 2.10 or later"
+            f"{with_cuda}; build it for this one: `pip install --no-build-isolation .` in a clone of mtfast."
         ) from error
 
 
