@@ -84,8 +84,9 @@ def compare_with_hugging_face(model, twin, sentences, first_segments) -> None:
             assert relative_difference(ours[name], parameter.grad) < 1e-4, name
 
 
-def test_equals_hugging_face():
-    config = small_config(initializer_range=0.15)
+@pytest.mark.parametrize("hidden_size", [64, 52])  # of two heads
+def test_equals_hugging_face(hidden_size):
+    config = small_config(hidden_size=hidden_size, initializer_range=0.15)
     model = build_pretrain_model(config)
     torch.nn.init.normal_(model.mlm.bias)
     twin = BertForPreTraining(config)
