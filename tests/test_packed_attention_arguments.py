@@ -11,15 +11,29 @@ from packed_attention_cases import DTYPES, check_random_batches, make_batch, off
 from packed_attention_cases import run_op as run
 
 from mtfast.ops import PackedSelfAttention, packed_attention, packed_attention_cls, packed_attention_qkv
+from mtfast.ops.packed_attention import kernel_head_dim
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cls", [False, True])
-@pytest.mark.parametrize("head_dim", [1, 31, 33, 80, 96, 160, 200])
+@pytest.mark.parametrize("head_dim", [5, 31, 33, 80, 96, 160, 200])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_head_dim(dtype, head_dim, cls, device):
     """Also where rows begin at no multiple of 16 bytes."""
     check_random_batches(run, range(head_dim % 5, 12, 5), head_dim, dtype, cls=cls, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head_dim", [1, 80])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_behind_the_last_number_change_nothing(dtype, head_dim, device):
+    batch = make_batch([9, 0, 70, 3], 2, head_dim, dtype, device=device)
+    zeros = kernel_head_dim(head_dim, device) - head_dim
+    q, k, v = (torch.nn.functional.pad(x, (0, zeros)) for x in batch.tensors)
+    scale = head_dim**-0.5
+    wide = packed_attention(q, k, v, batch.cu_seqlens, 70, softmax_scale=scale, dropout_p=0.1, seed=1)
+    narrow = packed_attention(*batch.tensors, batch.cu_seqlens, 70, dropout_p=0.1, seed=1)
+    assert narrow.size(2) == head_dim and torch.equal(narrow, wide[..., :head_dim])
 
 
 @pytest.mark.parametrize("device", DEVICES)

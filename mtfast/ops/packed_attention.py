@@ -156,6 +156,13 @@ class PackedSelfAttention(nn.Module):
         return out.flatten(1)
 
 
+def kernel_head_dim(head_dim: int, device_type: str) -> int:
+    """The least head_dim, from this one on, that there is a kernel for."""
+    if device_type == "cpu":
+        return (head_dim + 15) // 16 * 16
+    return next(size for size in HEAD_DIMS if size >= head_dim)
+
+
 def _attend(
     op: str,
     tensors: tuple[Tensor, ...],
@@ -169,10 +176,7 @@ def _attend(
     """The op on tensors of a head_dim that the device has a kernel for: zeros behind the last number add
     nothing to a product."""
     head_dim = tensors[0].size(-1)
-    if tensors[0].device.type == "cpu":
-        wide = (head_dim + 15) // 16 * 16
-    else:
-        wide = next(size for size in HEAD_DIMS if size >= head_dim)
+    wide = kernel_head_dim(head_dim, tensors[0].device.type)
     out, stats = _calls[op](
         *(x if wide == head_dim else nn.functional.pad(x, (0, wide - head_dim)) for x in tensors),
         _arguments.int32_offsets(cu_seqlens),

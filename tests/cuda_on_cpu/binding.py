@@ -4,12 +4,14 @@
 
 runs pytest in a process in which mtfast loads that library in place of its own, so that ops on CPU tensors
 take the way that they take on a GPU otherwise: checks, allocations, seeds, launches. Only the device guard,
-the stream and torch's own CUDA kernels are left out. As a pytest plugin this module makes the switch.
+the stream and torch's own CUDA kernels are left out. As a pytest plugin this module makes the switch, and
+tells packed_attention which head_dims there are kernels for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -68,3 +70,6 @@ def _flags() -> list[str]:
 if path := os.environ.get(LIBRARY):
     _load_library = torch.ops.load_library
     torch.ops.load_library = lambda own: _load_library(path if Path(own).stem == "_C.abi3" else own)
+    _attention = importlib.import_module("mtfast.ops.packed_attention")
+    _kernel_head_dim = _attention.kernel_head_dim
+    _attention.kernel_head_dim = lambda head_dim, _: _kernel_head_dim(head_dim, "cuda")
