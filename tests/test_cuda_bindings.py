@@ -14,7 +14,8 @@ FILES = [*(f"tests/test_{op}.py" for op in OPS), "tests/test_packed_attention_ar
 LEFT_OUT = (
     "random", "one_query_a", "twice", "million", "independent", "uniform", "200", "seeds", "large",
     "thousands", "documented", "reference_says", "exact_chooses", "threads", "notice", "gradcheck",
-    "without_gradients", "wrong_arguments", "any_head_dim", "out_of_range", "every_number", "float64", "40000",
+    "without_gradients", "wrong_arguments", "any_head_dim", "out_of_range", "every_number", "float64",
+    "40000",
 )  # fmt: skip
 FOR_THE_SWEEP = ("inf_and_nan", "order_ranks", "whole_words", "around_tiles", "compile", "export")
 
