@@ -146,7 +146,7 @@ def run() -> Run:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_batches_match_float64(dtype, head_dim, run, full_sweep):
-    numbers = range(300) if full_sweep else range(HEAD_DIMS.index(head_dim), 228, 57)
+    numbers = range(300) if full_sweep else range(head_dim // 64, 228, 57)
     check_random_batches(run, numbers, head_dim, dtype)
 
 
