@@ -42,7 +42,10 @@ def test_both_parts_fit_one_visit(tmp_path, monkeypatch):
             *("peaks", "build", "smoke", *(f"tests of {op}" for op in gpu.OPS), *tools.SANITIZERS),
             *("demo", "tests of graphs"),
         ],
-        ["build", *gpu.OPS, "ncu", "finetune_step", "pretrain_step", "steps"],
+        [
+            *("build", *gpu.OPS, "attention_arguments", "bert_attention"),
+            *("ncu", "finetune_step", "pretrain_step", "steps"),
+        ],
     ]
     assert gpu.SECONDS == {1: 240, 2: 400}
     for steps in parts:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from mtfast import hf
 from mtfast.hf import register_attention, sequences_of_mask
 
 register_attention()
@@ -223,6 +224,6 @@ def test_another_attention_is_refused():
 
 
 def test_an_older_transformers_is_named(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr(hf.transformers, "__version__", "4.57.1")
     with pytest.raises(ImportError, match=r"4\.57\.1 .* needs transformers 5\.0"):
         register_attention()
