@@ -20,6 +20,8 @@ class Kind:
 
     label_dtype: of the labels, NumPy's.
     loss: (outputs [n] or [n, classes] in float32, labels [n]) -> each example's loss [n].
+    distance: of two such outputs, [n]: the mean of the two Kullback-Leibler divergences, or the squared
+        difference of scores.
     predict: outputs -> predictions [n], int64 classes or float32 scores.
     probabilities: outputs in float32 -> of every class [n, classes], or of the label 1 [n], in float32; None
         where predictions are scores.
@@ -27,6 +29,7 @@ class Kind:
 
     label_dtype: type
     loss: Callable[[Tensor, Tensor], Tensor]
+    distance: Callable[[Tensor, Tensor], Tensor]
     predict: Callable[[Tensor], Tensor]
     probabilities: Callable[[Tensor], Tensor] | None
 
@@ -43,27 +46,45 @@ def _squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.mse_loss(outputs, labels, reduction="none")
 
 
+def _distance_of_classes(a: Tensor, b: Tensor) -> Tensor:
+    log_a, log_b = a.log_softmax(dim=-1), b.log_softmax(dim=-1)
+    return ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(dim=-1) / 2
+
+
+def _distance_of_logits(a: Tensor, b: Tensor) -> Tensor:
+    return (a.sigmoid() - b.sigmoid()) * (a - b) / 2
+
+
 KINDS: dict[str, Kind] = {
     "classification": Kind(
         np.int64,
         _cross_entropy,
+        _distance_of_classes,
         predict=lambda outputs: outputs.argmax(dim=-1),
         probabilities=lambda outputs: outputs.softmax(dim=-1),
     ),
     "binary": Kind(
         np.float32,
         _logistic,
+        _distance_of_logits,
         predict=lambda outputs: (outputs > 0).to(torch.int64),
         probabilities=torch.sigmoid,
     ),
     "regression": Kind(
-        np.float32, _squared_error, predict=lambda outputs: outputs.float(), probabilities=None
+        np.float32,
+        _squared_error,
+        _squared_error,
+        predict=lambda outputs: outputs.float(),
+        probabilities=None,
     ),
 }
 
 
 def task_losses(
-    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], rows: Mapping[str, Any]
+    tasks: Mapping[str, Task],
+    outputs: Mapping[str, Tensor],
+    rows: Mapping[str, Any],
+    rdrop_alpha: float = 0.0,
 ) -> dict[str, Tensor]:
     """Each task's loss as a scalar in float32: the weighted sum of its examples' losses.
 
@@ -72,11 +93,17 @@ def task_losses(
     Args:
         outputs: of each task's head, [n] or [n, classes].
         rows: the `TaskRows` of each task, with labels and weights [n].
+        rdrop_alpha: where it is not 0, rows 2 i and 2 i + 1 are the same example, and this times their
+            distance, weighted as one of them, is added.
     """
-    return {
-        name: (KINDS[task.kind].loss(outputs[name].float(), rows[name].labels) * rows[name].weights).sum()
-        for name, task in tasks.items()
-    }
+    losses = {}
+    for name, task in tasks.items():
+        kind, found, weights = KINDS[task.kind], outputs[name].float(), rows[name].weights
+        losses[name] = (kind.loss(found, rows[name].labels) * weights).sum()
+        if rdrop_alpha:
+            distances = kind.distance(found[0::2], found[1::2])
+            losses[name] = losses[name] + rdrop_alpha * (distances * weights[0::2]).sum()
+    return losses
 
 
 def predictions_of(task: Task, outputs: Tensor) -> np.ndarray:

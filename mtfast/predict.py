@@ -30,7 +30,13 @@ from mtfast.models.multitask import MultiTaskModel
 from mtfast.models.sentence_files import max_length_of
 from mtfast.recipes import RECIPES
 from mtfast.tasks import MlpConfig, Task
-from mtfast.training.prediction import Forward, in_order, packed_outputs
+from mtfast.training.prediction import (
+    Forward,
+    in_both_orders,
+    in_order,
+    mean_over_orders,
+    packed_outputs,
+)
 from mtfast.training.run.directory import read_result
 from mtfast.training.run.weights import (
     Weights,
@@ -173,11 +179,13 @@ class Model:
         ids = [str(number) for number in range(count)]
         texts = TaskTable(name, task, "test", ids, columns, None, RowAccount(count, count))
         table = tokenize_task(texts, self._tokenizer, max_length=self._max_length)
+        asked = in_both_orders({name: table})
         parts = [
             {name: (rows, outputs.numpy()) for name, (rows, outputs) in part.items()}
-            for part in packed_outputs(what, forward, {name: table}, self._device)
+            for part in packed_outputs(what, forward, asked, self._device)
         ]
-        return in_order(parts, name, count).reshape(count, *width)
+        outputs = in_order(parts, name, len(asked[name]))
+        return mean_over_orders(task, outputs).reshape(count, *width)
 
 
 def load(

@@ -12,11 +12,11 @@ from dataclasses import replace
 from mtfast.config import (
     DataConfig,
     EngineConfig,
+    FinetuneConfig,
     HeadsConfig,
     ModelConfig,
     PretrainConfig,
     RunConfig,
-    TaskStageConfig,
 )
 from mtfast.tasks import MlpConfig, Task
 
@@ -81,7 +81,7 @@ def local() -> RunConfig:
             warmup_fraction=0.1,
             gradient_clipping=1.0,
         ),
-        finetune=TaskStageConfig(
+        finetune=FinetuneConfig(
             epochs=3,
             batch_size=64,
             learning_rate=2e-4,
@@ -106,7 +106,7 @@ def demo() -> RunConfig:
             epochs=4, batch_size=32, learning_rate=1e-3, schedule="linear", warmup_fraction=0.1
         ),
         heads=HeadsConfig(epochs=12, batch_size=256),
-        finetune=TaskStageConfig(
+        finetune=FinetuneConfig(
             epochs=12,
             batch_size=64,
             learning_rate=1e-3,

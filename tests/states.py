@@ -20,15 +20,15 @@ def small(
     zero_stage: int | None = 0,
     hidden: int = 5,
     stage: TaskStageConfig = STAGE,
+    ema_decay: float = 0.0,
     **config: Any,
 ) -> Engine:
     engine_module.start()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, hidden), nn.Tanh(), nn.Linear(hidden, 3))
     model.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-    engine = Engine(
-        model, EngineConfig(precision=precision, zero_stage=zero_stage, **config), stage, "finetune"
-    )
+    settings = EngineConfig(precision=precision, zero_stage=zero_stage, **config)
+    engine = Engine(model, settings, stage, "finetune", ema_decay=ema_decay)
     engine.train()
     return engine
 

@@ -12,7 +12,7 @@ from stages import demo_on, stage_of
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from mtfast.config import EngineConfig, HeadsConfig, TaskStageConfig
+from mtfast.config import EngineConfig, FinetuneConfig, HeadsConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.data.tokens import tokenize_task
 from mtfast.recipes import PAPER_TASKS, paper
@@ -90,8 +90,8 @@ def losses_and_gradients(stage: Stage, fill: bool, monkeypatch) -> tuple[list[di
 @pytest.mark.parametrize(
     ("kind", "head", "settings"),
     [
-        (Finetune, "linear", TaskStageConfig(batch_size=40)),
-        (Finetune, "lstm", TaskStageConfig(batch_size=42, accumulation=3)),
+        (Finetune, "linear", FinetuneConfig(batch_size=40)),
+        (Finetune, "lstm", FinetuneConfig(batch_size=42, accumulation=3)),
         (Heads, "linear", HeadsConfig(batch_size=200, accumulation=2)),
         (Heads, "lstm", HeadsConfig(batch_size=200)),
         (Heads, "lstm", HeadsConfig(batch_size=60, features="live")),

@@ -12,7 +12,15 @@ import yaml
 
 from mtfast import cli, commands
 from mtfast.commands import open_directory
-from mtfast.config import ConfigError, EngineConfig, RunConfig, TaskStageConfig, to_dict, validate
+from mtfast.config import (
+    ConfigError,
+    EngineConfig,
+    FinetuneConfig,
+    RunConfig,
+    TaskStageConfig,
+    to_dict,
+    validate,
+)
 from mtfast.data.rows import DataError
 from mtfast.experiments import ALL_RECIPES, runs_of
 from mtfast.files import to_yaml
@@ -222,7 +230,7 @@ def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     with pytest.raises(
         ConfigError, match=r"belongs to a run with another.*\n  finetune\.batch_size: 160 there, 3 here"
     ):
-        open_directory(replace(config, finetune=TaskStageConfig(batch_size=3)))
+        open_directory(replace(config, finetune=FinetuneConfig(batch_size=3)))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 

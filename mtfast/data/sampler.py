@@ -65,6 +65,12 @@ class StepPlan:
         return {name: shares / max(count, 1) for name, count in self.step_counts.items()}
 
 
+def twice(step: StepPlan) -> StepPlan:
+    """The step with every example two times, one after the other, in its micro-batch."""
+    parts = [{name: np.repeat(examples, 2) for name, examples in part.items()} for part in step.micro_batches]
+    return StepPlan(parts, {name: 2 * count for name, count in step.step_counts.items()})
+
+
 @dataclass(frozen=True)
 class ReviewStepPlan:
     """One pre-training step of one rank: sample indices for each micro-batch, and the samples and masked

@@ -329,7 +329,8 @@ class _Loop:
         started = time.perf_counter()
         stage.engine.train(False)
         try:
-            with self.stopping.at_once() if ranks.world_size() == 1 else nullcontext():
+            at_once = self.stopping.at_once() if ranks.world_size() == 1 else nullcontext()
+            with stage.engine.averaged(), at_once:
                 metrics = stage.evaluate()
         except Stopped as stopped:
             self.asked = stopped.signum

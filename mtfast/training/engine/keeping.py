@@ -60,10 +60,11 @@ class Keeper:
         """
         self.wait()
         snapshot = Snapshot(self._memory)
-        if due is None:
-            state, weights = None, self._engine.weights_in(snapshot)
+        state = None if due is None else self._engine.state(snapshot, due.step, due.client)
+        if due is None or (write is not None and self._engine.averages):
+            with self._engine.averaged():
+                weights = self._engine.weights_in(snapshot)
         else:
-            state = self._engine.state(snapshot, due.step, due.client)
             weights = None if state is None else state.weights
         snapshot.end()
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from mtfast.config import EngineConfig, TaskStageConfig
-from mtfast.data.packing import PackedBatch
+from mtfast.config import EngineConfig, FinetuneConfig
+from mtfast.data.packing import PackedBatch, packed_steps
+from mtfast.data.sampler import StepPlan, twice
 from mtfast.models.bert import flops_per_token
 from mtfast.models.checkpoint import save_pretrained
 from mtfast.training.engine.deepspeed_json import checkpoints_activations
 from mtfast.training.engine.engine import Engine
 from mtfast.training.run.weights import Weights, build_multitask
+from mtfast.training.stage import Batch
 
 from .task_stage import Load, TaskStage, predict_packed
 
@@ -22,12 +26,13 @@ class Finetune(TaskStage):
     """The whole model on packed mixed-task steps."""
 
     name = "finetune"
+    settings: FinetuneConfig
 
     def __init__(
         self,
         load: Load,
         weights: Weights,
-        settings: TaskStageConfig,
+        settings: FinetuneConfig,
         engine: EngineConfig,
         seed: int,
     ) -> None:
@@ -35,11 +40,23 @@ class Finetune(TaskStage):
         self.weights = weights
         model, self.carried = build_multitask(weights, self.tasks)
         model.encoder.activation_checkpointing = checkpoints_activations(engine)
-        self.engine = Engine(model, engine, settings, self.name)
+        self.engine = Engine(model, engine, settings, self.name, ema_decay=settings.ema_decay)
         self.flops_per_token = flops_per_token(weights.config, self.mean_seqlen)
 
+    def plan(self, epoch: int) -> list[StepPlan]:
+        """With R-Drop every example is in its micro-batch twice, one after the other."""
+        steps = super().plan(epoch)
+        return [twice(step) for step in steps] if self.settings.rdrop_alpha else steps
+
+    def micro_batches(self, steps: list[StepPlan], epoch: int) -> Iterator[Sequence[Batch]]:
+        packed = packed_steps(self.train, steps, self.engine.device, self.layout.shares, self.room)
+        if not self.settings.rdrop_alpha:
+            return packed
+        return ([replace(batch, size=batch.size // 2) for batch in batches] for batches in packed)
+
     def losses(self, batch: PackedBatch) -> dict[str, Tensor]:
-        return self.engine.model(**batch.model_inputs(), rows=batch.tasks)
+        alpha = self.settings.rdrop_alpha
+        return self.engine.model(**batch.model_inputs(), rows=batch.tasks, rdrop_alpha=alpha)
 
     def predict_dev(self) -> dict[str, np.ndarray]:
         return predict_packed(
