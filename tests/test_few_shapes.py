@@ -92,6 +92,7 @@ def losses_and_gradients(stage: Stage, fill: bool, monkeypatch) -> tuple[list[di
     [
         (Finetune, "linear", FinetuneConfig(batch_size=40)),
         (Finetune, "lstm", FinetuneConfig(batch_size=42, accumulation=3)),
+        (Finetune, "linear", FinetuneConfig(batch_size=20, accumulation=2, rdrop_alpha=2.0)),
         (Heads, "linear", HeadsConfig(batch_size=200, accumulation=2)),
         (Heads, "lstm", HeadsConfig(batch_size=200)),
         (Heads, "lstm", HeadsConfig(batch_size=60, features="live")),

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from mtfast.data.sampler import StepPlan
 from mtfast.kinds import KINDS, METRICS, predictions_of, task_losses, task_metrics
@@ -90,6 +91,27 @@ def test_a_step_cut_into_parts_has_the_loss_of_the_whole():
     for name, loss in whole.items():
         # DeepSpeed averages over the parts.
         assert sum(part[name] for part in parts).item() / 3 == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_rdrop_adds_the_distance_of_an_examples_two_outputs():
+    outputs, labels = some_rows({"nli": 10, "spam": 8, "grade": 6})
+    labels = {name: x[0::2].repeat_interleave(2) for name, x in labels.items()}
+    counts = {"nli": 12, "spam": 4, "grade": 7}  # of the step, each example once
+    twice = {name: 2 * count for name, count in counts.items()}
+    for shares in (1, 3):
+        losses = task_losses(TASKS, outputs, rows_of(labels, twice, shares), rdrop_alpha=5.0)
+        for name, loss in losses.items():
+            x = outputs[name].double()
+            distance = 0.0
+            for a, b in zip(x[0::2], x[1::2], strict=True):
+                if name == "grade":
+                    distance += float((a - b) ** 2)
+                    continue
+                p, q = (Categorical(logits=y) if name == "nli" else Bernoulli(logits=y) for y in (a, b))
+                distance += float(kl_divergence(p, q) + kl_divergence(q, p)) / 2
+            plain = sum_by_hand(name, outputs[name], labels[name]) / 2
+            expected = (plain + 5.0 / 2 * distance) / counts[name] * shares
+            assert distance > 0 and loss.item() == pytest.approx(expected, rel=1e-5), name
 
 
 def test_a_task_without_examples_has_no_loss_and_a_zero_gradient():
