@@ -17,7 +17,11 @@ from mtfast.experiments import ALL_RECIPES, EXPERIMENTS
 from mtfast.tasks import METRICS_OF
 
 ROOT = RESULTS.parents[1]
-PAGES = ("README.md", "docs/packed_attention.md", "docs/paper.md", "docs/performance.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("benchmarks", "ops", "packed_attention", "paper", "performance")),
+    *(f"docs/{name}.md" for name in ("quality", "training")),
+)
 SECTION = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -44,9 +48,10 @@ def render(text: str, results: Path = RESULTS) -> str:
 
     Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs, all
     or those named, "experiment" is the recorded one that is named, "pretraining_curve" what steps of
-    pre-training do, and "utilisation" holds training steps against the peak of their machine.
+    pre-training do, "ablation" what the recipe `best` is without its parts, and "utilisation" holds training
+    steps against the peak of their machine.
     """
-    rows = [row for path in sorted(results.glob("*-????-??-??.csv")) for row in _read(path)]
+    rows = newest_rows(results)
     runs = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("run-*.json"))
     }
@@ -59,6 +64,8 @@ def render(text: str, results: Path = RESULTS) -> str:
             body = _experiment(results / f"experiment-{match['words'].strip()}.json")
         elif name == "pretraining_curve":
             body = _curve(results / "pretraining-curve.json")
+        elif name == "ablation":
+            body = _ablation(results / "ablation.json")
         elif name == "utilisation":
             body = _utilisation(rows)
         else:
@@ -69,18 +76,24 @@ def render(text: str, results: Path = RESULTS) -> str:
     return SECTION.sub(section, text)
 
 
+def newest_rows(results: Path) -> list[dict[str, str]]:
+    """The newest row of each machine, benchmark, case and variant, older ones first."""
+    rows = [row for path in results.glob("*-????-??-??.csv") for row in _read(path)]
+    newest: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        newest[tuple(row[name] for name in ("device", "benchmark", "case", "variant"))] = row
+    return list(newest.values())
+
+
 def _read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def _benchmark_table(rows: list[dict[str, str]]) -> str:
-    """A table for each machine and commit: a line a case, a column a variant, the newest of each."""
-    newest: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in sorted(rows, key=lambda row: row["date"]):
-        newest[row["device"], row["case"], row["variant"]] = row
+    """A table for each machine and commit: a line a case, a column a variant."""
     groups: dict[str, list[dict[str, str]]] = {}
-    for row in newest.values():
+    for row in rows:
         threads = "" if row["driver"] else f", {_threads(row['threads'])}"
         made_by = f"{row['device']}{threads}, torch {row['torch']}, commit {row['commit']}"
         groups.setdefault(made_by, []).append(row)
@@ -90,7 +103,7 @@ def _benchmark_table(rows: list[dict[str, str]]) -> str:
 def _utilisation(rows: list[dict[str, str]]) -> str:
     """Of mtfast's steps the encoder's products, what they would take at the machine's peak, and the step."""
     peaks, steps = {}, {}
-    for row in sorted(rows, key=lambda row: row["date"]):
+    for row in rows:
         if row["benchmark"] == "peaks" and row["variant"] == "matmul":
             peaks[row["device"]] = float(row["tflop_per_s"])
         elif row["benchmark"] in ("finetune_step", "pretrain_step") and row["variant"] == "mtfast":
@@ -226,15 +239,45 @@ def _curve(path: Path) -> str:
 
 def _point(name: str, point: dict[str, Any]) -> tuple[str, ...]:
     """A line of the curve's table."""
-    tuned = point["tuned_sst"]
-    spread = f" ± {statistics.stdev(tuned):.3f}" if len(tuned) > 1 else ""
     return (
         name,
         "-" if point["mlm"] is None else f"{point['mlm']:.2f}",
         f"{point['frozen_sst']:.3f}",
         f"{point['frozen_sts']:.3f}",
-        f"{statistics.fmean(tuned):.3f}{spread}",
+        _spread(point["tuned_sst"]),
     )
+
+
+def _ablation(path: Path) -> str:
+    """The variants of the recipe `best`, means and sample standard deviations over seeds."""
+    if not path.is_file():
+        return "not measured"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    variants = {name: runs for name, runs in result["variants"].items() if runs}
+    keys = [f"{name}_{METRICS_OF[task['kind']][0]}" for name, task in result["config"]["tasks"].items()]
+    titles = [task["title"] or name for name, task in result["config"]["tasks"].items()]
+    body = []
+    best = statistics.fmean(run["dev"]["mean"] for run in variants["best"])
+    for name, runs in variants.items():
+        scores = [[run["dev"][key] for run in runs] for key in (*keys, "mean")]
+        gain = "" if name == "best" else f"{statistics.fmean(scores[-1]) - best:+.3f}"
+        minutes = statistics.fmean(run["seconds"]["finetune"] for run in runs) / 60
+        shown = [_spread(values) for values in scores]
+        body.append((name, str(len(runs)), *shown, gain, f"{minutes:.0f}"))
+    every = [run for runs in variants.values() for run in runs]
+    made_by = dict.fromkeys(
+        f"{of['device']}, {_threads(of['threads'])}, torch {of['torch']}"
+        for of in (run["environment"] for run in every)
+    )
+    commits = " and ".join(dict.fromkeys(run["commit"] for run in every))
+    columns = ("variant", "seeds", *titles, "mean", "against best", "fine-tuning, minutes")
+    return f"{'; '.join(made_by)}; commit {commits}:\n\n{_markdown(columns, body)}"
+
+
+def _spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def _scores(run: dict[str, Any]) -> dict[str, float]:

@@ -107,11 +107,11 @@ def test_short_flags_are_the_dotted_ones(flag, capsys):
         (["fly", "paper"], "no command 'fly'"),
         (
             ["run", "papier"],
-            "no recipe 'papier', and no such file or directory; the recipes are demo, local, paper",
+            "no recipe 'papier', and no such file or directory; the recipes are demo, local, best, paper",
         ),
         (
             ["finetune"],
-            "finetune needs a recipe, demo, local, paper, exp1, exp2, a configuration file or the directory",
+            "finetune needs a recipe, demo, local, best, paper, exp1, exp2, a configuration file or the directory",
         ),
         (["doctor", "demo"], "doctor takes no options, found 'demo'"),
         (["report", "demo", "--run-dir", "no/such/run"], "no/such/run holds no run to report on"),

@@ -85,11 +85,11 @@ def test_the_command_line_overrides_a_file(tmp_path, capsys):
 WRONG = {
     "no such recipe": (
         "recipe: lokal\n",
-        "my.yaml:1: there is no recipe 'lokal'; the recipes are demo, local, paper, exp1, exp2",
+        "my.yaml:1: there is no recipe 'lokal'; the recipes are demo, local, best, paper, exp1, exp2",
     ),
     "a list of recipes": (
         "recipe: [local, demo]\n",
-        "my.yaml:1: there is no recipe ['local', 'demo']; the recipes are demo, local, paper, exp1, exp2",
+        "my.yaml:1: there is no recipe ['local', 'demo']; the recipes are demo, local, best, paper, exp1, exp2",
     ),
     "a number for yes": (
         "recipe: local\nfinetune:\n  epochs: yes\n",
