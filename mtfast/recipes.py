@@ -93,7 +93,7 @@ def local() -> RunConfig:
 
 
 def best() -> RunConfig:
-    """`local` with what was found to make a better model of the same data (docs/quality.md)."""
+    """The best model that was found for the data of `local`: docs/quality.md has what each part is worth."""
     common = local()
     return replace(
         common,

@@ -1,0 +1,81 @@
+"""What the parts of the recipe `best` are worth: the variants, their results file, its table and its picture."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+from recorded_runs import evaluation, write_run
+
+from benchmarks import ablation, quality_plot, report, speed_plot
+from benchmarks.common import RESULTS
+from mtfast.config import to_dict, validate
+from mtfast.files import to_yaml
+from mtfast.recipes import best
+
+SCORES = {"best": [(0.50, 0.86, 0.87), (0.51, 0.85, 0.88)], "without R-Drop": [(0.48, 0.84, 0.87)]}
+
+
+def test_every_variant_is_the_recipe_but_for_its_part():
+    variants = {name: change(best()) for name, change in ablation.VARIANTS.items()}
+    for config in variants.values():
+        validate(config)
+    assert variants.pop("best") == best()
+    assert len(
+        {to_yaml(to_dict(config)) for config in variants.values()} - {to_yaml(to_dict(best()))}
+    ) == len(variants)
+    assert variants["without R-Drop"] == replace(best(), finetune=replace(best().finetune, rdrop_alpha=0.0))
+
+
+@pytest.fixture
+def found(tmp_path, monkeypatch) -> dict:
+    """The results of three finished runs, and one that is not."""
+    monkeypatch.setattr(ablation, "commit_of", lambda path: "abc1234")
+    for name, scores in SCORES.items():
+        for seed, of_seed in enumerate(scores):
+            config = replace(ablation.VARIANTS[name](best()), seed=seed)
+            config = replace(config, model=replace(config.model, checkpoint="/somewhere/bert/small"))
+            records = [evaluation("finetune", 5, 1, 0.1, 0.1, 0.1), evaluation("finetune", 9, 2, *of_seed)]
+            summary = {
+                "dev": records[-1]["metrics"],
+                "stages": {"heads": {"seconds": 3.0}, "finetune": {"seconds": 60.0 * (seed + 1)}},
+                "environment": {"device": "a machine", "threads": 2, "torch": "2.14"},
+                "data": {"sst-dev": {"used": 7}},
+            }
+            run = ablation.run_of(tmp_path, name, seed)
+            write_run(run, records, summary, to_yaml(to_dict(config)))
+    write_run(ablation.run_of(tmp_path, "best", 2), [], {}, to_yaml(to_dict(best())))
+    return ablation.results_of(tmp_path)
+
+
+def test_results_are_those_of_finished_runs(found):
+    assert {name: len(runs) for name, runs in found["variants"].items() if runs} == {
+        "best": 2,
+        "without R-Drop": 1,
+    }
+    first, second = found["variants"]["best"]
+    assert (first["seed"], second["seed"], second["epoch"]) == (0, 1, 2)
+    assert second["dev"]["sts_pearson"] == 0.88 and first["seconds"] == {"heads": 3.0, "finetune": 60.0}
+    assert found["checkpoint"] == "bert/small" and found["rows"] == {"sst-dev": 7}
+    assert "/somewhere" not in json.dumps(found)
+
+
+def test_the_table_has_means_and_spreads(found, tmp_path):
+    (tmp_path / "ablation.json").write_text(json.dumps(found))
+    text = report.render("<!-- results: ablation -->\n<!-- end -->", tmp_path)
+    assert "a machine, 2 threads, torch 2.14; commit abc1234:" in text
+    means = [statistics.fmean(scores) for scores in SCORES["best"]]
+    mean, spread = statistics.fmean(means), statistics.stdev(means)
+    ours = f"| best | 2 | 0.505 ± 0.007 | 0.855 ± 0.007 | 0.875 ± 0.007 | {mean:.3f} ± {spread:.3f} |  | 2 |"
+    assert ours in text
+    less = statistics.fmean(SCORES["without R-Drop"][0]) - mean
+    assert f"| without R-Drop | 1 | 0.480 | 0.840 | 0.870 | 0.730 | {less:+.3f} | 1 |" in text
+
+
+def test_pictures_are_drawn(found, tmp_path):
+    (tmp_path / "ablation.json").write_text(json.dumps(found))
+    for picture in (
+        quality_plot.draw(tmp_path / "ablation.json", tmp_path / "quality.png"),
+        speed_plot.draw(RESULTS, tmp_path / "speed.png"),
+    ):
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
