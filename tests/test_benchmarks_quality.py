@@ -1,4 +1,4 @@
-"""What the parts of the recipe `best` are worth: the variants, their results file, its table and its picture."""
+"""What the parts of the recipe `best` are worth: the variants, their results file, its table and picture."""
 
 import json
 import statistics

@@ -111,7 +111,7 @@ def test_short_flags_are_the_dotted_ones(flag, capsys):
         ),
         (
             ["finetune"],
-            "finetune needs a recipe, demo, local, best, paper, exp1, exp2, a configuration file or the directory",
+            "finetune needs a recipe, demo, local, best, paper, exp1, exp2, a configuration file or the",
         ),
         (["doctor", "demo"], "doctor takes no options, found 'demo'"),
         (["report", "demo", "--run-dir", "no/such/run"], "no/such/run holds no run to report on"),

@@ -89,7 +89,7 @@ WRONG = {
     ),
     "a list of recipes": (
         "recipe: [local, demo]\n",
-        "my.yaml:1: there is no recipe ['local', 'demo']; the recipes are demo, local, best, paper, exp1, exp2",
+        "my.yaml:1: there is no recipe ['local', 'demo']; the recipes are demo, local, best, paper, exp1",
     ),
     "a number for yes": (
         "recipe: local\nfinetune:\n  epochs: yes\n",
