@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 from mtfast.comparison_report import comparison_table
-from mtfast.experiments import ALL_RECIPES, EXPERIMENTS
+from mtfast.experiments import ALL_RECIPES, EXPERIMENTS, PAPER_ROWS
 from mtfast.tasks import METRICS_OF
 
 ROOT = RESULTS.parents[1]
@@ -22,6 +22,8 @@ PAGES = (
     *(f"docs/{name}.md" for name in ("benchmarks", "ops", "packed_attention", "paper", "performance")),
     *(f"docs/{name}.md" for name in ("quality", "training")),
 )
+# What reports of the CS 224N project give, with BERT-base.
+REPORTS = {"sst": 0.541, "quora": 0.901, "sts": 0.891}
 SECTION = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -48,8 +50,8 @@ def render(text: str, results: Path = RESULTS) -> str:
 
     Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs, all
     or those named, "experiment" is the recorded one that is named, "pretraining_curve" what steps of
-    pre-training do, "ablation" what the recipe `best` is without its parts, and "utilisation" holds training
-    steps against the peak of their machine.
+    pre-training do, "ablation" what the recipe `best` is without its parts, "quality" that recipe beside
+    others' results, and "utilisation" holds training steps against the peak of their machine.
     """
     rows = newest_rows(results)
     runs = {
@@ -66,6 +68,8 @@ def render(text: str, results: Path = RESULTS) -> str:
             body = _curve(results / "pretraining-curve.json")
         elif name == "ablation":
             body = _ablation(results / "ablation.json")
+        elif name == "quality":
+            body = _quality(results / "ablation.json")
         elif name == "utilisation":
             body = _utilisation(rows)
         else:
@@ -272,6 +276,28 @@ def _ablation(path: Path) -> str:
     commits = " and ".join(dict.fromkeys(run["commit"] for run in every))
     columns = ("variant", "seeds", *titles, "mean", "against best", "fine-tuning, minutes")
     return f"{'; '.join(made_by)}; commit {commits}:\n\n{_markdown(columns, body)}"
+
+
+def _quality(path: Path) -> str:
+    """The recipe `best` beside what reports of the CS 224N project give."""
+    if not path.is_file():
+        return "not measured"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    runs, tasks = result["variants"]["best"], result["config"]["tasks"]
+    keys = [f"{name}_{METRICS_OF[task['kind']][0]}" for name, task in tasks.items()]
+    pairs = result["rows"]["quora-train"]
+    seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else "one seed"
+    body = [
+        (
+            f"`best`, MiniLM of 22.7 M parameters, {pairs:,} Quora pairs: dev, {seeds}",
+            *(_spread([run["dev"][key] for run in runs]) for key in keys),
+        ),
+        (
+            f"reports of the CS 224N project, BERT-base of 110 M, {PAPER_ROWS['quora-train']:,} pairs",
+            *(f"{REPORTS[name]:.3f}" for name in tasks),
+        ),
+    ]
+    return _markdown(("", *(task["title"] or name for name, task in tasks.items())), body)
 
 
 def _spread(values: list[float]) -> str:

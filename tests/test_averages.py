@@ -2,12 +2,15 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from processes import Ranks
 from states import load_state, save_state, small, steps
 from torch import Tensor
 
+from mtfast.training.engine import alive
 from mtfast.training.engine.engine import Engine
 from mtfast.training.engine.keeping import Due, Keeper
 from mtfast.training.engine.state import newest_state, read_state
@@ -36,8 +39,8 @@ def check(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
         torch.testing.assert_close(x.double(), right[name].double(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), KINDS)
-def test_the_average_is_of_the_weights_after_every_step(precision, zero_stage, tmp_path):
+def check_average(precision: str, zero_stage: int, directory: Path) -> None:
+    """The average after every step, and what it is used for; goes on from a state under any ZeRO stage."""
     plain = small(precision, zero_stage)
     losses = steps(plain, range(6))
     plain.close()
@@ -58,12 +61,12 @@ def test_the_average_is_of_the_weights_after_every_step(precision, zero_stage, t
         expected = hidden @ right["2.weight"].T + right["2.bias"]
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 if precision == "fp32" else 0.03)
         check(weights_of(engine), every[-1])
-    save_state(engine, tmp_path, 4, {})
+    save_state(engine, directory, 4, {})
     engine.close()
 
     for other in range(4):  # ZeRO stages
         engine = small(precision, other, ema_decay=DECAY)
-        load_state(engine, tmp_path)
+        load_state(engine, directory)
         found = []
         for number in (4, 5):
             found += steps(engine, range(number, number + 1))
@@ -73,6 +76,22 @@ def test_the_average_is_of_the_weights_after_every_step(precision, zero_stage, t
         assert found == pytest.approx(losses[4:], rel=1e-5)
         del every[4:]
         engine.close()
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), KINDS)
+def test_the_average_is_of_the_weights_after_every_step(precision, zero_stage, tmp_path):
+    check_average(precision, zero_stage, tmp_path)
+
+
+def check_every_zero_stage(directory: Path) -> None:
+    """On each rank of a run."""
+    for precision, zero_stage in (("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)):
+        check_average(precision, zero_stage, directory / f"{precision}-{zero_stage}")
+    alive.finish()
+
+
+def test_two_ranks_have_one_average(tmp_path):
+    Ranks(check_every_zero_stage, tmp_path, output=tmp_path, world_size=2).succeed()
 
 
 @pytest.mark.parametrize("due", [False, True])
