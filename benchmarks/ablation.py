@@ -1,4 +1,4 @@
-"""What each part of the recipe `best` is worth: fine-tuning with all of them, and without one at a time.
+"""What each part of the recipe `best` is worth: with all of them, without one at a time, and with less data.
 
     python -m benchmarks ablation --data data/cs224n --checkpoint $CHECKPOINT [--runs runs/ablation]
         [--seeds 0 1 2] [--only NAME ...]
@@ -32,7 +32,6 @@ RESULT = RESULTS / "ablation.json"
 
 
 def _pairs(**fields: Any) -> Change:
-    """Other settings of the tasks on pairs."""
 
     def change(config: RunConfig) -> RunConfig:
         tasks = {
@@ -40,6 +39,14 @@ def _pairs(**fields: Any) -> Change:
             for name, task in config.tasks.items()
         }
         return replace(config, tasks=tasks)
+
+    return change
+
+
+def _quora(**fields: Any) -> Change:
+    def change(config: RunConfig) -> RunConfig:
+        quora = replace(config.tasks["quora"], **fields)
+        return replace(config, tasks=config.tasks | {"quora": quora})
 
     return change
 
@@ -57,7 +64,7 @@ def _all(*changes: Change) -> Change:
     return change
 
 
-VARIANTS: dict[str, Change] = {
+PARTS: dict[str, Change] = {
     "best": lambda config: config,
     "pairs encoded separately": _pairs(pair_input="separate"),
     "pairs in one order": _pairs(symmetric=False),
@@ -68,6 +75,8 @@ VARIANTS: dict[str, Change] = {
         _pairs(symmetric=False), _finetune(rdrop_alpha=0.0, ema_decay=0.0, batch_size=64)
     ),
 }
+LESS_DATA: dict[str, Change] = {f"{count:,} Quora pairs": _quora(max_rows=count) for count in (8000, 4000)}
+VARIANTS = PARTS | LESS_DATA
 
 
 def main(argv: list[str]) -> int:
@@ -101,7 +110,7 @@ def main(argv: list[str]) -> int:
 
 def run_of(runs: Path, name: str, seed: int) -> Path:
     """Directory of a variant's run."""
-    return runs / name.replace(" ", "-").lower() / f"seed-{seed}"
+    return runs / name.replace(" ", "-").replace(",", "").lower() / f"seed-{seed}"
 
 
 def results_of(runs: Path) -> dict[str, Any]:
@@ -110,12 +119,12 @@ def results_of(runs: Path) -> dict[str, Any]:
     for name in VARIANTS:
         paths = sorted(run_of(runs, name, 0).parent.glob("seed-*"))
         variants[name] = [_run(path) for path in paths if read_run(path).summary.get("dev")]
-    every = [read_run(run_of(runs, name, of["seed"])) for name, found in variants.items() for of in found]
-    assert every and every[0].config is not None
+    first = read_run(run_of(runs, "best", variants["best"][0]["seed"]))
+    assert first.config is not None
     return {
-        "checkpoint": shortened(every[0].config.model.checkpoint),
+        "checkpoint": shortened(first.config.model.checkpoint),
         "config": settings_of(to_dict(best())),
-        "rows": {name: data["used"] for name, data in sorted(every[0].summary["data"].items())},
+        "rows": {name: data["used"] for name, data in sorted(first.summary["data"].items())},
         "variants": variants,
         "date": date.today().isoformat(),
     }

@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.ablation import PARTS
 from benchmarks.common import DOCS, RESULTS
 from benchmarks.report import REPORTS
 from mtfast.plots import GREY, METRIC_UNITS, PALETTE
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
 def draw(results: Path, picture: Path) -> Path:
     """Returns the picture's path."""
     result: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
-    variants = {name: runs for name, runs in reversed(result["variants"].items()) if runs}
+    variants = {name: runs for name, runs in reversed(result["variants"].items()) if runs and name in PARTS}
     tasks = result["config"]["tasks"]
     figure = Figure(
         figsize=(10, 0.9 + 0.34 * len(variants)), dpi=150, layout="constrained", facecolor="white"

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablation import LESS_DATA, PARTS
 from benchmarks.common import RESULTS
 from mtfast.comparison_report import comparison_table
 from mtfast.experiments import ALL_RECIPES, EXPERIMENTS, PAPER_ROWS
@@ -50,8 +51,9 @@ def render(text: str, results: Path = RESULTS) -> str:
 
     Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs, all
     or those named, "experiment" is the recorded one that is named, "pretraining_curve" what steps of
-    pre-training do, "ablation" what the recipe `best` is without its parts, "quality" that recipe beside
-    others' results, and "utilisation" holds training steps against the peak of their machine.
+    pre-training do, "ablation" what the recipe `best` is without its parts, with WORDS "data" what it is with
+    less data, "quality" that recipe beside others' results, and "utilisation" holds training steps against
+    the peak of their machine.
     """
     rows = newest_rows(results)
     runs = {
@@ -67,7 +69,7 @@ def render(text: str, results: Path = RESULTS) -> str:
         elif name == "pretraining_curve":
             body = _curve(results / "pretraining-curve.json")
         elif name == "ablation":
-            body = _ablation(results / "ablation.json")
+            body = _ablation(results / "ablation.json", LESS_DATA if "data" in words else PARTS)
         elif name == "quality":
             body = _quality(results / "ablation.json")
         elif name == "utilisation":
@@ -252,12 +254,13 @@ def _point(name: str, point: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _ablation(path: Path) -> str:
-    """The variants of the recipe `best`, means and sample standard deviations over seeds."""
+def _ablation(path: Path, wanted: Iterable[str]) -> str:
+    """The recipe `best` and some of its variants, means and sample standard deviations over seeds."""
     if not path.is_file():
         return "not measured"
     result = json.loads(path.read_text(encoding="utf-8"))
-    variants = {name: runs for name, runs in result["variants"].items() if runs}
+    measured = {name: runs for name, runs in result["variants"].items() if runs}
+    variants = {name: measured[name] for name in dict.fromkeys(("best", *wanted)) if name in measured}
     keys = [f"{name}_{METRICS_OF[task['kind']][0]}" for name, task in result["config"]["tasks"].items()]
     titles = [task["title"] or name for name, task in result["config"]["tasks"].items()]
     body = []
