@@ -103,7 +103,7 @@ def best() -> RunConfig:
             name: replace(task, pair_input="joint", symmetric=True) if len(task.texts) == 2 else task
             for name, task in common.tasks.items()
         },
-        finetune=replace(common.finetune, batch_size=128, rdrop_alpha=3.0, ema_decay=0.99),
+        finetune=replace(common.finetune, epochs=4, batch_size=128, rdrop_alpha=5.0, ema_decay=0.98),
     )
 
 
