@@ -31,51 +31,36 @@ Change = Callable[[RunConfig], RunConfig]
 RESULT = RESULTS / "ablation.json"
 
 
-def _pairs(**fields: Any) -> Change:
+def _with(**settings: Any) -> Change:
+    """Other settings of the tasks on pairs (`pair_input`, `symmetric`) or of fine-tuning (all others)."""
+    of_pairs = {name: settings.pop(name) for name in ("pair_input", "symmetric") if name in settings}
 
     def change(config: RunConfig) -> RunConfig:
         tasks = {
-            name: replace(task, **fields) if len(task.texts) == 2 else task
+            name: replace(task, **of_pairs) if len(task.texts) == 2 else task
             for name, task in config.tasks.items()
         }
-        return replace(config, tasks=tasks)
+        return replace(config, tasks=tasks, finetune=replace(config.finetune, **settings))
 
     return change
 
 
-def _quora(**fields: Any) -> Change:
-    def change(config: RunConfig) -> RunConfig:
-        quora = replace(config.tasks["quora"], **fields)
-        return replace(config, tasks=config.tasks | {"quora": quora})
-
-    return change
-
-
-def _finetune(**fields: Any) -> Change:
-    return lambda config: replace(config, finetune=replace(config.finetune, **fields))
-
-
-def _all(*changes: Change) -> Change:
-    def change(config: RunConfig) -> RunConfig:
-        for one in changes:
-            config = one(config)
-        return config
-
-    return change
+def _quora_pairs(count: int) -> Change:
+    return lambda config: replace(
+        config, tasks=config.tasks | {"quora": replace(config.tasks["quora"], max_rows=count)}
+    )
 
 
 PARTS: dict[str, Change] = {
-    "best": lambda config: config,
-    "pairs encoded separately": _pairs(pair_input="separate"),
-    "pairs in one order": _pairs(symmetric=False),
-    "without R-Drop": _finetune(rdrop_alpha=0.0),
-    "without the average": _finetune(ema_decay=0.0),
-    "batch of 64": _finetune(batch_size=64),
-    "without all of these but joint pairs": _all(
-        _pairs(symmetric=False), _finetune(rdrop_alpha=0.0, ema_decay=0.0, batch_size=64)
-    ),
+    "best": _with(),
+    "pairs encoded separately": _with(pair_input="separate"),
+    "pairs in one order": _with(symmetric=False),
+    "without R-Drop": _with(rdrop_alpha=0.0),
+    "without the average": _with(ema_decay=0.0),
+    "batch of 64, 3 epochs": _with(batch_size=64, epochs=3),
+    "local with joint pairs": _with(symmetric=False, rdrop_alpha=0.0, ema_decay=0.0, batch_size=64, epochs=3),
 }
-LESS_DATA: dict[str, Change] = {f"{count:,} Quora pairs": _quora(max_rows=count) for count in (8000, 4000)}
+LESS_DATA: dict[str, Change] = {f"{count:,} Quora pairs": _quora_pairs(count) for count in (8000, 4000)}
 VARIANTS = PARTS | LESS_DATA
 
 
