@@ -120,7 +120,8 @@ class Model:
         Args:
             task: one of `tasks`.
             texts: one text, or any number of them; for a task on pairs one pair, a tuple of two texts, or any
-                number of pairs. What is longer than the model was trained on is cut.
+                number of pairs, whose order is all one to a symmetric task. What is longer than the model was
+                trained on is cut.
 
         Raises:
             ConfigError: there is no such task, or the model has no task heads.

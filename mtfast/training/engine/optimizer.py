@@ -16,11 +16,9 @@ from mtfast.config import ConfigError, EngineConfig, StageConfig
 
 Group = dict[str, Any]
 Make = Callable[[list[Group]], Optimizer]
-Moments = dict[
-    str, Tensor
-]  # of a weight: "exp_avg", "exp_avg_sq", of its shape, and "step"; {} before the first
-
-
+# Of a weight: "exp_avg", "exp_avg_sq" and, where it is averaged, EMA, of its shape, and "step"; {} before the
+# first.
+Moments = dict[str, Tensor]
 EMA = "ema"
 
 
