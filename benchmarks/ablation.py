@@ -32,12 +32,13 @@ RESULT = RESULTS / "ablation.json"
 
 
 def _with(**settings: Any) -> Change:
-    """Other settings of the tasks on pairs (`pair_input`, `symmetric`) or of fine-tuning (all others)."""
+    """Other settings of the tasks, or of those on pairs (`pair_input`, `symmetric`), or of fine-tuning."""
     of_pairs = {name: settings.pop(name) for name in ("pair_input", "symmetric") if name in settings}
+    of_all = {name: settings.pop(name) for name in ("rdrop_alpha",) if name in settings}
 
     def change(config: RunConfig) -> RunConfig:
         tasks = {
-            name: replace(task, **of_pairs) if len(task.texts) == 2 else task
+            name: replace(task, **of_all, **(of_pairs if len(task.texts) == 2 else {}))
             for name, task in config.tasks.items()
         }
         return replace(config, tasks=tasks, finetune=replace(config.finetune, **settings))
@@ -57,8 +58,8 @@ PARTS: dict[str, Change] = {
     "pairs in one order": _with(symmetric=False),
     "without R-Drop": _with(rdrop_alpha=0.0),
     "without the average": _with(ema_decay=0.0),
-    "batch of 64, 3 epochs": _with(batch_size=64, epochs=3),
-    "local with joint pairs": _with(symmetric=False, rdrop_alpha=0.0, ema_decay=0.0, batch_size=64, epochs=3),
+    "batch of 64": _with(batch_size=64),
+    "local with joint pairs": _with(symmetric=False, rdrop_alpha=0.0, ema_decay=0.0, batch_size=64),
 }
 LESS_DATA: dict[str, Change] = {f"{count:,} Quora pairs": _quora_pairs(count) for count in (8000, 4000)}
 VARIANTS = PARTS | LESS_DATA

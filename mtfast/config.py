@@ -155,10 +155,6 @@ class HeadsConfig(TaskStageConfig):
 
 @dataclass(frozen=True)
 class FinetuneConfig(TaskStageConfig):
-    rdrop_alpha: float = 0.0
-    """R-Drop (Liang et al. 2021, https://arxiv.org/abs/2106.14448): every example goes through the model
-    twice, with other dropout, and this times half the distance of its two outputs is added to the mean of
-    their losses. 0 does without, in half the time."""
     ema_decay: float = 0.0
     """Evaluate and keep an exponential moving average of the weights, of which each step keeps so much: 0.99
     is an average over some 100 steps. 0 does without."""
@@ -249,7 +245,6 @@ _RULES: dict[str, Rule] = {
     "pretrain.mlm_probability": ("lie in (0, 1)", lambda value: 0.0 < value < 1.0),
     "pretrain.head_steps": _at_least(0),
     "pretrain.head_learning_rate": _POSITIVE,
-    "finetune.rdrop_alpha": _NOT_NEGATIVE,
     "finetune.ema_decay": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
 }
 _STAGE_RULES: dict[str, Rule] = {

@@ -84,7 +84,8 @@ def task_losses(
     tasks: Mapping[str, Task],
     outputs: Mapping[str, Tensor],
     rows: Mapping[str, Any],
-    rdrop_alpha: float = 0.0,
+    *,
+    rdrop: bool = False,
 ) -> dict[str, Tensor]:
     """Each task's loss as a scalar in float32: the weighted sum of its examples' losses.
 
@@ -93,16 +94,16 @@ def task_losses(
     Args:
         outputs: of each task's head, [n] or [n, classes].
         rows: the `TaskRows` of each task, with labels and weights [n].
-        rdrop_alpha: where it is not 0, rows 2 i and 2 i + 1 are the same example, and this times their
-            distance, weighted as one of them, is added.
+        rdrop: rows 2 i and 2 i + 1 of a task with an `rdrop_alpha` are the same example, and that times the
+            distance of their outputs, weighted as one of them, is added.
     """
     losses = {}
     for name, task in tasks.items():
         kind, found, weights = KINDS[task.kind], outputs[name].float(), rows[name].weights
         losses[name] = (kind.loss(found, rows[name].labels) * weights).sum()
-        if rdrop_alpha:
+        if rdrop and task.rdrop_alpha:
             distances = kind.distance(found[0::2], found[1::2])
-            losses[name] = losses[name] + rdrop_alpha * (distances * weights[0::2]).sum()
+            losses[name] = losses[name] + task.rdrop_alpha * (distances * weights[0::2]).sum()
     return losses
 
 

@@ -100,10 +100,11 @@ def best() -> RunConfig:
         run_dir="runs/best",
         stages=("heads", "finetune"),
         tasks={
-            name: replace(task, pair_input="joint", symmetric=True) if len(task.texts) == 2 else task
-            for name, task in common.tasks.items()
+            "sst": replace(common.tasks["sst"], rdrop_alpha=7.0),
+            "quora": replace(common.tasks["quora"], pair_input="joint", symmetric=True, rdrop_alpha=2.0),
+            "sts": replace(common.tasks["sts"], pair_input="joint", symmetric=True, rdrop_alpha=3.0),
         },
-        finetune=replace(common.finetune, epochs=4, batch_size=128, rdrop_alpha=5.0, ema_decay=0.98),
+        finetune=replace(common.finetune, batch_size=128, ema_decay=0.98),
     )
 
 

@@ -57,6 +57,10 @@ class Task:
     epoch, and what is predicted is the mean over both."""
     weight: float = 1.0
     """Weight of the task's loss in the sum."""
+    rdrop_alpha: float = 0.0
+    """R-Drop in fine-tuning (Liang et al. 2021, https://arxiv.org/abs/2106.14448): every example goes through
+    the model twice, with other dropout, and this times half the distance of its two outputs is added to the
+    mean of their losses. 0 does without, in half the time."""
     metric: str | None = None
     """The dev metric that counts: accuracy; accuracy or f1 (binary); pearson or spearman (regression)."""
     title: str | None = None
@@ -159,8 +163,9 @@ def _faults_of_kind(task: Task) -> Iterator[tuple[str, str]]:
             if getattr(task, name) is not None:
                 what = f"is {getattr(task, name)}, but only kind regression has scores"
                 yield name, f"{what}, this is {task.kind}"
-    if not 0.0 <= task.weight < math.inf:
-        yield "weight", f"is {task.weight}; it must be finite and not negative"
+    for name in ("weight", "rdrop_alpha"):
+        if not 0.0 <= (value := getattr(task, name)) < math.inf:
+            yield name, f"is {value}; it must be finite and not negative"
     if task.metric is not None and task.metric not in METRICS_OF[task.kind]:
         yield "metric", f"is {shown(task.metric)}; kind {task.kind} has {' and '.join(METRICS_OF[task.kind])}"
 

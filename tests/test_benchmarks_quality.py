@@ -24,7 +24,8 @@ def test_every_variant_is_the_recipe_but_for_its_part():
     assert len(
         {to_yaml(to_dict(config)) for config in variants.values()} - {to_yaml(to_dict(best()))}
     ) == len(variants)
-    assert variants["without R-Drop"] == replace(best(), finetune=replace(best().finetune, rdrop_alpha=0.0))
+    without = {name: replace(task, rdrop_alpha=0.0) for name, task in best().tasks.items()}
+    assert variants["without R-Drop"] == replace(best(), tasks=without)
 
 
 @pytest.fixture

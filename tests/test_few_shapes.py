@@ -88,22 +88,23 @@ def losses_and_gradients(stage: Stage, fill: bool, monkeypatch) -> tuple[list[di
 
 
 @pytest.mark.parametrize(
-    ("kind", "head", "settings"),
+    ("kind", "head", "settings", "rdrop_alpha"),
     [
-        (Finetune, "linear", FinetuneConfig(batch_size=40)),
-        (Finetune, "lstm", FinetuneConfig(batch_size=42, accumulation=3)),
-        (Finetune, "linear", FinetuneConfig(batch_size=20, accumulation=2, rdrop_alpha=2.0)),
-        (Heads, "linear", HeadsConfig(batch_size=200, accumulation=2)),
-        (Heads, "lstm", HeadsConfig(batch_size=200)),
-        (Heads, "lstm", HeadsConfig(batch_size=60, features="live")),
-        (Pretrain, "linear", None),
+        (Finetune, "linear", FinetuneConfig(batch_size=40), 0.0),
+        (Finetune, "linear", FinetuneConfig(batch_size=20, accumulation=2), 2.0),
+        (Finetune, "lstm", FinetuneConfig(batch_size=42, accumulation=3), 0.0),
+        (Heads, "linear", HeadsConfig(batch_size=200, accumulation=2), 0.0),
+        (Heads, "lstm", HeadsConfig(batch_size=200), 2.0),
+        (Heads, "lstm", HeadsConfig(batch_size=60, features="live"), 0.0),
+        (Pretrain, "linear", None, 0.0),
     ],
 )
-def test_what_fills_up_is_seen_by_no_loss(kind, head, settings, corpus, tmp_path, monkeypatch):
+def test_what_fills_up_is_seen_by_no_loss(kind, head, settings, rdrop_alpha, corpus, tmp_path, monkeypatch):
     config = demo_on(corpus, tmp_path / "run")
+    tasks = paper_tasks(head)
     config = replace(
         config,
-        tasks=paper_tasks(head),
+        tasks=tasks | {"sst": replace(tasks["sst"], rdrop_alpha=rdrop_alpha)},
         model=replace(config.model, dropout_p=0.0),
         data=replace(config.data, max_reviews=60),
         engine=EngineConfig(precision="fp32", zero_stage=0),

@@ -56,13 +56,14 @@ def test_both_orders_of_a_pair_that_was_cut_have_the_same_word_pieces():
         assert other[:1] + other[other_begin:] + other[1:other_begin] == given
 
 
-def symmetric(corpus, run_dir, **settings):
-    """The demo, its pairs joint and of no order, without dropout."""
+def symmetric(corpus, run_dir, alphas=(), **settings):
+    """The demo, its pairs joint and of no order, without dropout; alphas: of R-Drop, by task."""
     config = demo_on(corpus, run_dir)
     tasks = {
         name: replace(task, pair_input="joint", symmetric=True) if len(task.texts) == 2 else task
         for name, task in config.tasks.items()
     }
+    tasks |= {name: replace(tasks[name], rdrop_alpha=alpha) for name, alpha in dict(alphas).items()}
     return replace(
         config,
         tasks=tasks,
@@ -131,21 +132,24 @@ def gradients(stage: Finetune, number: int) -> list[Tensor]:
 def test_without_dropout_rdrop_changes_nothing(corpus, tmp_path):
     """Both outputs of an example are equal; it counts once, as it does without."""
     found = []
-    for alpha in (0.0, 4.0):
-        settings = FinetuneConfig(batch_size=24, accumulation=2, rdrop_alpha=alpha)
-        stage = stage_of(Finetune, symmetric(corpus, tmp_path / str(alpha), finetune=settings))
+    for alphas in ({}, {"sst": 4.0, "sts": 1.0}):
+        settings = FinetuneConfig(batch_size=24, accumulation=2)
+        stage = stage_of(Finetune, symmetric(corpus, tmp_path / str(len(alphas)), alphas, finetune=settings))
         (batches,) = stage.micro_batches(stage.plan(0)[:1], 0)
-        found.append((sum(batch.size for batch in batches), len(batches[0].tasks["sst"].labels)))
-        found.append(gradients(stage, 1))
+        rows = [{name: len(rows.labels) for name, rows in batch.tasks.items()} for batch in batches]
+        found.append(([batch.size for batch in batches], rows, gradients(stage, 1)))
         stage.engine.close()
-    (size, rows), plain, (same_size, twice_the_rows), ours = found
-    assert size == same_size <= 24 and twice_the_rows == 2 * rows
+    (sizes, plain_rows, plain), (same_sizes, rows, ours) = found
+    assert sizes == same_sizes and sum(sizes) <= 24
+    for before, after in zip(plain_rows, rows, strict=True):
+        assert after == before | {name: 2 * before[name] for name in ("sst", "sts")}
     for x, y in zip(plain, ours, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-6 * float(x.abs().max()) + 1e-9)
 
 
 def test_an_examples_two_passes_differ_in_their_dropout(corpus, tmp_path):
-    config = symmetric(corpus, tmp_path, finetune=FinetuneConfig(batch_size=24, rdrop_alpha=1.0))
+    alphas = dict.fromkeys(("sst", "quora", "sts"), 1.0)
+    config = symmetric(corpus, tmp_path, alphas, finetune=FinetuneConfig(batch_size=24))
     stage = stage_of(Finetune, replace(config, model=replace(config.model, dropout_p=0.3)))
     ((batch,),) = stage.micro_batches(stage.plan(0)[:1], 0)
     outputs = stage.engine.model(**batch.model_inputs())

@@ -7,7 +7,7 @@ micro-batches only decides how a step is divided, so 1 rank and 8 ranks see the 
 import itertools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,10 +65,14 @@ class StepPlan:
         return {name: shares / max(count, 1) for name, count in self.step_counts.items()}
 
 
-def twice(step: StepPlan) -> StepPlan:
-    """The step with every example two times, one after the other, in its micro-batch."""
-    parts = [{name: np.repeat(examples, 2) for name, examples in part.items()} for part in step.micro_batches]
-    return StepPlan(parts, {name: 2 * count for name, count in step.step_counts.items()})
+def twice(step: StepPlan, tasks: Collection[str]) -> StepPlan:
+    """The step with every example of these tasks two times, one after the other, in its micro-batch."""
+    times = {name: 2 if name in tasks else 1 for name in step.step_counts}
+    parts = [
+        {name: np.repeat(examples, times[name]) for name, examples in part.items()}
+        for part in step.micro_batches
+    ]
+    return StepPlan(parts, {name: times[name] * count for name, count in step.step_counts.items()})
 
 
 @dataclass(frozen=True)

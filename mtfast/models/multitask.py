@@ -303,7 +303,7 @@ class MultiTaskModel(nn.Module):
         token_bounds: Mapping[str, Tensor] | None = None,
         token_max_seqlen: int | None = None,
         rows: Mapping[str, Any] | None = None,
-        rdrop_alpha: float = 0.0,
+        rdrop: bool = False,
     ) -> dict[str, Tensor]:
         """`MultiTaskHeads.forward` on the encoder's output; with `rows`, the tasks' losses of that.
 
@@ -312,7 +312,7 @@ class MultiTaskModel(nn.Module):
         Args:
             sequences, token_bounds: as there; they count the batch's sequences and its tokens.
             token_max_seqlen: its max_seqlen; by default the batch's.
-            rows, rdrop_alpha: what `task_losses` takes.
+            rows, rdrop: what `task_losses` takes.
         """
         inputs = (input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen)
         if token_tasks(self.heads.tasks):
@@ -323,7 +323,7 @@ class MultiTaskModel(nn.Module):
             outputs = self.heads(cls, sequences, **of_tokens)
         else:
             outputs = self.heads(self.encoder(*inputs, cls_only=True), sequences)
-        return outputs if rows is None else task_losses(self.heads.tasks, outputs, rows, rdrop_alpha)
+        return outputs if rows is None else task_losses(self.heads.tasks, outputs, rows, rdrop=rdrop)
 
 
 def build_multitask_model(

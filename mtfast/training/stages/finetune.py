@@ -43,20 +43,23 @@ class Finetune(TaskStage):
         self.engine = Engine(model, engine, settings, self.name, ema_decay=settings.ema_decay)
         self.flops_per_token = flops_per_token(weights.config, self.mean_seqlen)
 
+    @property
+    def _twice(self) -> list[str]:
+        """The tasks whose examples go through the model twice."""
+        return [name for name, task in self.tasks.items() if task.rdrop_alpha]
+
     def plan(self, epoch: int) -> list[StepPlan]:
-        """With R-Drop every example is in its micro-batch twice, one after the other."""
-        steps = super().plan(epoch)
-        return [twice(step) for step in steps] if self.settings.rdrop_alpha else steps
+        """With R-Drop every example of a task is in its micro-batch twice, one after the other."""
+        return [twice(step, self._twice) for step in super().plan(epoch)]
 
     def micro_batches(self, steps: list[StepPlan], epoch: int) -> Iterator[Sequence[Batch]]:
         packed = packed_steps(self.train, steps, self.engine.device, self.layout.shares, self.room)
-        if not self.settings.rdrop_alpha:
-            return packed
-        return ([replace(batch, size=batch.size // 2) for batch in batches] for batches in packed)
+        for step, batches in zip(steps, packed, strict=True):
+            again = [sum(len(part[name]) // 2 for name in self._twice) for part in step.micro_batches]
+            yield [replace(batch, size=batch.size - n) for batch, n in zip(batches, again, strict=True)]
 
     def losses(self, batch: PackedBatch) -> dict[str, Tensor]:
-        alpha = self.settings.rdrop_alpha
-        return self.engine.model(**batch.model_inputs(), rows=batch.tasks, rdrop_alpha=alpha)
+        return self.engine.model(**batch.model_inputs(), rows=batch.tasks, rdrop=True)
 
     def predict_dev(self) -> dict[str, np.ndarray]:
         return predict_packed(
