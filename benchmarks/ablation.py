@@ -57,6 +57,7 @@ PARTS: dict[str, Change] = {
     "pairs encoded separately": _with(pair_input="separate"),
     "pairs in one order": _with(symmetric=False),
     "without R-Drop": _with(rdrop_alpha=0.0),
+    "one alpha, 3, for all tasks": _with(rdrop_alpha=3.0),
     "without the average": _with(ema_decay=0.0),
     "batch of 64": _with(batch_size=64),
     "local with joint pairs": _with(symmetric=False, rdrop_alpha=0.0, ema_decay=0.0, batch_size=64),
