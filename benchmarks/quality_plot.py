@@ -1,4 +1,4 @@
-"""Draws what the recipe `best` and its parts reach, docs/quality.png, from benchmarks/results/ablation.json.
+"""Draws what the recipes `best` and `local` reach, and `best` without its parts, as docs/quality.png.
 
     python -m benchmarks quality_plot
 
@@ -26,14 +26,15 @@ from mtfast.tasks import METRICS_OF
 def main(argv: list[str]) -> int:
     """Write the picture."""
     argparse.ArgumentParser(prog="python -m benchmarks quality_plot", description=__doc__).parse_args(argv)
-    print(f"written to {draw(RESULTS / 'ablation.json', DOCS / 'quality.png')}")
+    print(f"written to {draw(RESULTS, DOCS / 'quality.png')}")
     return 0
 
 
 def draw(results: Path, picture: Path) -> Path:
-    """Returns the picture's path."""
-    result: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
-    variants = {name: runs for name, runs in reversed(result["variants"].items()) if runs and name in PARTS}
+    """Of a directory with ablation.json and run-local-separate.json; returns the picture's path."""
+    result, local = (_read(results / f"{name}.json") for name in ("ablation", "run-local-separate"))
+    found = {name: result["variants"].get(name) for name in PARTS} | {"local": [local]}
+    variants = {name: runs for name, runs in reversed(found.items()) if runs}
     tasks = result["config"]["tasks"]
     figure = Figure(
         figsize=(10, 0.9 + 0.34 * len(variants)), dpi=150, layout="constrained", facecolor="white"
@@ -59,3 +60,8 @@ def draw(results: Path, picture: Path) -> Path:
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture)
     return picture
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

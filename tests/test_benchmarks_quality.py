@@ -1,6 +1,7 @@
 """What the parts of the recipe `best` are worth: the variants, their results file, its table and picture."""
 
 import json
+import shutil
 import statistics
 from dataclasses import replace
 
@@ -75,8 +76,9 @@ def test_the_table_has_means_and_spreads(found, tmp_path):
 
 def test_pictures_are_drawn(found, tmp_path):
     (tmp_path / "ablation.json").write_text(json.dumps(found))
+    shutil.copy(RESULTS / "run-local-separate.json", tmp_path)
     for picture in (
-        quality_plot.draw(tmp_path / "ablation.json", tmp_path / "quality.png"),
+        quality_plot.draw(tmp_path, tmp_path / "quality.png"),
         speed_plot.draw(RESULTS, tmp_path / "speed.png"),
     ):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
