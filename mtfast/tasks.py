@@ -175,7 +175,7 @@ def _faults_of_head(task: Task) -> Iterator[tuple[str, str]]:
         if task.pair_input == "joint":
             yield "pair_input", "is joint, but the task has one text; joint is for pairs"
         if task.symmetric:
-            yield "symmetric", "is true, but the task has one text; it is for pairs"
+            yield "symmetric", f"is {task.symmetric}, but the task has one text; it is for pairs"
         if task.has_mlp:
             yield "head", f"is {shown(task.head)}; a task with one text has {' or '.join(SINGLE_HEADS)}"
     elif task.sequences_per_example == 2 and not task.has_mlp:
