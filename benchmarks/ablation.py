@@ -32,7 +32,8 @@ RESULT = RESULTS / "ablation.json"
 
 
 def _with(**settings: Any) -> Change:
-    """Other settings of the tasks, or of those on pairs (`pair_input`, `symmetric`), or of fine-tuning."""
+    """Other settings of the tasks on pairs (`pair_input`, `symmetric`), of all tasks (`rdrop_alpha`) or of
+    fine-tuning."""
     of_pairs = {name: settings.pop(name) for name in ("pair_input", "symmetric") if name in settings}
     of_all = {name: settings.pop(name) for name in ("rdrop_alpha",) if name in settings}
 
