@@ -173,6 +173,7 @@ class WeightsAndBiases:
         self._config = config
         self._run: Any = None
         self._begun = False
+        self._works = True  # until something goes wrong there
         self._next = 0  # the line that comes next
         self._step = 0  # the first line that W&B does not have
 
@@ -182,7 +183,7 @@ class WeightsAndBiases:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._run is not None:
+        if self._run is not None:  # also where it lacks rows: it would be taken for one that goes on
             with self._going_on():
                 self._run.finish(exit_code=int(error is not None))
 
@@ -198,7 +199,7 @@ class WeightsAndBiases:
     def add(self, records: list[Record]) -> None:
         with self._going_on():
             for record in records:
-                if self._run is not None and self._next >= self._step:
+                if self._run is not None and self._works and self._next >= self._step:
                     values = {f"{record['stage']}/step": record["step"], **scalars(record)}
                     self._run.log(values, step=self._next, commit=True)
                     self._step = self._next + 1
@@ -209,7 +210,9 @@ class WeightsAndBiases:
         try:
             yield
         except Exception as error:  # of any kind: a connection, a process of its own, what a server answers
-            self._run = None
+            if not self._works:
+                return
+            self._works = False
             reason = " ".join(str(error).split()) or type(error).__name__
             send = f"`mtfast resume {self._config.run_dir}` sends what is missing there"
             say(f"log wandb: {reason}; the run goes on without it, and {send}")
