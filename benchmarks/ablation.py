@@ -6,7 +6,7 @@
 Every variant is trained with every seed; runs that are finished are left as they are, so the same command
 goes on, and several processes can share the work by --seeds or --only. Written is
 benchmarks/results/ablation.json, from all runs that are finished by then: their dev metrics, times, machines
-and commits.
+and commits. What the file has of other runs with the same settings, from another machine say, stays in it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
             mtfast.train(
                 replace(VARIANTS[name](common), seed=seed, run_dir=str(run_of(options.runs, name, seed)))
             )
-    RESULT.write_text(json.dumps(results_of(options.runs), indent=2) + "\n", encoding="utf-8")
+    record(options.runs)
     print(f"written to {RESULT}")
     return 0
 
@@ -101,19 +101,45 @@ def run_of(runs: Path, name: str, seed: int) -> Path:
     return runs / name.replace(" ", "-").replace(",", "").lower() / f"seed-{seed}"
 
 
+def record(runs: Path) -> None:
+    """Write the results file."""
+    found = results_of(runs)
+    if RESULT.exists():
+        found = with_earlier(found, json.loads(RESULT.read_text(encoding="utf-8")))
+    RESULT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def with_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """These results and what earlier ones have beside them, if those are of the same settings and data."""
+    if any(found[key] != earlier[key] for key in ("checkpoint", "config", "rows")):
+        return found
+    variants = {}
+    for name, runs in found["variants"].items():
+        of_seed = {run["seed"]: run for run in [*earlier["variants"].get(name, []), *runs]}
+        variants[name] = [of_seed[seed] for seed in sorted(of_seed)]
+    return found | {"variants": variants}
+
+
 def results_of(runs: Path) -> dict[str, Any]:
     """What the results file says of the runs that are finished."""
-    variants = {}
-    for name in VARIANTS:
-        paths = sorted(run_of(runs, name, 0).parent.glob("seed-*"))
-        variants[name] = [_run(path) for path in paths if read_run(path).summary.get("dev")]
-    first = read_run(run_of(runs, "best", variants["best"][0]["seed"]))
+    finished = {
+        name: [
+            path
+            for path in sorted(run_of(runs, name, 0).parent.glob("seed-*"))
+            if read_run(path).summary.get("dev")
+        ]
+        for name in VARIANTS
+    }
+    with_all_data = [path for name in PARTS for path in finished[name]]
+    if not with_all_data:
+        raise FileNotFoundError(f"no run with all of the data has finished in {runs}")
+    first = read_run(with_all_data[0])
     assert first.config is not None
     return {
         "checkpoint": shortened(first.config.model.checkpoint),
         "config": settings_of(to_dict(best())),
         "rows": {name: data["used"] for name, data in sorted(first.summary["data"].items())},
-        "variants": variants,
+        "variants": {name: [_run(path) for path in paths] for name, paths in finished.items()},
         "date": date.today().isoformat(),
     }
 

@@ -62,6 +62,22 @@ def test_results_are_those_of_finished_runs(found):
     assert "/somewhere" not in json.dumps(found)
 
 
+def test_runs_of_another_machine_stay_where_the_settings_are_the_same(found):
+    earlier = json.loads(json.dumps(found))
+    for seed, run in enumerate(earlier["variants"]["best"], start=1):
+        run |= {"seed": seed, "commit": "0ld"}
+    earlier["variants"]["a part of old"] = earlier["variants"]["best"]
+    both = ablation.with_earlier(found, earlier)["variants"]
+    assert [(run["seed"], run["commit"]) for run in both["best"]] == [
+        (0, "abc1234"),
+        (1, "abc1234"),
+        (2, "0ld"),
+    ]
+    assert both["without R-Drop"] == found["variants"]["without R-Drop"] and "a part of old" not in both
+    earlier["config"] = earlier["config"] | {"seed": 5}
+    assert ablation.with_earlier(found, earlier) == found
+
+
 def test_the_table_has_means_and_spreads(found, tmp_path):
     (tmp_path / "ablation.json").write_text(json.dumps(found))
     text = report.render("<!-- results: ablation -->\n<!-- end -->", tmp_path)
