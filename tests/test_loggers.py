@@ -1,5 +1,6 @@
 """What TensorBoard, Weights & Biases and a caller's function are told is what metrics.jsonl holds."""
 
+import gc
 import json
 import shutil
 import time
@@ -222,6 +223,7 @@ class AtWandb:
         pass
 
     def log(self, row: dict[str, Any], step: int, commit: bool) -> None:
+        assert not gc.isenabled()
         if step == self.breaks_at:
             raise BrokenPipeError("the service\nis gone")
         self.rows.append((step, row.get("heads/step")))
@@ -262,6 +264,7 @@ def test_no_failure_of_wandb_ends_a_run(tmp_path, monkeypatch, capsys):
         assert f"log wandb: {said}; the run goes on without it, and `mtfast resume {tmp_path}` " in out
         assert out.count("\n") == 1
     assert there.rows == [(0, 1), (1, 2)] and there.exit_code == 0  # tried all the same
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(

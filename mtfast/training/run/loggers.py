@@ -6,6 +6,7 @@ where they are asked for.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import re
 import secrets
@@ -208,7 +209,8 @@ class WeightsAndBiases:
     @contextmanager
     def _going_on(self) -> Iterator[None]:
         try:
-            yield
+            with _no_collection():
+                yield
         except Exception as error:  # of any kind: a connection, a process of its own, what a server answers
             if not self._works:
                 return
@@ -241,6 +243,19 @@ class WeightsAndBiases:
                 if other != files:
                     shutil.rmtree(other)
         return run
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected within: what a finalizer prints then can take away context variables that W&B
+    relies on, before Python 3.12 (github.com/python/cpython/issues/148891)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _wandb_id(file: Path) -> str:
