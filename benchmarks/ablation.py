@@ -24,7 +24,7 @@ from benchmarks.common import RESULTS
 from benchmarks.record import settings_of, shortened
 from benchmarks.record_experiment import commit_of
 from mtfast.config import RunConfig, to_dict
-from mtfast.recipes import best
+from mtfast.recipes import best, local
 from mtfast.run_record import read_run
 
 Change = Callable[[RunConfig], RunConfig]
@@ -47,6 +47,15 @@ def _with(**settings: Any) -> Change:
     return change
 
 
+def _local_with_joint_pairs(config: RunConfig) -> RunConfig:
+    found = replace(config, tasks=local().tasks, heads=local().heads, finetune=local().finetune)
+    return _with(pair_input="joint")(found)
+
+
+def _head_epochs(count: int) -> Change:
+    return lambda config: replace(config, heads=replace(config.heads, epochs=count))
+
+
 def _quora_pairs(count: int) -> Change:
     return lambda config: replace(
         config, tasks=config.tasks | {"quora": replace(config.tasks["quora"], max_rows=count)}
@@ -61,7 +70,10 @@ PARTS: dict[str, Change] = {
     "one alpha, 3, for all tasks": _with(rdrop_alpha=3.0),
     "without the average": _with(ema_decay=0.0),
     "batch of 64": _with(batch_size=64),
-    "local with joint pairs": _with(symmetric=False, rdrop_alpha=0.0, ema_decay=0.0, batch_size=64),
+    "48 epochs of head training": _head_epochs(48),
+    "10 epochs of head training": _head_epochs(10),
+    "without head training": lambda config: replace(config, stages=("finetune",)),
+    "local with joint pairs": _local_with_joint_pairs,
 }
 LESS_DATA: dict[str, Change] = {f"{count:,} Quora pairs": _quora_pairs(count) for count in (8000, 4000)}
 VARIANTS = PARTS | LESS_DATA

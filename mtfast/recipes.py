@@ -104,6 +104,7 @@ def best() -> RunConfig:
             "quora": replace(common.tasks["quora"], pair_input="joint", symmetric=True, rdrop_alpha=2.0),
             "sts": replace(common.tasks["sts"], pair_input="joint", symmetric=True, rdrop_alpha=3.0),
         },
+        heads=HeadsConfig(epochs=22),
         finetune=replace(common.finetune, batch_size=128, ema_decay=0.98),
     )
 
