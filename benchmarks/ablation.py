@@ -1,4 +1,5 @@
-"""What each part of the recipe `best` is worth: with all of them, without one at a time, and with less data.
+"""What each part of the recipe `best` is worth: with all of them, without one at a time, with other values of
+its settings, and with less data.
 
     python -m benchmarks ablation --data data/cs224n --checkpoint $CHECKPOINT [--runs runs/ablation]
         [--seeds 0 1 2] [--only NAME ...]
@@ -67,16 +68,18 @@ PARTS: dict[str, Change] = {
     "pairs encoded separately": _with(pair_input="separate"),
     "pairs in one order": _with(symmetric=False),
     "without R-Drop": _with(rdrop_alpha=0.0),
-    "one alpha, 3, for all tasks": _with(rdrop_alpha=3.0),
     "without the average": _with(ema_decay=0.0),
     "batch of 64": _with(batch_size=64),
     "48 epochs of head training": _head_epochs(48),
-    "10 epochs of head training": _head_epochs(10),
     "without head training": lambda config: replace(config, stages=("finetune",)),
     "local with joint pairs": _local_with_joint_pairs,
 }
+OTHER_VALUES: dict[str, Change] = {
+    "one alpha, 3, for all tasks": _with(rdrop_alpha=3.0),
+    "10 epochs of head training": _head_epochs(10),
+}
 LESS_DATA: dict[str, Change] = {f"{count:,} Quora pairs": _quora_pairs(count) for count in (8000, 4000)}
-VARIANTS = PARTS | LESS_DATA
+VARIANTS = PARTS | OTHER_VALUES | LESS_DATA
 
 
 def main(argv: list[str]) -> int:

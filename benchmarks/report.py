@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation import LESS_DATA, PARTS
+from benchmarks.ablation import LESS_DATA, OTHER_VALUES, PARTS
 from benchmarks.common import RESULTS
 from mtfast.comparison_report import comparison_table
 from mtfast.experiments import ALL_RECIPES, EXPERIMENTS, PAPER_ROWS
@@ -51,9 +51,9 @@ def render(text: str, results: Path = RESULTS) -> str:
 
     Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs, all
     or those named, "experiment" is the recorded one that is named, "pretraining_curve" what steps of
-    pre-training do, "ablation" what the recipe `best` is without its parts, with WORDS "data" what it is with
-    less data, "quality" that recipe beside others' results, and "utilisation" holds training steps against
-    the peak of their machine.
+    pre-training do, "ablation" what the recipe `best` is without its parts, with WORDS "values" what it is
+    with other values of its settings, with "data" with less data, "quality" that recipe beside others'
+    results, and "utilisation" holds training steps against the peak of their machine.
     """
     rows = newest_rows(results)
     runs = {
@@ -69,7 +69,8 @@ def render(text: str, results: Path = RESULTS) -> str:
         elif name == "pretraining_curve":
             body = _curve(results / "pretraining-curve.json")
         elif name == "ablation":
-            body = _ablation(results / "ablation.json", LESS_DATA if "data" in words else PARTS)
+            variants = {"": PARTS, "values": OTHER_VALUES, "data": LESS_DATA}[match["words"].strip()]
+            body = _ablation(results / "ablation.json", variants)
         elif name == "quality":
             body = _quality(results / "ablation.json")
         elif name == "utilisation":
