@@ -167,7 +167,10 @@ def _run(path: Path) -> dict[str, Any]:
         "seed": run.config.seed,
         "dev": run.metrics("dev"),
         "epoch": choice.epoch,
-        "seconds": {name: stage["seconds"] for name, stage in run.summary["stages"].items()},
+        **{
+            key: {name: stage[key] for name, stage in run.summary["stages"].items()}
+            for key in ("seconds", "peak_rss_bytes")
+        },
         "environment": run.summary["environment"],
         "commit": commit_of(path),
     }
