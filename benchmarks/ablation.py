@@ -167,10 +167,7 @@ def _run(path: Path) -> dict[str, Any]:
         "seed": run.config.seed,
         "dev": run.metrics("dev"),
         "epoch": choice.epoch,
-        **{
-            key: {name: stage[key] for name, stage in run.summary["stages"].items()}
-            for key in ("seconds", "peak_rss_bytes")
-        },
+        "seconds": {name: stage["seconds"] for name, stage in run.summary["stages"].items()},
         "environment": run.summary["environment"],
         "commit": commit_of(path),
     }
