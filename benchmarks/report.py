@@ -269,16 +269,15 @@ def _ablation(path: Path, wanted: Iterable[str]) -> str:
     for name, runs in variants.items():
         scores = [[run["dev"][key] for run in runs] for key in (*keys, "mean")]
         gain = "" if name == "best" else f"{statistics.fmean(scores[-1]) - best:+.3f}"
-        minutes = statistics.fmean(run["seconds"]["finetune"] for run in runs) / 60
         shown = [_spread(values) for values in scores]
-        body.append((name, str(len(runs)), *shown, gain, f"{minutes:.0f}"))
+        body.append((name, str(len(runs)), *shown, gain))
     every = [run for runs in variants.values() for run in runs]
     made_by = dict.fromkeys(
         f"{of['device']}, {_threads(of['threads'])}, torch {of['torch']}"
         for of in (run["environment"] for run in every)
     )
     commits = " and ".join(dict.fromkeys(run["commit"] for run in every))
-    columns = ("variant", "seeds", *titles, "mean", "against best", "fine-tuning, minutes")
+    columns = ("variant", "seeds", *titles, "mean", "against best")
     return f"{'; '.join(made_by)}; commit {commits}:\n\n{_markdown(columns, body)}"
 
 
