@@ -256,7 +256,8 @@ def _point(name: str, point: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _ablation(path: Path, wanted: Iterable[str]) -> str:
-    """The recipe `best` and some of its variants, means and sample standard deviations over seeds."""
+    """The recipe `best` and some of its variants: means and sample standard deviations over seeds, of the
+    metrics and of what they differ by from `best` with the same seed, whose data order is the same."""
     if not path.is_file():
         return "not measured"
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -265,12 +266,12 @@ def _ablation(path: Path, wanted: Iterable[str]) -> str:
     keys = [f"{name}_{METRICS_OF[task['kind']][0]}" for name, task in result["config"]["tasks"].items()]
     titles = [task["title"] or name for name, task in result["config"]["tasks"].items()]
     body = []
-    best = statistics.fmean(run["dev"]["mean"] for run in variants["best"])
+    best = {run["seed"]: run["dev"]["mean"] for run in variants["best"]}
     for name, runs in variants.items():
         scores = [[run["dev"][key] for run in runs] for key in (*keys, "mean")]
-        gain = "" if name == "best" else f"{statistics.fmean(scores[-1]) - best:+.3f}"
-        shown = [_spread(values) for values in scores]
-        body.append((name, str(len(runs)), *shown, gain))
+        gains = [run["dev"]["mean"] - best[run["seed"]] for run in runs if run["seed"] in best]
+        gain = "" if name == "best" else _spread(gains, sign="+")
+        body.append((name, str(len(runs)), *map(_spread, scores), gain))
     every = [run for runs in variants.values() for run in runs]
     made_by = dict.fromkeys(
         f"{of['device']}, {_threads(of['threads'])}, torch {of['torch']}"
@@ -303,9 +304,9 @@ def _quality(path: Path) -> str:
     return _markdown(("", *(task["title"] or name for name, task in tasks.items())), body)
 
 
-def _spread(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    mean = f"{statistics.fmean(values):.3f}"
+def _spread(values: list[float], sign: str = "-") -> str:
+    """Mean and sample standard deviation; sign "+" to have one before a positive mean too."""
+    mean = f"{statistics.fmean(values):{sign}.3f}"
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
