@@ -101,10 +101,10 @@ def best() -> RunConfig:
         stages=("heads", "finetune"),
         tasks={
             "sst": replace(common.tasks["sst"], rdrop_alpha=7.0),
-            "quora": replace(common.tasks["quora"], pair_input="joint", symmetric=True, rdrop_alpha=2.0),
+            "quora": replace(common.tasks["quora"], pair_input="joint", rdrop_alpha=2.0),
             "sts": replace(common.tasks["sts"], pair_input="joint", symmetric=True, rdrop_alpha=3.0),
         },
-        heads=HeadsConfig(epochs=22),
+        heads=HeadsConfig(epochs=10),
         finetune=replace(common.finetune, batch_size=128, ema_decay=0.98),
     )
 
