@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from mtfast.config import EngineConfig, FinetuneConfig, HeadsConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
+from mtfast.data.packing import packed_steps
 from mtfast.data.tokens import tokenize_task
 from mtfast.recipes import PAPER_TASKS, paper
 from mtfast.training.stage import Stage
@@ -30,16 +31,14 @@ class Planned(Finetune):
         self.engine = SimpleNamespace(device=torch.device("cpu"))
 
 
-def test_an_epoch_of_the_real_mixture_has_few_shapes(data_dir, checkpoint_dir, monkeypatch):
+def test_an_epoch_of_the_real_mixture_has_few_shapes(data_dir, checkpoint_dir):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
     raw = {name: read_paper_task(name, data_dir / "cs224n", "train") for name in PAPER_TASKS}
     tables = {name: tokenize_task(table, tokenizer, max_length=128) for name, table in raw.items()}
     stage = Planned(tables, paper().finetune)
     assert stage.settings.batch_size == 160
-    batches = [batch for (batch,) in stage.micro_batches(stage.plan(0), 0)]
-    assert len({batch.shape for batch in batches}) > 160
-    monkeypatch.setattr(Stage, "fills", True)
-    stage = Planned(tables, paper().finetune)
+    as_they_come = packed_steps(tables, stage.plan(0), torch.device("cpu"), stage.layout.shares, None)
+    assert len({batch.shape for (batch,) in as_they_come}) > 160
     shapes, lengths = [], {name: table.sequences.lengths for name, table in tables.items()}
     for epoch in range(2):
         plan, counted = (
@@ -70,10 +69,8 @@ def corpus(tmp_path_factory):
     return write_demo_corpus(tmp_path_factory.mktemp("demo"))
 
 
-def losses_and_gradients(stage: Stage, fill: bool, monkeypatch) -> tuple[list[dict], list[dict[str, Tensor]]]:
+def losses_and_gradients(stage: Stage) -> tuple[list[dict], list[dict[str, Tensor]]]:
     """Of an epoch's first steps, all micro-batches, without dropout."""
-    monkeypatch.setattr(Stage, "fills", fill)
-    stage.__dict__.pop("room", None)
     module = stage.engine.model = getattr(stage.engine.model, "module", stage.engine.model)  # no engine
     module.eval()
     losses, gradients = [], []
@@ -99,7 +96,7 @@ def losses_and_gradients(stage: Stage, fill: bool, monkeypatch) -> tuple[list[di
         (Pretrain, "linear", None, 0.0),
     ],
 )
-def test_what_fills_up_is_seen_by_no_loss(kind, head, settings, rdrop_alpha, corpus, tmp_path, monkeypatch):
+def test_what_fills_up_is_seen_by_no_loss(kind, head, settings, rdrop_alpha, corpus, tmp_path):
     config = demo_on(corpus, tmp_path / "run")
     tasks = paper_tasks(head)
     config = replace(
@@ -112,8 +109,9 @@ def test_what_fills_up_is_seen_by_no_loss(kind, head, settings, rdrop_alpha, cor
         **({} if settings is None else {kind.name: settings}),
     )
     stage = stage_of(kind, config)
-    losses, gradients = losses_and_gradients(stage, False, monkeypatch)
-    filled_losses, filled_gradients = losses_and_gradients(stage, True, monkeypatch)
+    filled_losses, filled_gradients = losses_and_gradients(stage)
+    stage.room = None
+    losses, gradients = losses_and_gradients(stage)
     assert len(losses) == len(filled_losses) == 3 * stage.settings.accumulation
     for mine, filled in zip(losses + gradients, filled_losses + filled_gradients, strict=True):
         for name, x in mine.items():

@@ -116,8 +116,7 @@ def small_run(corpus, run_dir: Path, precision: str = "fp32", head: str = "linea
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Batches are filled up, the learning rate is a tensor, and a tape stands in for a graph."""
-    monkeypatch.setattr(Stage, "fills", True)
+    """The learning rate is a tensor, and a tape stands in for a graph."""
     monkeypatch.setattr(Engine, "_is_capturable", lambda *_: True)
     monkeypatch.setattr(stage_module, "CudaRecorder", TapeRecorder)
 

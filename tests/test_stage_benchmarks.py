@@ -9,6 +9,7 @@ from bert_twins import small_corpus
 from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
 from benchmarks import (
+    filled_steps,
     finetune_step,
     head_stage,
     keeping,
@@ -173,6 +174,18 @@ def test_shapes(checkpoint, tmp_path):
     for plain, filled in zip(rows[::2], rows[1::2], strict=True):
         assert plain["case"] == filled["case"] and plain["shapes"] > filled["shapes"] >= 1
         assert plain["filler_share"] == 0 < filled["filler_share"] < 64 / 200
+
+
+def test_filled_steps(data, checkpoint):
+    rows = filled_steps.compare("finetune", Setup("finetune", data, checkpoint, "checkpoint", 512, 4, 1))
+    assert [row["variant"] for row in rows] == [shapes.AS_THEY_COME, shapes.FILLED]
+    for row in rows:
+        assert row["case"].endswith("finetune, 160 examples a step") and row["runs"] == 2
+        assert row["peak_mib"] > 100  # torch alone has as much
+    came, filled = rows
+    assert filled["ratio_to_baseline"] == pytest.approx(
+        filled["examples_per_s"] / came["examples_per_s"], rel=2e-3
+    )
 
 
 def test_a_picture_of_the_parts(tmp_path):

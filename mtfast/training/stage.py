@@ -60,11 +60,6 @@ class Stage(ABC):
     flops_per_token: float
 
     @property
-    def fills(self) -> bool:
-        """Whether batches are filled up so that their shapes repeat, from which a CPU gains nothing."""
-        return self.engine.device.type == "cuda"
-
-    @property
     def capturable(self) -> bool:
         """Whether a step is work of the device alone, which a CUDA graph can hold."""
         return self.engine.capturable

@@ -138,7 +138,7 @@ class Heads(TaskStage):
             yield list(itertools.islice(moved, len(step.micro_batches)))
 
     def _cached_batch(self, part: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> CachedBatch:
-        """On the host, filled up where batches are."""
+        """On the host, filled up if there is `room`."""
         counts, numbers, of_each = {}, [], []
         for task, rows in part.items():
             n = counts[task] = len(rows) if self.room is None else filled_count(len(rows), self.room[task])

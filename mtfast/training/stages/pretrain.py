@@ -96,8 +96,9 @@ class Pretrain(Stage):
 
     @functools.cached_property
     def room(self) -> int | None:
-        """Samples up to which micro-batches are filled, where they are."""
-        return room_of_reviews(self.plan(0)) if self.fills else None
+        """Samples up to which micro-batches are filled, so that their shapes repeat; with None they are as
+        they come."""
+        return room_of_reviews(self.plan(0))
 
     def losses(self, batch: ReviewBatch) -> dict[str, Tensor]:
         masked = mask_tokens(

@@ -90,8 +90,9 @@ class TaskStage(Stage):
 
     @functools.cached_property
     def room(self) -> dict[str, int] | None:
-        """Examples of each task up to which micro-batches are filled, where they are."""
-        return room_of(self.plan(0)) if self.fills else None
+        """Examples of each task up to which micro-batches are filled, so that their shapes repeat; with None
+        they are as they come."""
+        return room_of(self.plan(0))
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         return torch.stack([losses[name] * task.weight for name, task in self.tasks.items()]).sum()
