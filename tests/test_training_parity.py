@@ -198,7 +198,7 @@ def test_pre_training_follows_the_eager_twin_for_20_steps(config, tmp_path, lear
             cu_seqlens=batch.cu_seqlens,
             strategy="exact",
         )
-        sizes = batch.cu_seqlens.diff()[: len(batch.nsp_labels)].tolist()
+        sizes = batch.cu_seqlens.diff()[: batch.size].tolist()  # without what fills the batch up
 
         def padded(flat: torch.Tensor, fill: int, sizes=sizes) -> torch.Tensor:
             rows = flat[: sum(sizes)].long().split(sizes)
@@ -211,7 +211,7 @@ def test_pre_training_follows_the_eager_twin_for_20_steps(config, tmp_path, lear
         )
         labels = padded(masked.labels, -100)
         mlm = F.cross_entropy(output.prediction_logits.flatten(0, 1), labels.flatten())
-        nsp = F.cross_entropy(output.seq_relationship_logits, batch.nsp_labels)
+        nsp = F.cross_entropy(output.seq_relationship_logits, batch.nsp_labels[: batch.size])
         optimizer.zero_grad()
         (mlm + nsp).backward()
         optimizer.step()
