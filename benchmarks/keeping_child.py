@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -58,34 +57,32 @@ class Epochs:
 
 def measure(fit: Fit) -> Epochs:
     """Fine-tune, and measure all epochs but the first and the last."""
-    begun: list[float] = []
+    begun: dict[int, float] = {}  # of each epoch; the first is planned more often, to count its steps
     evaluated: list[float] = []
     plans: list[list[Any]] = []
 
-    def noting(method: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
-        def noted(*arguments: Any) -> Any:
-            result = method(*arguments)
-            note(result)
-            return result
+    def plan(stage: Finetune, epoch: int) -> list[Any]:
+        steps = made(stage, epoch)
+        begun[epoch] = time.perf_counter()
+        plans.append(steps)
+        return steps
 
-        return noted
+    def evaluate(stage: Finetune) -> Any:
+        metrics = measured(stage)
+        evaluated.append(time.perf_counter())
+        return metrics
 
-    def planned(plan: list[Any]) -> None:
-        begun.append(time.perf_counter())
-        plans.append(plan)
-
-    plan = noting(Finetune.plan, planned)
-    evaluate = noting(Finetune.evaluate, lambda _: evaluated.append(time.perf_counter()))
+    made, measured = Finetune.plan, Finetune.evaluate
     keeping: Any = nullcontext() if fit.kept else mock.patch(KEEP)
     with mock.patch.multiple(Finetune, plan=plan, evaluate=evaluate), keeping:
         train(config_of(fit), "finetune")
-    begun = begun[1:]  # the loop makes a plan to count the steps
+    begins = [begun[epoch] for epoch in range(fit.epochs)]
     (whole,) = {sum(sum(step.step_counts.values()) for step in steps) for steps in plans}
     return Epochs(
         len(plans[0]),
         whole,
-        [end - begin for begin, end in pairwise(begun[1:])],
-        [begin - end for end, begin in zip(evaluated[1:-1], begun[2:], strict=True)],
+        [end - begin for begin, end in pairwise(begins[1:])],
+        [begin - end for end, begin in zip(evaluated[1:-1], begins[2:], strict=True)],
     )
 
 
