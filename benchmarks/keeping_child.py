@@ -57,7 +57,7 @@ class Epochs:
 
 def measure(fit: Fit) -> Epochs:
     """Fine-tune, and measure all epochs but the first and the last."""
-    begun: dict[int, float] = {}  # of each epoch; the first is planned more often, to count its steps
+    begun: dict[int, float] = {}  # by epoch; the first, which warms up, is planned more than once
     evaluated: list[float] = []
     plans: list[list[Any]] = []
 
