@@ -46,9 +46,7 @@ def _finetune(**settings: Any) -> Change:
 PARTS: dict[str, Change] = {
     "best": lambda config: config,
     "pairs encoded separately": _tasks("quora", "sts", pair_input="separate"),
-    "STS in one order": _tasks("sts", symmetric=False),
     "without R-Drop": _tasks("sst", "quora", "sts", rdrop_alpha=0.0),
-    "without the average": _finetune(ema_decay=0.0),
     "batch of 64": _finetune(batch_size=64),
     "48 epochs of head training": lambda config: replace(config, heads=replace(config.heads, epochs=48)),
     "without head training": lambda config: replace(config, stages=("finetune",)),

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig
 
 from benchmarks.step_batches import random_tables
-from mtfast.config import EngineConfig, FinetuneConfig
+from mtfast.config import EngineConfig, TaskStageConfig
 from mtfast.tasks import MlpConfig
 from mtfast.training.engine import ranks
 from mtfast.training.engine.engine import start, stop
@@ -59,7 +59,7 @@ def finetune_ops(config: BertConfig | None = None) -> Counter[str]:
     """`count_ops` of one fine-tuning step under the engine, in a process group of this process alone, which
     must have been started. config: of the encoder, BERT-base's by default, with random weights."""
     tables = random_tables(EXAMPLES, seed=0)
-    settings = FinetuneConfig(batch_size=EXAMPLES)
+    settings = TaskStageConfig(batch_size=EXAMPLES)
     weights = Weights(config or BertConfig(), None, None, None, MlpConfig(), 0)
     engine = EngineConfig(precision="bf16")
     stage = Finetune({"train": tables, "dev": {}}.__getitem__, weights, settings, engine, 0)

@@ -154,13 +154,6 @@ class HeadsConfig(TaskStageConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TaskStageConfig):
-    ema_decay: float = 0.0
-    """Evaluate and keep an exponential moving average of the weights, of which each step keeps so much: 0.99
-    is an average over some 100 steps. 0 does without."""
-
-
-@dataclass(frozen=True)
 class RunConfig:
     run_dir: str = "runs/run"
     """Everything the run writes goes here; the same command continues an interrupted run."""
@@ -182,7 +175,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    finetune: TaskStageConfig = field(default_factory=TaskStageConfig)
 
     @property
     def path(self) -> Path:
@@ -245,7 +238,6 @@ _RULES: dict[str, Rule] = {
     "pretrain.mlm_probability": ("lie in (0, 1)", lambda value: 0.0 < value < 1.0),
     "pretrain.head_steps": _at_least(0),
     "pretrain.head_learning_rate": _POSITIVE,
-    "finetune.ema_decay": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
 }
 _STAGE_RULES: dict[str, Rule] = {
     "epochs": _at_least(1),

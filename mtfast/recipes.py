@@ -12,11 +12,11 @@ from dataclasses import replace
 from mtfast.config import (
     DataConfig,
     EngineConfig,
-    FinetuneConfig,
     HeadsConfig,
     ModelConfig,
     PretrainConfig,
     RunConfig,
+    TaskStageConfig,
 )
 from mtfast.tasks import MlpConfig, Task
 
@@ -81,7 +81,7 @@ def local() -> RunConfig:
             warmup_fraction=0.1,
             gradient_clipping=1.0,
         ),
-        finetune=FinetuneConfig(
+        finetune=TaskStageConfig(
             epochs=3,
             batch_size=64,
             learning_rate=2e-4,
@@ -102,10 +102,10 @@ def best() -> RunConfig:
         tasks={
             "sst": replace(common.tasks["sst"], rdrop_alpha=7.0),
             "quora": replace(common.tasks["quora"], pair_input="joint", rdrop_alpha=2.0),
-            "sts": replace(common.tasks["sts"], pair_input="joint", symmetric=True, rdrop_alpha=3.0),
+            "sts": replace(common.tasks["sts"], pair_input="joint", rdrop_alpha=3.0),
         },
         heads=HeadsConfig(epochs=10),
-        finetune=replace(common.finetune, batch_size=128, ema_decay=0.98),
+        finetune=replace(common.finetune, batch_size=128),
     )
 
 
@@ -123,7 +123,7 @@ def demo() -> RunConfig:
             epochs=4, batch_size=32, learning_rate=1e-3, schedule="linear", warmup_fraction=0.1
         ),
         heads=HeadsConfig(epochs=12, batch_size=256),
-        finetune=FinetuneConfig(
+        finetune=TaskStageConfig(
             epochs=12,
             batch_size=64,
             learning_rate=1e-3,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtfast import commands, comparison, comparison_report
 from mtfast.commands import open_directory
-from mtfast.config import EngineConfig, FinetuneConfig, RunConfig
+from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
 from mtfast.errors import Error
 from mtfast.training.engine import alive, ranks
 from mtfast.training.engine import engine as engine_module
@@ -107,7 +107,7 @@ def train_small(run_dir: Path, stop: int | None = None) -> None:
     config = RunConfig(
         run_dir=str(run_dir),
         engine=EngineConfig(precision="fp32", zero_stage=0),
-        finetune=FinetuneConfig(epochs=EPOCHS, batch_size=4, learning_rate=0.02, checkpoint_every="3 steps"),
+        finetune=TaskStageConfig(epochs=EPOCHS, batch_size=4, learning_rate=0.02, checkpoint_every="3 steps"),
     )
     stage = Wandering(config, stop)
     try:

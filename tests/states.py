@@ -20,7 +20,6 @@ def small(
     zero_stage: int | None = 0,
     hidden: int = 5,
     stage: TaskStageConfig = STAGE,
-    ema_decay: float = 0.0,
     **config: Any,
 ) -> Engine:
     engine_module.start()
@@ -28,7 +27,7 @@ def small(
     model = nn.Sequential(nn.Linear(7, hidden), nn.Tanh(), nn.Linear(hidden, 3))
     model.register_buffer("steps", torch.zeros((), dtype=torch.int64))
     settings = EngineConfig(precision=precision, zero_stage=zero_stage, **config)
-    engine = Engine(model, settings, stage, "finetune", ema_decay=ema_decay)
+    engine = Engine(model, settings, stage, "finetune")
     engine.train()
     return engine
 

@@ -16,7 +16,7 @@ from states import STAGE, load_state, save_state, small, steps
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtfast.config import ConfigError, EngineConfig, FinetuneConfig, TaskStageConfig
+from mtfast.config import ConfigError, EngineConfig, TaskStageConfig
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine.deepspeed_json import MONITORS
 from mtfast.training.engine.deepspeed_keys import KEYS
@@ -180,7 +180,7 @@ def test_layers_are_checkpointed_and_the_stage_follows_the_scheduler(corpus, tmp
     given["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     config = demo_on(corpus, tmp_path / "run")
     engine = EngineConfig(precision="fp32", deepspeed_config=write(tmp_path, given))
-    stage = stage_of(Finetune, replace(config, engine=engine, finetune=FinetuneConfig(learning_rate=0.5)))
+    stage = stage_of(Finetune, replace(config, engine=engine, finetune=TaskStageConfig(learning_rate=0.5)))
     assert stage.engine._module.encoder.activation_checkpointing
     assert [stage.set_learning_rate(step, 9) for step in range(4)] == [0.0, 0.0, 0.25, 0.5]
     assert stage.engine._engine.optimizer.param_groups[0]["lr"] == 0.5
@@ -194,7 +194,7 @@ def test_the_profiler_counts_every_product_once(zero_stage, corpus, tmp_path):
     given = {"flops_profiler": {"enabled": True, "profile_step": 1, "output_file": str(profile)}}
     engine = EngineConfig("fp32", zero_stage, deepspeed_config=write(tmp_path, given))
     config = replace(demo_on(corpus, tmp_path / "run"), engine=engine)
-    stage = stage_of(Finetune, replace(config, finetune=FinetuneConfig(batch_size=40)))
+    stage = stage_of(Finetune, replace(config, finetune=TaskStageConfig(batch_size=40)))
     stage.engine.train()
     first, second = (batch for (batch,) in stage.micro_batches(stage.plan(0)[:2], 0))
     stage.step(first)

@@ -11,7 +11,7 @@ from stages import demo_on, stage_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtfast.config import EngineConfig, FinetuneConfig, HeadsConfig, RunConfig, TaskStageConfig
+from mtfast.config import EngineConfig, HeadsConfig, RunConfig, TaskStageConfig
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine.engine import Engine
 from mtfast.training.stages import features as features_module
@@ -86,7 +86,7 @@ def test_a_step_reads_nothing_back(kind, head, zero_stage, precision, config, mo
     changed = {
         "tasks": {name: replace(task, max_rows=100) for name, task in paper_tasks(head).items()},
         "engine": EngineConfig(precision=precision, zero_stage=zero_stage),
-        "finetune": FinetuneConfig(batch_size=40),
+        "finetune": TaskStageConfig(batch_size=40),
         "heads": HeadsConfig(batch_size=100),
     }
     stage = stage_of(kind, replace(config, **changed))
@@ -114,7 +114,7 @@ def test_heads_whose_tasks_have_no_rows_in_a_step_are_decayed_alone(kind, zero_s
         config,
         tasks=rare | {"quora": replace(quora, max_rows=400)},
         engine=EngineConfig(precision="fp32", zero_stage=zero_stage),
-        finetune=FinetuneConfig(batch_size=16),
+        finetune=TaskStageConfig(batch_size=16),
         heads=HeadsConfig(batch_size=16),
     )
     stage = stage_of(kind, config)

@@ -12,7 +12,7 @@ from stages import demo_on, stage_of
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from mtfast.config import EngineConfig, FinetuneConfig, HeadsConfig, TaskStageConfig
+from mtfast.config import EngineConfig, HeadsConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.data.packing import packed_steps
 from mtfast.data.tokens import tokenize_task
@@ -87,9 +87,9 @@ def losses_and_gradients(stage: Stage) -> tuple[list[dict], list[dict[str, Tenso
 @pytest.mark.parametrize(
     ("kind", "head", "settings", "rdrop_alpha"),
     [
-        (Finetune, "linear", FinetuneConfig(batch_size=40), 0.0),
-        (Finetune, "linear", FinetuneConfig(batch_size=20, accumulation=2), 2.0),
-        (Finetune, "lstm", FinetuneConfig(batch_size=42, accumulation=3), 0.0),
+        (Finetune, "linear", TaskStageConfig(batch_size=40), 0.0),
+        (Finetune, "linear", TaskStageConfig(batch_size=20, accumulation=2), 2.0),
+        (Finetune, "lstm", TaskStageConfig(batch_size=42, accumulation=3), 0.0),
         (Heads, "linear", HeadsConfig(batch_size=200, accumulation=2), 0.0),
         (Heads, "lstm", HeadsConfig(batch_size=200), 2.0),
         (Heads, "lstm", HeadsConfig(batch_size=60, features="live"), 0.0),

@@ -19,7 +19,7 @@ from states import load_state
 from torch import Tensor
 
 from mtfast.commands import open_directory
-from mtfast.config import EngineConfig, FinetuneConfig, RunConfig
+from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
 from mtfast.models.checkpoint import CheckpointError
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine import keeping as engine_keeping
@@ -38,7 +38,7 @@ def config(tmp_path) -> RunConfig:
     return RunConfig(
         run_dir=str(tmp_path / "run"),
         engine=EngineConfig(precision="fp32", zero_stage=0),
-        finetune=FinetuneConfig(epochs=3, batch_size=4, learning_rate=0.1),
+        finetune=TaskStageConfig(epochs=3, batch_size=4, learning_rate=0.1),
     )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtfast.commands import open_directory
-from mtfast.config import EngineConfig, FinetuneConfig, RunConfig
+from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
 from mtfast.recipes import PAPER_TASKS
 from mtfast.training.engine import engine as engine_module
 from mtfast.training.engine.state import newest_state
@@ -31,7 +31,7 @@ def config(tmp_path) -> RunConfig:
     return RunConfig(
         run_dir=str(tmp_path / "run"),
         engine=EngineConfig(precision="fp32", zero_stage=0),
-        finetune=FinetuneConfig(epochs=2, batch_size=4, learning_rate=0.1, checkpoint_every="2 steps"),
+        finetune=TaskStageConfig(epochs=2, batch_size=4, learning_rate=0.1, checkpoint_every="2 steps"),
     )
 
 

@@ -14,7 +14,7 @@ from small_tokenizer import small_tokenizer
 from stages import demo_on, stage_of
 from torch import Tensor
 
-from mtfast.config import EngineConfig, FinetuneConfig, HeadsConfig
+from mtfast.config import EngineConfig, HeadsConfig, TaskStageConfig
 from mtfast.data.demo import write_demo_corpus
 from mtfast.data.tokens import TokenizedTask, tokenize_task
 from mtfast.training.stages.finetune import Finetune
@@ -79,7 +79,7 @@ def rows_by_task(steps: Iterable) -> dict[str, Tensor]:
 
 
 def test_the_orders_take_turns_and_every_example_has_one_of_them_in_an_epoch(corpus, tmp_path):
-    stage = stage_of(Finetune, symmetric(corpus, tmp_path, finetune=FinetuneConfig(batch_size=24)))
+    stage = stage_of(Finetune, symmetric(corpus, tmp_path, finetune=TaskStageConfig(batch_size=24)))
     epochs = [rows_by_task(stage.plan(epoch)) for epoch in (0, 1)]
     for name, count in stage.examples.items():
         turned = [(rows >= count).sum().item() for rows in (epoch[name] for epoch in epochs)]
@@ -133,7 +133,7 @@ def test_without_dropout_rdrop_changes_nothing(corpus, tmp_path):
     """Both outputs of an example are equal; it counts once, as it does without."""
     found = []
     for alphas in ({}, {"sst": 4.0, "sts": 1.0}):
-        settings = FinetuneConfig(batch_size=24, accumulation=2)
+        settings = TaskStageConfig(batch_size=24, accumulation=2)
         stage = stage_of(Finetune, symmetric(corpus, tmp_path / str(len(alphas)), alphas, finetune=settings))
         (batches,) = stage.micro_batches(stage.plan(0)[:1], 0)
         rows = [{name: len(rows.labels) for name, rows in batch.tasks.items()} for batch in batches]
@@ -149,7 +149,7 @@ def test_without_dropout_rdrop_changes_nothing(corpus, tmp_path):
 
 def test_an_examples_two_passes_differ_in_their_dropout(corpus, tmp_path):
     alphas = dict.fromkeys(("sst", "quora", "sts"), 1.0)
-    config = symmetric(corpus, tmp_path, alphas, finetune=FinetuneConfig(batch_size=24))
+    config = symmetric(corpus, tmp_path, alphas, finetune=TaskStageConfig(batch_size=24))
     stage = stage_of(Finetune, replace(config, model=replace(config.model, dropout_p=0.3)))
     ((batch,),) = stage.micro_batches(stage.plan(0)[:1], 0)
     outputs = stage.engine.model(**batch.model_inputs())

@@ -19,7 +19,7 @@ from stages import demo_on
 
 from mtfast import run as run_module
 from mtfast.commands import open_directory
-from mtfast.config import EngineConfig, FinetuneConfig, RunConfig
+from mtfast.config import EngineConfig, RunConfig, TaskStageConfig
 from mtfast.data.demo import DemoCorpus
 from mtfast.training import stopping
 from mtfast.training.engine import engine as engine_module
@@ -37,7 +37,7 @@ def config_in(run_dir: Path) -> RunConfig:
     return RunConfig(
         run_dir=str(run_dir),
         engine=EngineConfig(precision="fp32", zero_stage=0),
-        finetune=FinetuneConfig(epochs=3, batch_size=4, learning_rate=0.02, checkpoint_every="1 hour"),
+        finetune=TaskStageConfig(epochs=3, batch_size=4, learning_rate=0.02, checkpoint_every="1 hour"),
     )
 
 

@@ -15,7 +15,6 @@ from mtfast.commands import open_directory
 from mtfast.config import (
     ConfigError,
     EngineConfig,
-    FinetuneConfig,
     RunConfig,
     TaskStageConfig,
     to_dict,
@@ -230,7 +229,7 @@ def test_directory_of_another_config_is_refused_and_untouched(tmp_path):
     with pytest.raises(
         ConfigError, match=r"belongs to a run with another.*\n  finetune\.batch_size: 160 there, 3 here"
     ):
-        open_directory(replace(config, finetune=FinetuneConfig(batch_size=3)))
+        open_directory(replace(config, finetune=TaskStageConfig(batch_size=3)))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 

@@ -17,11 +17,11 @@ from mtfast.commands import open_directory
 from mtfast.config import (
     DataConfig,
     EngineConfig,
-    FinetuneConfig,
     HeadsConfig,
     ModelConfig,
     PretrainConfig,
     RunConfig,
+    TaskStageConfig,
 )
 from mtfast.data.tables import read_task
 from mtfast.ops import mask_tokens
@@ -118,7 +118,7 @@ def compare(ours: list[dict], twin: list[dict[str, float]], steps: int) -> None:
 
 
 def test_fine_tuning_follows_the_eager_twin_for_50_steps(config, data_dir, checkpoint, learning_rate):
-    stage_config = FinetuneConfig(epochs=1, batch_size=12, learning_rate=learning_rate, max_steps=50)
+    stage_config = TaskStageConfig(epochs=1, batch_size=12, learning_rate=learning_rate, max_steps=50)
     tasks = config.tasks | {"sts": replace(config.tasks["sts"], weight=0.5)}
     config = replace(config, tasks=tasks, finetune=stage_config)
     run, weights = opened(config)

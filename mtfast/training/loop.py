@@ -329,8 +329,7 @@ class _Loop:
         started = time.perf_counter()
         stage.engine.train(False)
         try:
-            at_once = self.stopping.at_once() if ranks.world_size() == 1 else nullcontext()
-            with stage.engine.averaged(), at_once:
+            with self.stopping.at_once() if ranks.world_size() == 1 else nullcontext():
                 metrics = stage.evaluate()
         except Stopped as stopped:
             self.asked = stopped.signum

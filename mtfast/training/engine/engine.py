@@ -22,7 +22,7 @@ from mtfast.models.checkpoint import CheckpointError
 from . import alive, memory, ranks
 from .deepspeed_config import deepspeed_config, is_monitored, is_watched, prints
 from .deepspeed_json import adam_eps, is_on, read_json, updates_on_host
-from .optimizer import Moments, WholeOptimizer, averaged, averaging, maker, parameter_groups
+from .optimizer import Moments, WholeOptimizer, maker, parameter_groups
 from .scheduler import scheduler_of
 from .snapshot import Snapshot
 from .state import State
@@ -114,14 +114,11 @@ class Engine:
         *,
         float32: bool = False,
         apart: str = "",
-        ema_decay: float = 0.0,
     ) -> None:
         """
         Args:
             float32: keep the weights in float32 in any precision; bf16 is then autocast's.
             apart: how the names of weights begin that `set_learning_rate` can give a rate of their own.
-            ema_decay: of the moving average of the weights that is evaluated and kept; 0 for the weights
-                themselves.
         """
         self._settings = deepspeed_config(config, stage, stage_name, ranks.world_size(), float32=float32)
         ranks.agree(f"DeepSpeed's configuration of {stage_name}", self._settings)
@@ -142,9 +139,6 @@ class Engine:
         exact: dict[str, Tensor] = {}
         on_host = updates_on_host(given)
         make = maker(config, stage, self.capturable, eps=adam_eps(given), on_host=on_host)
-        if ema_decay:
-            make = averaging(make, ema_decay)
-        self._ema_decay = ema_decay
         groups = parameter_groups(model, stage, apart)
         whole: WholeOptimizer | None = None
         if self._zero_stage == 0:
@@ -299,29 +293,6 @@ class Engine:
         """The weights of a `state`."""
         weights = self._copied(self._weights(), snapshot)
         return weights if ranks.is_main() else None
-
-    @property
-    def averages(self) -> bool:
-        """Whether what is evaluated and kept is an average of the weights."""
-        return self._ema_decay > 0
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within, the weights are their moving average, where there is one. All ranks must call it."""
-        if not self.averages:
-            yield
-            return
-        masters = {}
-        for parameter in self._parameters.values():
-            master = self._optimizer.master(parameter).detach()
-            masters[parameter] = master.view(parameter_shape(parameter)).clone()
-            moments = self._optimizer.moments(parameter) if parameter.requires_grad else {}
-            self._optimizer.set_weight(parameter, averaged(masters[parameter], moments, self._ema_decay))
-        try:
-            yield
-        finally:
-            for parameter, master in masters.items():
-                self._optimizer.set_weight(parameter, master)
 
     def _copied(self, tensors: Iterator[tuple[str, Tensor]], snapshot: Snapshot) -> dict[str, Tensor]:
         copied = {}

@@ -60,11 +60,10 @@ class Keeper:
         """
         self.wait()
         snapshot = Snapshot(self._memory)
-        state = None if due is None else self._engine.state(snapshot, due.step, due.client)
-        if due is None or (write is not None and self._engine.averages):
-            with self._engine.averaged():
-                weights = self._engine.weights_in(snapshot)
+        if due is None:
+            state, weights = None, self._engine.weights_in(snapshot)
         else:
+            state = self._engine.state(snapshot, due.step, due.client)
             weights = None if state is None else state.weights
         snapshot.end()
 

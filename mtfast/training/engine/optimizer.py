@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -16,10 +15,8 @@ from mtfast.config import ConfigError, EngineConfig, StageConfig
 
 Group = dict[str, Any]
 Make = Callable[[list[Group]], Optimizer]
-# Of a weight: "exp_avg", "exp_avg_sq" and, where it is averaged, EMA, of its shape, and "step"; {} before the
-# first.
+# Of a weight: "exp_avg" and "exp_avg_sq", of its shape, and "step"; {} before the first.
 Moments = dict[str, Tensor]
-EMA = "ema"
 
 
 def parameter_groups(model: nn.Module, stage: StageConfig, apart: str = "") -> list[Group]:
@@ -92,35 +89,6 @@ def maker(config: EngineConfig, stage: StageConfig, capturable: bool, *, eps: fl
     if on_host:
         return lambda groups: kind(groups, adamw_mode=True, **settings)
     return lambda groups: _counting_by_weight(kind(groups, adam_w_mode=True, **settings))
-
-
-def averaging(make: Make, decay: float) -> Make:
-    """Makes what `make` does; every step then also moves a running sum, `EMA` in the state of each weight,
-    from zero on: ema = decay ema + (1 - decay) weight. `averaged` makes the mean of it."""
-
-    def made(groups: list[Group]) -> Optimizer:
-        optimizer = make(groups)
-        optimizer.register_step_post_hook(functools.partial(_average, decay))
-        return optimizer
-
-    return made
-
-
-@torch.no_grad()
-def _average(decay: float, optimizer: Optimizer, *_: Any) -> None:
-    held = [p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)]
-    for p in held:
-        if EMA not in optimizer.state[p]:
-            optimizer.state[p][EMA] = torch.zeros_like(p)
-    torch._foreach_lerp_([optimizer.state[p][EMA] for p in held], held, 1 - decay)
-
-
-def averaged(weight: Tensor, moments: Moments, decay: float) -> Tensor:
-    """The exponential moving average of a weight over its steps, as Adam's moments are freed of the zeros
-    that they begin with (Kingma and Ba 2015); a weight that was never stepped is its own."""
-    if EMA not in moments:
-        return weight
-    return moments[EMA].view_as(weight) / (1 - decay ** moments["step"].to(weight.device))
 
 
 def _counting_by_weight(optimizer: Optimizer) -> Optimizer:

@@ -36,8 +36,7 @@ class State:
     ranks: how many made the last.
     client: what the loop adds, plain values.
     weights: every weight and buffer by its name, float32.
-    moments: what AdamW knows of each, `exp_avg.<name>`, `exp_avg_sq.<name>` and `step.<name>`; where weights
-        are averaged, `ema.<name>` too.
+    moments: what AdamW knows of each, `exp_avg.<name>`, `exp_avg_sq.<name>` and `step.<name>`.
     """
 
     step: int

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from mtfast.config import EngineConfig, FinetuneConfig
+from mtfast.config import EngineConfig, TaskStageConfig
 from mtfast.data.packing import PackedBatch, packed_steps
 from mtfast.data.sampler import StepPlan, twice
 from mtfast.models.bert import flops_per_token
@@ -26,13 +26,12 @@ class Finetune(TaskStage):
     """The whole model on packed mixed-task steps."""
 
     name = "finetune"
-    settings: FinetuneConfig
 
     def __init__(
         self,
         load: Load,
         weights: Weights,
-        settings: FinetuneConfig,
+        settings: TaskStageConfig,
         engine: EngineConfig,
         seed: int,
     ) -> None:
@@ -40,7 +39,7 @@ class Finetune(TaskStage):
         self.weights = weights
         model, self.carried = build_multitask(weights, self.tasks)
         model.encoder.activation_checkpointing = checkpoints_activations(engine)
-        self.engine = Engine(model, engine, settings, self.name, ema_decay=settings.ema_decay)
+        self.engine = Engine(model, engine, settings, self.name)
         self.flops_per_token = flops_per_token(weights.config, self.mean_seqlen)
 
     @property
