@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation import LESS_DATA, OTHER_VALUES, PARTS
+from benchmarks.ablation import LESS_DATA, PARTS
 from benchmarks.common import RESULTS
 from mtfast.comparison_report import comparison_table
 from mtfast.experiments import ALL_RECIPES, EXPERIMENTS, PAPER_ROWS
@@ -51,9 +51,9 @@ def render(text: str, results: Path = RESULTS) -> str:
 
     Of benchmark NAME a section has the cases in which all WORDS, if any, occur; "runs" are recorded runs, all
     or those named, "experiment" is the recorded one that is named, "pretraining_curve" what steps of
-    pre-training do, "ablation" what the recipe `best` is without its parts, with WORDS "values" what it is
-    with other values of its settings, with "data" with less data, "quality" that recipe beside others'
-    results, and "utilisation" holds training steps against the peak of their machine.
+    pre-training do, "ablation" what the recipe `best` is on dev without its parts, with WORDS "test" on test,
+    with "data" with less data, "quality" that recipe beside others' results, and "utilisation" holds training
+    steps against the peak of their machine.
     """
     rows = newest_rows(results)
     runs = {
@@ -69,8 +69,8 @@ def render(text: str, results: Path = RESULTS) -> str:
         elif name == "pretraining_curve":
             body = _curve(results / "pretraining-curve.json")
         elif name == "ablation":
-            variants = {"": PARTS, "values": OTHER_VALUES, "data": LESS_DATA}[match["words"].strip()]
-            body = _ablation(results / "ablation.json", variants)
+            variants = LESS_DATA if "data" in words else PARTS
+            body = _ablation(results / "ablation.json", variants, "test" if "test" in words else "dev")
         elif name == "quality":
             body = _quality(results / "ablation.json")
         elif name == "utilisation":
@@ -255,21 +255,23 @@ def _point(name: str, point: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _ablation(path: Path, wanted: Iterable[str]) -> str:
+def _ablation(path: Path, wanted: Iterable[str], split: str) -> str:
     """The recipe `best` and some of its variants: means and sample standard deviations over seeds, of the
-    metrics and of what they differ by from `best` with the same seed, whose data order is the same."""
+    metrics on a split and of what they differ by from `best` with the same seed, which has the same order."""
     if not path.is_file():
         return "not measured"
     result = json.loads(path.read_text(encoding="utf-8"))
-    measured = {name: runs for name, runs in result["variants"].items() if runs}
-    variants = {name: measured[name] for name in dict.fromkeys(("best", *wanted)) if name in measured}
+    measured = {name: [run for run in runs if run.get(split)] for name, runs in result["variants"].items()}
+    variants = {name: runs for name in dict.fromkeys(("best", *wanted)) if (runs := measured.get(name))}
+    if "best" not in variants:
+        return "not measured"
     keys = [f"{name}_{METRICS_OF[task['kind']][0]}" for name, task in result["config"]["tasks"].items()]
     titles = [task["title"] or name for name, task in result["config"]["tasks"].items()]
     body = []
-    best = {run["seed"]: run["dev"]["mean"] for run in variants["best"]}
+    best = {run["seed"]: run[split]["mean"] for run in variants["best"]}
     for name, runs in variants.items():
-        scores = [[run["dev"][key] for run in runs] for key in (*keys, "mean")]
-        gains = [run["dev"]["mean"] - best[run["seed"]] for run in runs if run["seed"] in best]
+        scores = [[run[split][key] for run in runs] for key in (*keys, "mean")]
+        gains = [run[split]["mean"] - best[run["seed"]] for run in runs if run["seed"] in best]
         gain = "" if name == "best" else _spread(gains, sign="+")
         body.append((name, str(len(runs)), *map(_spread, scores), gain))
     every = [run for runs in variants.values() for run in runs]
@@ -291,11 +293,16 @@ def _quality(path: Path) -> str:
     keys = [f"{name}_{METRICS_OF[task['kind']][0]}" for name, task in tasks.items()]
     pairs = result["rows"]["quora-train"]
     seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else "one seed"
+    what = {
+        "dev": f"`best`, MiniLM of 22.7 M parameters, {pairs:,} Quora pairs: dev, {seeds}",
+        "test": "the same runs on test, by which nothing was chosen",
+    }
     body = [
-        (
-            f"`best`, MiniLM of 22.7 M parameters, {pairs:,} Quora pairs: dev, {seeds}",
-            *(_spread([run["dev"][key] for run in runs]) for key in keys),
-        ),
+        (title, *(_spread([run[split][key] for run in runs]) for key in keys))
+        for split, title in what.items()
+        if all(run.get(split) for run in runs)
+    ]
+    body += [
         (
             f"reports of the CS 224N project, BERT-base of 110 M, {PAPER_ROWS['quora-train']:,} pairs",
             *(f"{REPORTS[name]:.3f}" for name in tasks),

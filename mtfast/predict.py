@@ -30,13 +30,7 @@ from mtfast.models.multitask import MultiTaskModel
 from mtfast.models.sentence_files import max_length_of
 from mtfast.recipes import RECIPES
 from mtfast.tasks import MlpConfig, Task
-from mtfast.training.prediction import (
-    Forward,
-    in_both_orders,
-    in_order,
-    mean_over_orders,
-    packed_outputs,
-)
+from mtfast.training.prediction import Forward, in_order, packed_outputs
 from mtfast.training.run.directory import read_result
 from mtfast.training.run.weights import (
     Weights,
@@ -120,8 +114,7 @@ class Model:
         Args:
             task: one of `tasks`.
             texts: one text, or any number of them; for a task on pairs one pair, a tuple of two texts, or any
-                number of pairs, whose order is all one to a symmetric task. What is longer than the model was
-                trained on is cut.
+                number of pairs. What is longer than the model was trained on is cut.
 
         Raises:
             ConfigError: there is no such task, or the model has no task heads.
@@ -180,13 +173,11 @@ class Model:
         ids = [str(number) for number in range(count)]
         texts = TaskTable(name, task, "test", ids, columns, None, RowAccount(count, count))
         table = tokenize_task(texts, self._tokenizer, max_length=self._max_length)
-        asked = in_both_orders({name: table})
         parts = [
             {name: (rows, outputs.numpy()) for name, (rows, outputs) in part.items()}
-            for part in packed_outputs(what, forward, asked, self._device)
+            for part in packed_outputs(what, forward, {name: table}, self._device)
         ]
-        outputs = in_order(parts, name, len(asked[name]))
-        return mean_over_orders(task, outputs).reshape(count, *width)
+        return in_order(parts, name, count).reshape(count, *width)
 
 
 def load(

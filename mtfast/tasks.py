@@ -52,9 +52,6 @@ class Task:
     """`linear` or `lstm` for one sequence; for pairs the name of an MLP, shared by the tasks that name it."""
     pair_input: Literal["separate", "joint"] = "separate"
     """Encode a pair's texts separately, or as one sequence `[CLS] a [SEP] b [SEP]`."""
-    symmetric: bool = False
-    """The order of a pair's texts means nothing: training takes them in both orders, by turns from epoch to
-    epoch, and what is predicted is the mean over both."""
     weight: float = 1.0
     """Weight of the task's loss in the sum."""
     rdrop_alpha: float = 0.0
@@ -174,8 +171,6 @@ def _faults_of_head(task: Task) -> Iterator[tuple[str, str]]:
     if len(task.texts) == 1:
         if task.pair_input == "joint":
             yield "pair_input", "is joint, but the task has one text; joint is for pairs"
-        if task.symmetric:
-            yield "symmetric", f"is {task.symmetric}, but the task has one text; it is for pairs"
         if task.has_mlp:
             yield "head", f"is {shown(task.head)}; a task with one text has {' or '.join(SINGLE_HEADS)}"
     elif task.sequences_per_example == 2 and not task.has_mlp:

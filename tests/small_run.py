@@ -24,9 +24,8 @@ TASKS = {
     "mood": Task("classification", "text", "label", classes=("bad", "good", "so so")),
     "tone": Task("classification", "text", "label", classes=3, head="lstm"),
     "same": Task("binary", PAIR, "label", head="pair"),
-    "near": Task("regression", PAIR, "label", low=0, high=5, head="pair", symmetric=True),
+    "near": Task("regression", PAIR, "label", low=0, high=5, head="pair"),
     "nli": Task("classification", PAIR, "label", classes=("no", "yes"), head="joint", pair_input="joint"),
-    "twin": Task("binary", PAIR, "label", head="joint", pair_input="joint", symmetric=True),
 }
 
 
@@ -125,18 +124,10 @@ class Oracle:
         self.bert = BertModel.from_pretrained(encoder).eval()
         self.heads = {name.removeprefix("heads."): x for name, x in load_file(heads).items()}
 
-    def states(self, *texts: str, exchanged: bool = False) -> torch.Tensor:
-        """[tokens, hidden] of one sequence of one or two texts, cut as Hugging Face cuts it.
-
-        exchanged: what that leaves of the second text comes first.
-        """
+    def states(self, *texts: str) -> torch.Tensor:
+        """[tokens, hidden] of one sequence of one or two texts, cut as Hugging Face cuts it."""
         options = {"truncation": True, "max_length": MAX_LENGTH, "return_token_type_ids": True}
         inputs = self.tokenizer(*texts, return_tensors="pt", **options)
-        if exchanged:
-            ids, types = inputs["input_ids"][0], inputs["token_type_ids"][0]
-            first, second = ids[1:][types[1:] == 0], ids[types == 1]
-            inputs["input_ids"] = torch.cat([ids[:1], second, first])[None]
-            inputs["token_type_ids"] = (torch.arange(len(ids)) > len(second)).long()[None]
         with torch.no_grad():
             return self.bert(**inputs).last_hidden_state[0]
 
@@ -144,14 +135,10 @@ class Oracle:
         return x @ self.heads[f"{name}.weight"].T + self.heads[f"{name}.bias"]
 
     def outputs(self, task: str, examples: list) -> torch.Tensor:
-        """[n, outputs] in float64, of a symmetric task the mean over both orders of its texts."""
-        found = torch.stack([self._output(task, example) for example in examples]).double()
-        if not TASKS[task].symmetric:
-            return found
-        other = torch.stack([self._output(task, example, exchanged=True) for example in examples]).double()
-        return (found + other) / 2
+        """[n, outputs] in float64."""
+        return torch.stack([self._output(task, example) for example in examples]).double()
 
-    def _output(self, task: str, example, exchanged: bool = False) -> torch.Tensor:
+    def _output(self, task: str, example) -> torch.Tensor:
         declared = TASKS[task]
         if len(declared.texts) == 1:
             states = self.states(example)
@@ -162,11 +149,9 @@ class Oracle:
                 return self._linear(hidden, f"task-{task}.out_proj")
             return self._linear(features, f"task-{task}.classifier")
         if declared.pair_input == "joint":
-            cls = self.states(*example, exchanged=exchanged)[0]
-            hidden = torch.nn.functional.gelu(self._linear(cls, "mlp-joint.dense"))
-            outputs = self._linear(hidden, "mlp-joint.out_proj")
-            return outputs[:2] if task == "nli" else outputs[2:]
-        pair = torch.cat([self.states(text)[0] for text in (example[::-1] if exchanged else example)])
+            hidden = torch.nn.functional.gelu(self._linear(self.states(*example)[0], "mlp-joint.dense"))
+            return self._linear(hidden, "mlp-joint.out_proj")
+        pair = torch.cat([self.states(text)[0] for text in example])
         hidden = torch.nn.functional.gelu(self._linear(pair, "mlp-pair.mlp.dense"))
         return self._linear(hidden, "mlp-pair.mlp.out_proj")[["same", "near"].index(task)][None]
 

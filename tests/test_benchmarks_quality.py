@@ -44,6 +44,7 @@ def found(tmp_path, monkeypatch) -> dict:
             records = [evaluation("finetune", 5, 1, 0.1, 0.1, 0.1), evaluation("finetune", 9, 2, *of_seed)]
             summary = {
                 "dev": records[-1]["metrics"],
+                **({"test": evaluation("finetune", 9, 2, 0.4, 0.5, of_seed[2])["metrics"]} if seed else {}),
                 "stages": {"heads": {"seconds": 3.0}, "finetune": {"seconds": 60.0 * (seed + 1)}},
                 "environment": {"device": "a machine", "threads": 2, "torch": "2.14"},
                 "data": {"sst-dev": {"used": 7}},
@@ -93,6 +94,14 @@ def test_the_table_has_means_and_spreads(found, tmp_path):
     assert ours in text
     assert "| without R-Drop | 1 | 0.480 | 0.840 | 0.870 | 0.730 | -0.013 |" in text  # seed 0 has 0.743
     assert "| 0.750 ± 0.024 | +0.005 ± 0.021 |" in text  # -0.010 and +0.020
+
+
+def test_another_table_has_the_runs_that_were_tested(found, tmp_path):
+    (tmp_path / "ablation.json").write_text(json.dumps(found))
+    text = report.render("<!-- results: ablation test -->\n<!-- end -->", tmp_path)
+    assert "| best | 1 | 0.400 | 0.500 | 0.880 | 0.593 |  |" in text
+    assert "| batch of 64 | 1 | 0.400 | 0.500 | 0.940 | 0.613 | +0.020 |" in text
+    assert "R-Drop" not in text
 
 
 def test_pictures_are_drawn(found, tmp_path):

@@ -97,17 +97,6 @@ class Sequences:
             self, tokens=tokens, offsets=offsets, segment_b_start=np.diff(offsets).astype(np.int32)
         )
 
-    def swapped(self) -> Sequences:
-        """`[CLS] B [SEP] A [SEP]` of each `[CLS] A [SEP] B [SEP]`."""
-        lengths, first_b = self.lengths, self.segment_b_start
-        in_b = lengths - first_b
-        within = np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], lengths)
-        first_b, count_b = np.repeat(first_b, lengths), np.repeat(in_b, lengths)
-        source = np.where(within <= count_b, within + first_b - 1, within - count_b)
-        source[within == 0] = 0
-        tokens = self.tokens[np.repeat(self.offsets[:-1], lengths) + source]
-        return replace(self, tokens=tokens, segment_b_start=(in_b + 1).astype(np.int32))
-
     @cached_property
     def word_pieces(self) -> int:
         """Tokens that are not [CLS], [SEP] or [PAD]."""
@@ -153,16 +142,6 @@ class TokenizedTask:
             labels=None if self.labels is None else self.labels[rows],
             ids=[self.ids[row] for row in rows],
         )
-
-    def in_both_orders(self) -> TokenizedTask:
-        """The n examples, for a task on pairs, and behind them the same with the texts of each exchanged."""
-        if self.task.sequences_per_example == 1:
-            other = self.sequences.swapped()
-        else:
-            pairs = np.arange(len(self.sequences)).reshape(-1, 2)
-            other = self.sequences.select(pairs[:, ::-1].ravel())
-        labels = None if self.labels is None else np.concatenate([self.labels, self.labels])
-        return replace(self, sequences=joined([self.sequences, other]), labels=labels, ids=self.ids * 2)
 
 
 def read_tokenized(
@@ -291,20 +270,15 @@ def longest_first(count_a: np.ndarray, count_b: np.ndarray, room: int) -> tuple[
     )
 
 
-def joined(parts: list[Sequences]) -> Sequences:
-    """The sequences of all parts, one part after the other."""
-    return replace(
+def interleave(parts: list[Sequences]) -> Sequences:
+    """a0 b0 a1 b1 ... from [a0 a1 ...] and [b0 b1 ...]."""
+    everything = replace(
         parts[0],
         tokens=np.concatenate([part.tokens for part in parts]),
         offsets=offsets_of(np.concatenate([part.lengths for part in parts])),
         segment_b_start=np.concatenate([part.segment_b_start for part in parts]),
         truncated=sum(part.truncated for part in parts),
     )
-
-
-def interleave(parts: list[Sequences]) -> Sequences:
-    """a0 b0 a1 b1 ... from [a0 a1 ...] and [b0 b1 ...]."""
-    everything = joined(parts)
     return everything.select(np.arange(len(everything)).reshape(len(parts), -1).T.ravel())
 
 

@@ -13,7 +13,6 @@ from mtfast.data.packing import PackedBatch, pack_tasks
 from mtfast.data.prefetch import prefetch
 from mtfast.data.sampler import ALONE, Layout, plan_evaluation
 from mtfast.data.tokens import TokenizedTask
-from mtfast.tasks import Task
 from mtfast.training.run.progress import watched
 
 EVALUATION_TOKENS = 16384  # of a batch
@@ -82,19 +81,6 @@ def _arrived(found: Outputs, event: torch.cuda.Event | None) -> Outputs:
     event.synchronize()
     # Copied, so that the page-locked memory in which they came is free for the batches to come.
     return {name: (rows, values.clone()) for name, (rows, values) in found.items()}
-
-
-def in_both_orders(tables: Mapping[str, TokenizedTask]) -> dict[str, TokenizedTask]:
-    """The tables, of symmetric tasks with every example in both orders of its texts."""
-    return {name: table.in_both_orders() if table.task.symmetric else table for name, table in tables.items()}
-
-
-def mean_over_orders(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """Outputs [n, ...] of a task's examples, from those of its table `in_both_orders`."""
-    if not task.symmetric:
-        return outputs
-    first, second = np.split(outputs, 2)
-    return (first + second) / 2
 
 
 def in_order(

@@ -20,16 +20,15 @@ from torch import Tensor
 from mtfast.config import EngineConfig, HeadsConfig
 from mtfast.data.packing import PackedBatch, TaskRows, filled_count
 from mtfast.data.sampler import StepPlan
-from mtfast.kinds import task_losses
+from mtfast.kinds import predictions_of, task_losses
 from mtfast.models.bert import PackedBert, first_rows, flops_per_token
 from mtfast.models.checkpoint import save_heads
 from mtfast.training.engine.engine import Engine
-from mtfast.training.prediction import in_both_orders
 from mtfast.training.run.weights import Weights, build_multitask
 from mtfast.training.stage import Batch
 
 from .features import Features, encode
-from .task_stage import Load, TaskStage, predict_packed, predicted
+from .task_stage import Load, TaskStage, predict_packed
 
 PREDICTION_ROWS = 8192
 PREDICTION_TOKENS = 131072  # of an LSTM head, each of whose sequences takes as much as the longest
@@ -102,7 +101,7 @@ class Heads(TaskStage):
                     directory / f"features-{split}",
                     self.token_tasks,
                 )
-                for split, tables in (("train", self.train), ("dev", in_both_orders(self.dev)))
+                for split, tables in (("train", self.train), ("dev", self.dev))
             )
             self.labels = {
                 name: torch.from_numpy(table.labels).to(device)
@@ -192,20 +191,19 @@ class Heads(TaskStage):
         if not self.cached:
             return predict_packed("heads dev", self._on_packed, self.dev, self.engine.device)
         table = self.dev_table
-        parts: dict[str, list[np.ndarray]] = {task: [] for task in self.dev}
-        sizes = {task: len(t) * (1 + self.tasks[task].symmetric) for task, t in self.dev.items()}
-        longest = max(sizes.values())
+        predictions: dict[str, list[np.ndarray]] = {task: [] for task in self.dev}
+        longest = max(map(len, self.dev.values()))
         count = max(1, min(PREDICTION_ROWS, PREDICTION_TOKENS // table.max_seqlen))
         for begin in range(0, longest, count):
             examples = {
-                task: torch.arange(min(begin, size), min(begin + count, size), device=table.cls.device)
-                for task, size in sizes.items()
+                task: torch.arange(min(begin, len(t)), min(begin + count, len(t)), device=table.cls.device)
+                for task, t in self.dev.items()
             }
             with torch.no_grad():
                 outputs = self._heads(table.select(examples))
             for task, output in outputs.items():
-                parts[task].append(output.float().cpu().numpy())
-        return {task: predicted(self.tasks[task], np.concatenate(of_task)) for task, of_task in parts.items()}
+                predictions[task].append(predictions_of(self.tasks[task], output))
+        return {task: np.concatenate(parts) for task, parts in predictions.items()}
 
     def save(self, directory: Path, state: dict[str, Tensor]) -> None:
         save_heads(directory, state, self.tasks, self.weights.mlp)

@@ -20,13 +20,7 @@ from mtfast.models.bert import mean_seqlen
 from mtfast.models.multitask import token_tasks
 from mtfast.tasks import Split, Task
 from mtfast.training.engine import ranks
-from mtfast.training.prediction import (
-    Forward,
-    in_both_orders,
-    in_order,
-    mean_over_orders,
-    packed_outputs,
-)
+from mtfast.training.prediction import Forward, in_order, packed_outputs
 from mtfast.training.run.progress import say
 from mtfast.training.stage import Batch, Stage
 
@@ -41,15 +35,13 @@ class TaskStage(Stage):
 
     def __init__(self, load: Load, settings: TaskStageConfig, seed: int) -> None:
         """load: gives the tables of a split."""
-        examples, self.dev = load("train"), load("dev")
-        self.train = in_both_orders(examples)
+        self.train, self.dev = load("train"), load("dev")
         self.settings, self.seed = settings, seed
         self.tasks = {name: table.task for name, table in self.train.items()}
         self.token_tasks = token_tasks(self.tasks)
         self.loss_names = tuple(self.tasks)
         self.criteria = {"mean": "mean"} | {n: f"{n}_{task.main_metric}" for n, task in self.tasks.items()}
         self.layout = Layout(ranks.rank(), ranks.world_size(), settings.accumulation)
-        self.examples = {name: len(table) for name, table in examples.items()}
         self.lengths = {name: table.lengths for name, table in self.train.items()}
 
     @property
@@ -58,8 +50,8 @@ class TaskStage(Stage):
         return mean_seqlen(np.concatenate([table.sequences.lengths for table in self.train.values()]))
 
     def plan(self, epoch: int) -> list[StepPlan]:
-        steps = plan_epoch(
-            {name: self.lengths[name][:count] for name, count in self.examples.items()},
+        return plan_epoch(
+            self.lengths,
             batch_size=self.settings.batch_size,
             sampler=self.settings.sampler,
             temperature=self.settings.temperature,
@@ -67,23 +59,6 @@ class TaskStage(Stage):
             epoch=epoch,
             layout=self.layout,
         )
-        return [
-            StepPlan(
-                [
-                    {name: self._rows(name, examples, epoch) for name, examples in part.items()}
-                    for part in step.micro_batches
-                ],
-                step.step_counts,
-            )
-            for step in steps
-        ]
-
-    def _rows(self, name: str, examples: np.ndarray, epoch: int) -> np.ndarray:
-        """Rows of `train` for these examples: of a symmetric task every second one, in the next epoch the
-        others, with its texts exchanged."""
-        if not self.tasks[name].symmetric:
-            return examples
-        return examples + self.examples[name] * ((examples + epoch) % 2)
 
     def micro_batches(self, steps: list[StepPlan], epoch: int) -> Iterator[Sequence[Batch]]:
         return packed_steps(self.train, steps, self.engine.device, self.layout.shares, self.room)
@@ -126,24 +101,14 @@ def labelled_metrics(
 def predict_packed(
     what: str, forward: Forward, tables: Mapping[str, TokenizedTask], device: torch.device
 ) -> dict[str, np.ndarray]:
-    """Run `forward` over every example, those of symmetric tasks in both orders, sharded over the ranks;
-    predictions in input order.
+    """Run `forward` over every example once, sharded over the ranks; predictions in input order.
 
     what: the name under which progress is shown.
     """
     layout = Layout(ranks.rank(), ranks.world_size())
-    asked = in_both_orders(tables)
     parts = [
-        {name: (rows, outputs.numpy()) for name, (rows, outputs) in part.items()}
-        for part in packed_outputs(what, forward, asked, device, layout)
+        {name: (rows, predictions_of(tables[name].task, outputs)) for name, (rows, outputs) in part.items()}
+        for part in packed_outputs(what, forward, tables, device, layout)
     ]
     gathered = [part for shard in ranks.gather(parts) for part in shard]
-    return {
-        name: predicted(table.task, in_order(gathered, name, len(asked[name])))
-        for name, table in tables.items()
-    }
-
-
-def predicted(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """Predictions [n] of a task from its outputs [n, ...], of a symmetric one those in both orders."""
-    return predictions_of(task, torch.from_numpy(mean_over_orders(task, outputs)))
+    return {name: in_order(gathered, name, len(table)) for name, table in tables.items()}
