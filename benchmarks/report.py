@@ -295,7 +295,7 @@ def _quality(path: Path) -> str:
     seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else "one seed"
     what = {
         "dev": f"`best`, MiniLM of 22.7 M parameters, {pairs:,} Quora pairs: dev, {seeds}",
-        "test": "the same runs on test, by which nothing was chosen",
+        "test": "the same runs on test",
     }
     body = [
         (title, *(_spread([run[split][key] for run in runs]) for key in keys))
