@@ -256,31 +256,36 @@ def _point(name: str, point: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _ablation(path: Path, wanted: Iterable[str], split: str) -> str:
-    """The recipe `best` and some of its variants: means and sample standard deviations over seeds, of the
-    metrics on a split and of what they differ by from `best` with the same seed, which has the same order."""
+    """The recipe `best`, and what some of its variants differ by from it: means and sample standard
+    deviations over seeds, of a split's metrics and of their differences from `best` with the same seed."""
     if not path.is_file():
         return "not measured"
     result = json.loads(path.read_text(encoding="utf-8"))
-    measured = {name: [run for run in runs if run.get(split)] for name, runs in result["variants"].items()}
-    variants = {name: runs for name in dict.fromkeys(("best", *wanted)) if (runs := measured.get(name))}
-    if "best" not in variants:
+    best = {run["seed"]: run[split] for run in result["variants"]["best"] if run.get(split)}
+    if not best:
         return "not measured"
+    variants = {
+        name: [run for run in result["variants"].get(name, []) if run.get(split) and run["seed"] in best]
+        for name in dict.fromkeys(("best", *wanted))
+    }
+    variants = {name: runs for name, runs in variants.items() if runs}
     keys = [f"{name}_{METRICS_OF[task['kind']][0]}" for name, task in result["config"]["tasks"].items()]
     titles = [task["title"] or name for name, task in result["config"]["tasks"].items()]
     body = []
-    best = {run["seed"]: run[split]["mean"] for run in variants["best"]}
     for name, runs in variants.items():
-        scores = [[run[split][key] for run in runs] for key in (*keys, "mean")]
-        gains = [run[split]["mean"] - best[run["seed"]] for run in runs if run["seed"] in best]
-        gain = "" if name == "best" else _spread(gains, sign="+")
-        body.append((name, str(len(runs)), *map(_spread, scores), gain))
+        if name == "best":
+            cells = [_spread([run[split][key] for run in runs]) for key in (*keys, "mean")]
+        else:
+            gains = [[run[split][key] - best[run["seed"]][key] for run in runs] for key in (*keys, "mean")]
+            cells = [_spread(gain, "+.4f") for gain in gains]
+        body.append((name, str(len(runs)), *cells))
     every = [run for runs in variants.values() for run in runs]
     made_by = dict.fromkeys(
         f"{of['device']}, {_threads(of['threads'])}, torch {of['torch']}"
         for of in (run["environment"] for run in every)
     )
     commits = " and ".join(dict.fromkeys(run["commit"] for run in every))
-    columns = ("variant", "seeds", *titles, "mean", "against best")
+    columns = ("variant", "seeds", *titles, "mean")
     return f"{'; '.join(made_by)}; commit {commits}:\n\n{_markdown(columns, body)}"
 
 
@@ -311,10 +316,10 @@ def _quality(path: Path) -> str:
     return _markdown(("", *(task["title"] or name for name, task in tasks.items())), body)
 
 
-def _spread(values: list[float], sign: str = "-") -> str:
-    """Mean and sample standard deviation; sign "+" to have one before a positive mean too."""
-    mean = f"{statistics.fmean(values):{sign}.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+def _spread(values: list[float], form: str = ".3f") -> str:
+    """Mean and sample standard deviation, which has no sign."""
+    mean = f"{statistics.fmean(values):{form}}"
+    return f"{mean} ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else mean
 
 
 def _scores(run: dict[str, Any]) -> dict[str, float]:
