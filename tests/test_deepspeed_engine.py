@@ -1,7 +1,9 @@
 """What the keys of a DeepSpeed JSON do that work."""
 
+import gc
 import json
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +230,17 @@ def test_what_deepspeed_is_asked_to_print_is_printed(given, said, tmp_path, capf
         engine.close()
         assert (said in caplog.text + capfd.readouterr().out) == (path is not None)
         caplog.clear()
+
+
+def test_an_engine_that_is_closed_says_no_more(tmp_path, capfd, caplog):
+    engine = small("fp32", 2, deepspeed_config=write(tmp_path, {"log_level": "info"}))
+    of_deepspeed = weakref.ref(engine._engine)
+    engine.close()
+    assert "Removed grad acc hooks" in caplog.text + capfd.readouterr().out
+    caplog.clear()
+    del engine
+    gc.collect()
+    assert of_deepspeed() is None and caplog.text + capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

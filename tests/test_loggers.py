@@ -1,5 +1,6 @@
 """What TensorBoard, Weights & Biases and a caller's function are told is what metrics.jsonl holds."""
 
+import contextvars
 import gc
 import json
 import shutil
@@ -28,6 +29,7 @@ from mtfast.files import read_json, to_yaml, write_json
 from mtfast.training.run import loggers
 
 PACKAGES = {"tensorboard", "wandb"}
+VARIABLE = contextvars.ContextVar("VARIABLE", default="the caller's")
 
 
 def read_tensorboard(run: Path) -> Curves:
@@ -220,10 +222,10 @@ class AtWandb:
         self.rows: list[tuple[int, Any]] = []
 
     def define_metric(self, *_: Any, **__: Any) -> None:
-        pass
+        VARIABLE.set("W&B's")
 
     def log(self, row: dict[str, Any], step: int, commit: bool) -> None:
-        assert not gc.isenabled()
+        assert VARIABLE.get() == "W&B's" and not gc.isenabled()
         if step == self.breaks_at:
             raise BrokenPipeError("the service\nis gone")
         self.rows.append((step, row.get("heads/step")))
@@ -245,6 +247,7 @@ def test_wandb_gets_what_it_lacks(tmp_path, monkeypatch):
             raise Interrupted
         ids.append(asked["id"])
     assert there.rows == [(3, 3), (3, 3)] and there.exit_code == 1  # opened twice
+    assert VARIABLE.get() == "the caller's"
     assert ids[0] == ids[1] and (asked["resume"], asked["reinit"]) == ("allow", "create_new")
 
 

@@ -338,6 +338,8 @@ class Engine:
         if is_on(self._settings, "wandb") and ranks.is_main():
             importlib.import_module("wandb").finish()  # samples begin anew with the next stage
         self._engine.destroy()
+        # Its finalizer would do so again, and print while garbage is collected.
+        self._engine.destroy = lambda: None
 
 
 def parameter_shape(parameter: Tensor) -> torch.Size:

@@ -6,6 +6,7 @@ where they are asked for.
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import importlib
 import re
@@ -175,6 +176,7 @@ class WeightsAndBiases:
         self._run: Any = None
         self._begun = False
         self._works = True  # until something goes wrong there
+        self._context = contextvars.Context()
         self._next = 0  # the line that comes next
         self._step = 0  # the first line that W&B does not have
 
@@ -185,32 +187,29 @@ class WeightsAndBiases:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._run is not None:  # also where it lacks rows: it would be taken for one that goes on
-            with self._going_on():
-                self._run.finish(exit_code=int(error is not None))
+            self._call(self._run.finish, int(error is not None))
 
     def restart(self, records: list[Record]) -> None:
         if not self._begun:
             self._begun = True
-            with self._going_on():
-                self._run = self._init()
-                self._step = self._run.starting_step
+            self._call(self._init)
         self._next = 0
         self.add(records)
 
     def add(self, records: list[Record]) -> None:
-        with self._going_on():
-            for record in records:
-                if self._run is not None and self._works and self._next >= self._step:
-                    values = {f"{record['stage']}/step": record["step"], **scalars(record)}
-                    self._run.log(values, step=self._next, commit=True)
-                    self._step = self._next + 1
-                self._next += 1
+        self._call(self._send, records)
 
-    @contextmanager
-    def _going_on(self) -> Iterator[None]:
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        """Call what calls W&B, in a context of its own, while no garbage is collected.
+
+        W&B relies on context variables, and sets some whenever anything is printed. Where that collects
+        garbage whose finalizer prints, Python before 3.12 can ruin the context
+        (github.com/python/cpython/issues/148891): ours it cannot, and a caller's ruined one does no harm.
+        """
+        collects = gc.isenabled()
+        gc.disable()
         try:
-            with _no_collection():
-                yield
+            self._context.run(function, *args)
         except Exception as error:  # of any kind: a connection, a process of its own, what a server answers
             if not self._works:
                 return
@@ -218,12 +217,23 @@ class WeightsAndBiases:
             reason = " ".join(str(error).split()) or type(error).__name__
             send = f"`mtfast resume {self._config.run_dir}` sends what is missing there"
             say(f"log wandb: {reason}; the run goes on without it, and {send}")
+        finally:
+            if collects:
+                gc.enable()
 
-    def _init(self) -> Any:
+    def _send(self, records: list[Record]) -> None:
+        for record in records:
+            if self._run is not None and self._works and self._next >= self._step:
+                values = {f"{record['stage']}/step": record["step"], **scalars(record)}
+                self._run.log(values, step=self._next, commit=True)
+                self._step = self._next + 1
+            self._next += 1
+
+    def _init(self) -> None:
         import wandb
 
         path, settings = self._config.path, wandb.setup().settings
-        run = wandb.init(
+        run = self._run = wandb.init(
             project=settings.project or "mtfast",
             dir=str(path),
             id=_wandb_id(path / WANDB_ID),
@@ -234,6 +244,7 @@ class WeightsAndBiases:
             reinit="create_new",  # one that the caller has open is not ours
             settings={"finish_timeout": settings.finish_timeout or FINISH_SECONDS},
         )
+        self._step = run.starting_step
         for stage in STAGES:
             run.define_metric(f"{stage}/step", hidden=True)
             run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -242,20 +253,6 @@ class WeightsAndBiases:
             for other in files.parent.glob(f"offline-run-*-{run.id}*"):
                 if other != files:
                     shutil.rmtree(other)
-        return run
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage is collected within: what a finalizer prints then can take away context variables that W&B
-    relies on, before Python 3.12 (github.com/python/cpython/issues/148891)."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _wandb_id(file: Path) -> str:
